@@ -86,16 +86,7 @@ no_negative = Parameter(negative="")
 
 
 def one_of(registry: Registry[Any], text: str, group: Group | None = None) -> Parameter:
-    """A name from a registry; the help lists them all, also those of installed packages.
-
-    Args:
-        registry: of the names.
-        text: the help before the list.
-        group: box of --help, where it is not the class's.
-
-    Returns:
-        The parameter.
-    """
+    """A name from a registry; the help lists them all, also those of installed packages."""
     help = f"{text} One of {', '.join(registry)}."
     return Parameter(help=help, group=group) if group else Parameter(help=help)
 
@@ -110,16 +101,7 @@ def options(group: Group) -> Callable[[type], type]:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a value that is too small.
-
-    Args:
-        name: the field's.
-        value: as the user gave it.
-        least: the smallest that is allowed.
-
-    Raises:
-        ConfigError: value < least, or it is NaN.
-    """
+    """Refuse a value that is too small."""
     if not value >= least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
@@ -131,15 +113,7 @@ def split_names(text: str) -> list[str]:
 
 
 def joined_names(key: str, value: Any) -> Any:
-    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it.
-
-    Args:
-        key: the option.
-        value: as it was given.
-
-    Returns:
-        The names as one text, or the value as it is.
-    """
+    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it."""
     return ",".join(map(str, value)) if key in OF_NAMES and isinstance(value, list | tuple) else value
 
 
@@ -588,11 +562,7 @@ class QuantizeConfig:
         return self.rounds and (self.zero_points or self.packs_embeddings)
 
     def check_allowed(self) -> None:
-        """Refuse --bits-allowed where nothing is chosen.
-
-        Raises:
-            ConfigError: --bits is not auto.
-        """
+        """Refuse --bits-allowed where nothing is chosen."""
         if self.bits != "auto" and self.bits_allowed != ALL_BITS:
             raise ConfigError("--bits-allowed is what --bits auto chooses among", "give --bits auto, or leave it out")
 
@@ -863,11 +833,7 @@ class CompressConfig(TuneConfig):
     hub: HubConfig = field(default_factory=HubConfig)
 
     def check(self) -> None:
-        """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first.
-
-        Raises:
-            ConfigError: flags that exclude each other, or none that says what to remove.
-        """
+        """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first."""
         if not self.search.given:
             raise ConfigError(
                 "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
@@ -1038,11 +1004,7 @@ class QuantizeAloneConfig:
     a compress run, the other commands take the keys they know."""
 
     def check(self) -> None:
-        """Check the whole; not on construction, so that a mistyped --bit is named first.
-
-        Raises:
-            ConfigError: no --bits is given.
-        """
+        """Check the whole; not on construction, so that a mistyped --bit is named first."""
         consumer_names(self.consumers)
         if self.gguf_type and self.out.suffix != ".gguf":
             raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
@@ -1204,17 +1166,7 @@ class MethodsConfig:
         return [state for state in COMPARED_STATES if state in split_names(self.states)]
 
     def search(self, name: str) -> SearchConfig:
-        """How a method of `names` is asked to search.
-
-        Args:
-            name: a criterion, with what it preserves behind a colon, joined by +; or segments, joined by +.
-
-        Returns:
-            The options.
-
-        Raises:
-            ConfigError: the criterion does not take generated tests.
-        """
+        """How a method of `names` is asked to search."""
         if is_cut(name):
             return SearchConfig(segment=tuple(name.split("+")), preserve="none")
         method, _, preserved = name.partition(":")
@@ -1237,11 +1189,7 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
-        """The run with the same model and tokens, checked as a whole.
-
-        Raises:
-            ConfigError: no --ratio is given.
-        """
+        """The run with the same model and tokens, checked as a whole."""
         config = CompressConfig(
             load=self.load,
             compiled=self.compiled,
@@ -1271,11 +1219,7 @@ def keys(config: type) -> set[str]:
 
 
 def from_flat(options: Mapping[str, Any]) -> CompressConfig:
-    """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file.
-
-    Raises:
-        ConfigError: a key that no flag has, or a value that is not allowed.
-    """
+    """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file."""
     hints = get_type_hints(CompressConfig)
     parts: dict[str, dict[str, Any]] = {one.name: {} for one in fields(CompressConfig)}
     owner = {key: part for part in parts for key in keys(hints[part])}

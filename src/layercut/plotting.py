@@ -6,15 +6,7 @@ from typing import Any
 
 
 def axes_or_new(axes: Any = None, **labels: str) -> Any:
-    """Axes to draw on; new ones are pyplot's, so that a notebook shows them.
-
-    Args:
-        axes: matplotlib Axes of the caller; new ones where None.
-        labels: properties of the axes, such as xlabel.
-
-    Returns:
-        The Axes.
-    """
+    """Axes to draw on; new ones are pyplot's, so that a notebook shows them."""
     if axes is None:
         import matplotlib.pyplot as plt
 

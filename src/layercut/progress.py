@@ -50,32 +50,17 @@ _callback: ContextVar[Callback | None] = ContextVar("layercut_progress", default
 
 
 def say(stage: str, words: str) -> None:
-    """Log one line about a stage.
-
-    Args:
-        stage: such as "search".
-        words: the message.
-    """
+    """Log one line about a stage."""
     _say(logging.INFO, stage, words)
 
 
 def warn(stage: str, words: str) -> None:
-    """Log one line that is shown also with --quiet.
-
-    Args:
-        stage: such as "search".
-        words: the message.
-    """
+    """Log one line that is shown also with --quiet."""
     _say(logging.WARNING, stage, words)
 
 
 def debug(stage: str, words: str) -> None:
-    """Log one line that is shown with --verbose and in the log file.
-
-    Args:
-        stage: such as "search".
-        words: the message.
-    """
+    """Log one line that is shown with --verbose and in the log file."""
     _say(logging.DEBUG, stage, words)
 
 
@@ -151,16 +136,7 @@ class _Task:
 def bar(
     description: str, total: float | None, measure: Callable[[], float] | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Show how far work is; call what it yields with the steps done, and optionally words to show beside it.
-
-    Args:
-        description: of the work.
-        total: steps in all; None where not known.
-        measure: returns the steps done so far, of work that cannot count them.
-
-    Yields:
-        advance(steps=1, words="").
-    """
+    """Show how far work is; call what it yields with the steps done, and optionally words to show beside it."""
     task, over = _Task(description, total), threading.Event()
     main = _is_main()
     callback, heard = (_callback.get(), _is_heard()) if main else (None, False)
@@ -265,19 +241,7 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def shown(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> Iterator[None]:
-    """While open, messages are written to stderr and appended to a file; the command calls this once.
-
-    Args:
-        quiet: on stderr warnings alone.
-        verbose: on stderr what `debug` logs too.
-        log_file: gets all of it, and progress every 30 s.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
+    """While open, messages are written to stderr and appended to a file; the command calls this once."""
     global _bars
     terminal = console.is_terminal
     handlers: list[logging.Handler] = [_Terminal() if terminal else _Lines(console.file)]

@@ -56,11 +56,7 @@ class Segment:
 
 
 def as_segments(segments: Any) -> list[Segment]:
-    """Segments as a person may give them: each a Segment, a pair (13, 19) or "13:19"; one alone or several.
-
-    Raises:
-        ConfigError: something else.
-    """
+    """Segments as a person may give them: each a Segment, a pair (13, 19) or "13:19"; one alone or several."""
     is_pair = isinstance(segments, tuple) and len(segments) == 2 and all(isinstance(bound, int) for bound in segments)
     alone = is_pair or isinstance(segments, str | Segment) or not isinstance(segments, Iterable)
     return [_as_segment(one) for one in ([segments] if alone else segments)]
@@ -82,18 +78,7 @@ def _as_segment(given: Any) -> Segment:
 
 
 def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
-    """Sort segments, join those that touch, and check them against a stack: inside it, disjoint, and not all of it.
-
-    Args:
-        segments: in any order.
-        layers: L.
-
-    Returns:
-        The segments, sorted, with layers that stay between them: 1:2 and 2:3 are 1:3, one cut.
-
-    Raises:
-        ConfigError: what is wrong with them.
-    """
+    """Sort segments, join those that touch, and check them against a stack: inside it, disjoint, and not all of it."""
     ordered = sorted(segments)
     for segment in ordered:
         if segment.stop > layers:
@@ -116,18 +101,7 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
 
 
 def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
-    """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model.
-
-    Args:
-        segments: that are removed, in any order.
-        layers: L.
-
-    Returns:
-        L - n indices.
-
-    Raises:
-        ConfigError: as `checked_segments`.
-    """
+    """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model."""
     ordered = checked_segments(segments, layers)
     removed = {*layers_of(ordered)}
     return [i for i in range(layers) if i not in removed]
@@ -165,15 +139,7 @@ class Removal:
         return cls(segments, segments, segments)
 
     def then(self, cut: Iterable[Segment], layers: int) -> Removal:
-        """The removal after one more round.
-
-        Args:
-            cut: what the next round removes of the model that this removal left.
-            layers: L of the dense model.
-
-        Returns:
-            Both rounds together.
-        """
+        """The removal after one more round."""
         segments, kept = tuple(sorted(cut)), kept_layers(self.all, layers)
         fresh = {kept[i] for i in layers_of(segments)}
         removed = fresh.union(layers_of(self.all))
@@ -182,18 +148,7 @@ class Removal:
 
 
 def layers_to_remove(ratio: float, layers: int) -> int:
-    """n = round(ratio * layers), at least one layer and never all of them.
-
-    Args:
-        ratio: share of the layers, between 0 and 1.
-        layers: L.
-
-    Returns:
-        n.
-
-    Raises:
-        ConfigError: the ratio is outside 0 to 1, or n is 0 or L.
-    """
+    """n = round(ratio * layers), at least one layer and never all of them."""
     if not 0 < ratio < 1:
         raise ConfigError(
             f"--ratio {ratio:g} is outside 0 to 1",

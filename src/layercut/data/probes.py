@@ -126,11 +126,7 @@ class ProbeRows:
 
 
 def capability_names(asked: str) -> tuple[str, ...]:
-    """The capabilities that "all", "none" or names separated by commas mean, in the order of tables.
-
-    Raises:
-        ConfigError: a name that is unknown.
-    """
+    """The capabilities that "all", "none" or names separated by commas mean, in the order of tables."""
     if asked in ("all", "none"):
         return tuple(CAPABILITIES) if asked == "all" else ()
     names = [name.strip() for name in asked.split(",")]
@@ -195,15 +191,7 @@ def probe_rows(
 
 
 def never_chats(tokenizer: Any, capabilities: Sequence[str] = tuple(CAPABILITIES)) -> tuple[str, ...]:
-    """Capabilities whose tests a chat template cannot write.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        capabilities: asked about; names in `CAPABILITIES`.
-
-    Returns:
-        Some of them: those of several answers where earlier turns are left out. None without a template.
-    """
+    """Capabilities whose tests a chat template cannot write."""
     writer = _Writer(tokenizer, FAMILIES["tuning"], random.Random(0), True)
     asked = capabilities if writer.can_chat else ()
     items = {name: CAPABILITIES[name](writer.family, writer.draw, MANY) for name in asked}
@@ -219,22 +207,7 @@ def judging_rows(
     family: str = "judging",
     seed: int = 0,
 ) -> ProbeRows:
-    """Rows of one capability that fill the window, to judge by; of "recall" and "lists" they are as long as it is.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        rows: M.
-        window: T.
-        capability: a name in `CAPABILITIES`.
-        family: as in `probe_rows`.
-        seed: of all that is drawn.
-
-    Returns:
-        The rows; without names where not one item fits the window.
-
-    Raises:
-        ConfigError: no such family, or not one row or token is asked for.
-    """
+    """Rows of one capability that fill the window, to judge by; of "recall" and "lists" they are as long as it is."""
     words, marked = _family(family, rows, window), []
     for number in range(rows):
         writer = _Writer(tokenizer, words, random.Random(f"{family} {capability} {seed} {number}"), False)
@@ -402,16 +375,7 @@ class _Writer:
         return found
 
     def dropped(self, ids: list[int], of: Sequence[tuple[str, int] | None], item: Item) -> set[tuple[str, int] | None]:
-        """The answers that tokens do not spell; all of an item of which less than KEPT is left.
-
-        Args:
-            ids: tokens of an item.
-            of: the answer that each belongs to.
-            item: its text.
-
-        Returns:
-            Some of `of`.
-        """
+        """The answers that tokens do not spell; all of an item of which less than KEPT is left."""
         if len(_signs(self.tokenizer.decode(ids))) < KEPT * len(_signs(item.text)):
             return {*of}
         spelled: dict[tuple[str, int], list[int]] = {}
@@ -424,16 +388,7 @@ class _Writer:
         }  # fmt: skip
 
     def covering(self, ids: list[int], longer: list[int], common: int) -> int:
-        """How many tokens hold anew, with some of what follows, the text that others held.
-
-        Args:
-            ids: of a text.
-            longer: of the text and what follows.
-            common: the first tokens of both.
-
-        Returns:
-            0 where all of `ids` are as they were; else mostly 1.
-        """
+        """How many tokens hold anew, with some of what follows, the text that others held."""
         if common == len(ids):
             return 0
         so_far, end = common + 1, len(self.tokenizer.decode(ids))

@@ -67,15 +67,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def fresh(text: str, seen: set[str]) -> str:
-    """The text without paragraphs that were seen before.
-
-    Args:
-        text: any.
-        seen: keys of paragraphs, to which the text's own are added.
-
-    Returns:
-        What is left.
-    """
+    """The text without paragraphs that were seen before."""
     kept = []
     for part in paragraphs(text):
         if (key := _key(part)) not in seen:
@@ -90,15 +82,7 @@ def _key(paragraph: str) -> str:
 
 
 def in_order(items: Iterable[T], seed: int | None) -> list[T]:
-    """A list of the items, shuffled by the seed if there is one.
-
-    Args:
-        items: any.
-        seed: of the order; None: as they come.
-
-    Returns:
-        The list.
-    """
+    """A list of the items, shuffled by the seed if there is one."""
     items = list(items)
     if seed is not None:
         random.Random(seed).shuffle(items)

@@ -19,19 +19,7 @@ FIELDS = {*CHAT, "input", *TEXTS}
 
 
 def as_document(record: Any, column: str | None, where: str) -> Document:
-    """Read a record by its fields: the column asked for, else instruction, messages, text or page.
-
-    Args:
-        record: a JSON value.
-        column: the field to read, or None.
-        where: file and line, for messages.
-
-    Returns:
-        The document.
-
-    Raises:
-        DataError: the record has no such field, or no text in it.
-    """
+    """Read a record by its fields: the column asked for, else instruction, messages, text or page."""
     if not isinstance(record, dict):
         raise DataError(f"{where} holds a {type(record).__name__}, not an object with fields", 'write {"text": "…"}')
     if column is None and all(key in record for key in CHAT):
@@ -69,18 +57,7 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def checked(text: str, where: str) -> str:
-    """A text that a tokenizer accepts.
-
-    Args:
-        text: any.
-        where: file and line, for messages.
-
-    Returns:
-        The text.
-
-    Raises:
-        DataError: it holds half of a surrogate pair.
-    """
+    """A text that a tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

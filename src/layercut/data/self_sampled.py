@@ -38,21 +38,6 @@ def sample(
     """Rows of the model's own text: its plain distribution, past EOS.
 
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        window: T.
-        span: numbers of the rows.
-        seed: of the run.
-        chat_template: begin each row as a user's message.
-        heat: temperature of the distribution.
-
-    Returns:
-        Token ids [len(span), T], on the CPU.
-
-    Raises:
-        DataError: there is no model, or the chat template does not suit.
     """
     if model is None:
         raise DataError(
@@ -101,19 +86,6 @@ def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int
     """Rows of chats that the model writes from their first word on, the user's messages too (Magpie, 2406.08464).
 
     A row is several chats laid end to end, of `chat_length` tokens each, cut there.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        window: T.
-        span: numbers of the rows.
-        seed: of the run.
-
-    Returns:
-        Token ids [len(span), T], on the CPU.
-
-    Raises:
-        DataError: as `sample`; or the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("--data chats needs a chat template, which the tokenizer has not", "use a chat model, or self")
@@ -125,27 +97,12 @@ def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int
 
 
 def chat_length(window: int) -> int:
-    """As how many tokens each chat is written of those that fill a row: those of a short row, or the least above.
-
-    Args:
-        window: T.
-
-    Returns:
-        A divisor of T.
-    """
+    """As how many tokens each chat is written of those that fill a row: those of a short row, or the least above."""
     return next(window // parts for parts in range(max(1, window // SHORT_ROW), 0, -1) if window % parts == 0)
 
 
 def writes_chats(tokenizer: Any, window: int) -> bool:
-    """Whether a model with this tokenizer can write chats in rows of T tokens, half of each its own words.
-
-    Args:
-        tokenizer: of the model.
-        window: T.
-
-    Returns:
-        False too where the template leaves out what the user says.
-    """
+    """Whether a model with this tokenizer can write chats in rows of T tokens, half of each its own words."""
     try:
         return bool(tokenizer.chat_template) and 2 * len(chat_prefix(tokenizer, window)) <= chat_length(window)
     except DataError:
@@ -153,16 +110,7 @@ def writes_chats(tokenizer: Any, window: int) -> bool:
 
 
 def plain_distribution(length: int, pad: int = 0, heat: float = 1.0) -> Any:
-    """Generation by the model's own distribution, past EOS.
-
-    Args:
-        length: tokens of a row, its beginning included.
-        pad: a token that is never read, since rows are equally long.
-        heat: temperature.
-
-    Returns:
-        transformers' GenerationConfig.
-    """
+    """Generation by the model's own distribution, past EOS."""
     from transformers import GenerationConfig
 
     return GenerationConfig(do_sample=True, temperature=heat, top_k=0, top_p=1.0, max_length=length, pad_token_id=pad)
@@ -170,15 +118,7 @@ def plain_distribution(length: int, pad: int = 0, heat: float = 1.0) -> Any:
 
 @contextmanager
 def generating(model: Any, plain: Any) -> Iterator[None]:
-    """While open, another generation config, and a random state that is put back afterwards.
-
-    Args:
-        model: whose generation config (EOS, penalties, cut-offs) is set aside.
-        plain: the config meanwhile.
-
-    Yields:
-        Nothing.
-    """
+    """While open, another generation config, and a random state that is put back afterwards."""
     kind, own = model.device.type, model.generation_config
     forked = torch.random.fork_rng(
         devices=[model.device] if kind == "cuda" else [], device_type="cuda" if kind == "cpu" else kind
@@ -192,15 +132,7 @@ def generating(model: Any, plain: Any) -> Iterator[None]:
 
 
 def first_token(tokenizer: Any, draw: random.Random) -> int:
-    """BOS, or where there is none, a random token that is not a special one.
-
-    Args:
-        tokenizer: of the model.
-        draw: random numbers.
-
-    Returns:
-        A token id.
-    """
+    """BOS, or where there is none, a random token that is not a special one."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     special = {*tokenizer.all_special_ids}
@@ -208,18 +140,7 @@ def first_token(tokenizer: Any, draw: random.Random) -> int:
 
 
 def chat_prefix(tokenizer: Any, window: int) -> list[int]:
-    """What the chat template writes before a user's first words: the model writes these and what follows.
-
-    Args:
-        tokenizer: of the model.
-        window: T.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        DataError: the template leaves out the user's message, or opens with more than T tokens.
-    """
+    """What the chat template writes before a user's first words: the model writes these and what follows."""
     mark = "USERS-WORDS"
     text = render_chat(tokenizer, [{"role": "user", "content": mark}])
     if mark not in text:

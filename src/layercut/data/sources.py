@@ -95,18 +95,7 @@ class Source:
 
 
 def find(name: str, *, reported: bool = False) -> Source:
-    """What a source's name means.
-
-    Args:
-        name: as the user gave it.
-        reported: whether figures are to be reported on it, for which some named sets have a split of their own.
-
-    Returns:
-        The source.
-
-    Raises:
-        DataError: there is no such source.
-    """
+    """What a source's name means."""
     head, _, split = name.partition(":")
     if name in PYTHON or name in MADE_ANEW:
         return Source(name)
@@ -129,15 +118,7 @@ def find(name: str, *, reported: bool = False) -> Source:
 
 
 def documents(name: str, seed: int | None) -> Iterator[Document]:
-    """The documents of one source.
-
-    Args:
-        name: as the user gave it.
-        seed: of their order; None: as written, and of the split that is reported on.
-
-    Returns:
-        Documents, read as they are asked for.
-    """
+    """The documents of one source."""
     return find(name, reported=seed is None).documents(seed)
 
 
@@ -163,11 +144,7 @@ def written_by_model(source: str) -> bool:
 
 
 def share_of(part: str) -> Fraction | None:
-    """Of "probes:0.25", a quarter, to a thousandth; None where a part of a mix names none.
-
-    Raises:
-        DataError: what it names is no share.
-    """
+    """Of "probes:0.25", a quarter, to a thousandth; None where a part of a mix names none."""
     name, colon, text = part.partition(":")
     if name not in SHARED or not colon:
         return None
@@ -181,17 +158,7 @@ def share_of(part: str) -> Fraction | None:
 
 
 def turns(parts: Sequence[Source]) -> tuple[int, ...]:
-    """Whose turn it is in a mix, row by row, until it repeats: each part has its share of the rows as evenly as can be.
-
-    Args:
-        parts: of the mix.
-
-    Returns:
-        Indices of the parts; of parts without shares each in turn.
-
-    Raises:
-        DataError: the shares leave nothing for the other parts.
-    """
+    """Whose turn it is in a mix, row by row, until it repeats: each part has its share of the rows as evenly as can be."""
     if len(parts) == 1:
         return (0,)
     told = sum((part.share for part in parts if part.share), Fraction(0))
@@ -209,15 +176,7 @@ def turns(parts: Sequence[Source]) -> tuple[int, ...]:
 
 
 def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
-    """What a source or a mix reads, and how the user named it.
-
-    Args:
-        source: as the user gave it.
-        reported: as `find`.
-
-    Returns:
-        The user's name of each part by what it reads (`Source.reads`).
-    """
+    """What a source or a mix reads, and how the user named it."""
     return {
         read: part for part in split_mix(source) for read in find(part, reported=reported).reads
     }  # fmt: skip
@@ -238,15 +197,7 @@ def public_name(source: str) -> str:
 
 
 def from_hub(dataset: HubSet, seed: int | None) -> Iterator[Document]:
-    """Documents of a Hub set, streamed and shuffled through a buffer, or whole where the set is small.
-
-    Args:
-        dataset: the set.
-        seed: of their order; None: as written.
-
-    Yields:
-        Documents.
-    """
+    """Documents of a Hub set, streamed and shuffled through a buffer, or whole where the set is small."""
     rows = _hub_rows(dataset, None if dataset.lines else seed)
     if not dataset.lines:
         for row in rows:

@@ -79,16 +79,7 @@ def _content(file: Path, *_: int) -> str:
 
 
 def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    """Documents of .txt, .json and .jsonl files, or of .parquet files.
-
-    Args:
-        files: all of one of the two kinds.
-        column: the field to read, or None.
-        seed: of their order; None: as written.
-
-    Yields:
-        Documents.
-    """
+    """Documents of .txt, .json and .jsonl files, or of .parquet files."""
     parquet = [file for file in files if file.suffix == ".parquet"]
     if len(parquet) not in (0, len(files)):
         raise DataError("the pattern matches .parquet and other files", "give one pattern each: --data A+B")
@@ -210,19 +201,7 @@ def _read_json(file: Path, start: int, stop: int, line: int) -> tuple[str | Reco
 
 
 def parsed(text: str, where: str, hint: str = "each line must hold one object") -> Any:
-    """A JSON value.
-
-    Args:
-        text: JSON.
-        where: file and line, for messages.
-        hint: of the error where it is no JSON.
-
-    Returns:
-        The value.
-
-    Raises:
-        DataError: it is no JSON, nests too deep, or holds a number of thousands of digits.
-    """
+    """A JSON value."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

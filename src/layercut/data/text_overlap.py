@@ -49,15 +49,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    """Share of the passages of some rows that are in other rows as well; 0 where either has none.
-
-    Args:
-        judged: token ids [N, T] each.
-        others: token ids [N, T] each.
-
-    Returns:
-        Between 0 and 1.
-    """
+    """Share of the passages of some rows that are in other rows as well; 0 where either has none."""
     a, b = (_union(rows) for rows in (judged, others))
     return float(np.isin(a, b, assume_unique=True).mean()) if len(a) and len(b) else 0.0
 

@@ -66,9 +66,6 @@ def start() -> None:
 
     gloo serves tensors on the CPU, nccl those on GPUs; of several GPUs this process takes that of its LOCAL_RANK.
     Nothing happens where there is one process, or where this was called before.
-
-    Raises:
-        ConfigError: the environment is that of several processes and does not say how to find them.
     """
     global _started
     if _started or not launched():
@@ -96,11 +93,7 @@ def stop() -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device that several processes on this machine would share.
-
-    Raises:
-        ConfigError: one GPU is named for several processes, or there are more processes than GPUs.
-    """
+    """Refuse a device that several processes on this machine would share."""
     here = on_this_machine()
     if device.type == "cpu" or here == 1:
         return
@@ -146,15 +139,7 @@ def share(length: int) -> slice:
 
 
 def share_of_batches(length: int, batch: int) -> list[slice]:
-    """This process's part of range(length), in batches; in smaller ones where some process would have none.
-
-    Args:
-        length: how many rows in all.
-        batch: rows of a batch at most.
-
-    Returns:
-        Slices of the rows.
-    """
+    """This process's part of range(length), in batches; in smaller ones where some process would have none."""
     batch = max(1, min(batch, -(-length // world())))
     parts = [slice(begin, min(begin + batch, length)) for begin in range(0, length, batch)]
     return parts[share(len(parts))]

@@ -59,28 +59,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def part_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, as it holds a parameter.
-
-    Args:
-        parameter: sharded or not.
-        whole: a tensor of its shape.
-
-    Returns:
-        The shard, or all of it.
-    """
+    """This process's part of a whole tensor, as it holds a parameter."""
     return part_of(whole) if isinstance(parameter, DTensor) else whole
 
 
 def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
-    """A parameter, or what each process has computed for its shard of it, gathered from all of them.
-
-    Args:
-        parameter: sharded or not.
-        part: of this process; None: the parameter's own.
-
-    Returns:
-        The whole tensor, in every process.
-    """
+    """A parameter, or what each process has computed for its shard of it, gathered from all of them."""
     if not isinstance(parameter, DTensor):
         return parameter if part is None else part
     if part is not None:
@@ -89,15 +73,7 @@ def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Te
 
 
 def like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter with another whole value, sharded as the one it is for.
-
-    Args:
-        parameter: whose dtype, device and sharding count.
-        value: the whole value.
-
-    Returns:
-        The new parameter; where the old one has no data (of a layer on disk), on the value's own device.
-    """
+    """A frozen parameter with another whole value, sharded as the one it is for."""
     value = value.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         return _spread(value, local(parameter).device, parameter.device_mesh, requires_grad=False)
@@ -127,11 +103,6 @@ def spread_(model: nn.Module, layers: Iterable[nn.Module], device: torch.device)
 
     Layers are taken one at a time, what is no layer at the end, so that no more need be whole than the layer that
     `layers` yields. Single numbers are not sharded.
-
-    Args:
-        model: changed in place.
-        layers: its decoder layers, perhaps loaded one by one.
-        device: of the shards.
     """
     mesh = _mesh(device.type, dist.group.WORLD)
     for layer in layers:
@@ -280,14 +251,6 @@ def in_step(model: nn.Module, parts: Sequence[Part], spare: Part) -> list[tuple[
 
     Over a sharded model as many as the process with the most has, `spare` being run without counting: else the others
     would wait for weights that this one does not help to gather.
-
-    Args:
-        model: that is run on the parts.
-        parts: of this process.
-        spare: a small part, for the passes that do not count.
-
-    Returns:
-        Parts with True, and `spare` with False.
     """
     mine = [(part, True) for part in parts]
     if not is_spread(model):

@@ -299,20 +299,7 @@ def _quantize_cost(run: PlannedRun) -> Spent:
 
 
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
-    """Everything `layercut compress` with the same flags will take.
-
-    Args:
-        model: as `compress` takes it.
-        config: the flags.
-
-    Returns:
-        One JSON object.
-
-    Raises:
-        ModelError: no config, or not a causal model.
-        ConfigError: neither --ratio nor --segment.
-        SurgeryError: the segment cannot be cut.
-    """
+    """Everything `layercut compress` with the same flags will take."""
     journey = config.journey()
     journey.check()
     checkpoint = checkpoints.resolve(model, weights=False)
@@ -460,20 +447,7 @@ def _removed(
 
 
 def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
-    """What is left after a cut, counted on the class's own skeleton.
-
-    Args:
-        config: the model's.
-        dtype: that is saved in.
-        given: segments; empty where they are not known.
-        length: n, layers that go.
-
-    Returns:
-        The segments, given or assumed, and the cut model.
-
-    Raises:
-        SurgeryError: the architecture does not let them go.
-    """
+    """What is left after a cut, counted on the class's own skeleton."""
     model = loading.skeleton(config, dtype)
     if not length:
         return [], count_parts(model)
@@ -492,15 +466,7 @@ def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int
 
 
 def sizes(parts: Parts, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes as saved, and with the layers' matrices in 8 and 4 bits: a number takes bits + 16 / group.
-
-    Args:
-        parts: of the model.
-        dtype: that is saved in.
-
-    Returns:
-        Bytes by "saved", "8 bits" and "4 bits".
-    """
+    """Bytes as saved, and with the layers' matrices in 8 and 4 bits: a number takes bits + 16 / group."""
     rest = (parts.total - parts.matrices) * dtype.itemsize
     packed = {f"{bits} bits": rest + round(parts.matrices * (bits + 16 / GROUP) / 8) for bits in (8, 4)}
     return {"saved": parts.total * dtype.itemsize, **packed}

@@ -39,11 +39,7 @@ class Device:
 
 
 def targets(memory: int | None) -> list[Device]:
-    """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB.
-
-    Args:
-        memory: of this machine in bytes, where it is known.
-    """
+    """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB."""
     here = [Device("this machine's CPU", memory, accelerator=False)] if memory else []
     if found := present_accelerators(memory):
         here.append(found)
@@ -51,14 +47,7 @@ def targets(memory: int | None) -> list[Device]:
 
 
 def present_accelerators(memory: int | None) -> Device | None:
-    """This machine's accelerators as one place to run.
-
-    Args:
-        memory: of this machine in bytes, which is the accelerator's too where that says nothing of its own.
-
-    Returns:
-        The place; None where there is no accelerator.
-    """
+    """This machine's accelerators as one place to run."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         return None
@@ -75,15 +64,6 @@ def judge(
     """Whether every stage fits, and if not, the flags that make it fit; None where no flag does.
 
     One device is used where the weights fit it; else they are spread over all.
-
-    Args:
-        target: where it would run.
-        config: the settings.
-        needs: bytes of every stage by name, for settings on a target.
-        weights: bytes of the dense model.
-
-    Returns:
-        JSON values.
     """
     if weights > target.room and target.devices > 1 and config.load.stream != "on":
         target, weights = replace(target, spread=True), weights // target.devices

@@ -49,15 +49,7 @@ class Rates:
     """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
 
     def seconds(self, shape: Shape, work: Work) -> float:
-        """What a stage's work takes.
-
-        Args:
-            shape: of the model.
-            work: of the stage.
-
-        Returns:
-            Seconds.
-        """
+        """What a stage's work takes."""
         moved = work.head_rows * shape.window * shape.vocabulary * LOGIT_BYTES + work.moved_bytes
         disk = work.read_bytes / self.disk if self.disk else work.read_bytes / self.memory
         called = work.decoded_layers * shape.mean("kernels")
@@ -67,17 +59,7 @@ class Rates:
 
 
 def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
-    """Measure the rates.
-
-    Args:
-        shape: of the model, for the widths of its matrices.
-        dtype: that it is computed in.
-        device: that it runs on.
-        folder: on the disk that the model is, or will be, read from.
-
-    Returns:
-        What this machine does in a second.
-    """
+    """Measure the rates."""
     width, inner = min(shape.hidden, 8192), max(shape.read)
     rows, square = min(8 * shape.window, 2048), min(width, 2048)
     place64 = place_of_float64(device)

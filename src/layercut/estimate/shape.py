@@ -79,16 +79,7 @@ def cache_kinds(config: Any) -> dict[str, int]:
 
 
 def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
-    """Every figure of a model; seconds for a hundred layers, and hardly any memory.
-
-    Args:
-        config: the model's.
-        dtype: that it is computed in.
-        window: T, tokens in a row.
-
-    Returns:
-        Its shape.
-    """
+    """Every figure of a model; seconds for a hundred layers, and hardly any memory."""
     model = skeleton(config, dtype)
     text = model.config.get_text_config(decoder=True)
     try:

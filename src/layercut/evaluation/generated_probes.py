@@ -55,33 +55,14 @@ class Probed:
 
 
 def longest_probe(config: Any, longest: int = LONGEST_PROBE) -> int:
-    """Tokens of the longest prompts that a model's positions hold.
-
-    Args:
-        config: of the model.
-        longest: that is asked for.
-
-    Returns:
-        That, or fewer.
-    """
+    """Tokens of the longest prompts that a model's positions hold."""
     return min(longest, positions(config) or longest)
 
 
 def probes_for(
     tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, seed: int = 0, trials: int = TRIALS
 ) -> Probes:
-    """The prompts and tests for all models of a tokenizer.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        config: of the model, whose positions are not exceeded.
-        longest: tokens of the longest prompts; halves of it are tried too.
-        seed: of all that is drawn.
-        trials: of a key, and of a value, at each length and depth.
-
-    Returns:
-        The probes.
-    """
+    """The prompts and tests for all models of a tokenizer."""
     longest = longest_probe(config, longest)
     window = min(TEST_WINDOW, longest)
     tests = probe_rows(tokenizer, rows=TEST_ROWS, window=window, family="judging", seed=seed)
@@ -95,18 +76,7 @@ def probes_for(
 def probed(
     model: Any, dense: Any, tokenizer: Any, probes: Probes, *, advance: Callable[[int], None] = lambda tokens: None
 ) -> Probed:
-    """What a model makes of the probes.
-
-    Args:
-        model: a causal LM of transformers.
-        dense: the model that it came from; may be the same.
-        tokenizer: its tokenizer.
-        probes: of `probes_for`.
-        advance: told the tokens that are done.
-
-    Returns:
-        Its figures.
-    """
+    """What a model makes of the probes."""
     keys, lists = found_in_text(model, tokenizer, probes, advance=advance)
     figures: CapabilityFigures | None = None
     if probes.tests.names:
@@ -118,17 +88,7 @@ def probed(
 def found_in_text(
     model: Any, tokenizer: Any, probes: Probes, *, advance: Callable[[int], None] = lambda tokens: None
 ) -> tuple[Grid, Grid]:
-    """The keys and the values that greedy decoding finds.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        probes: of `probes_for`.
-        advance: told the tokens that are done.
-
-    Returns:
-        Of keys and of lists, by length and depth.
-    """
+    """The keys and the values that greedy decoding finds."""
     keys, lists = (passkey_grid(model, tokenizer, each, advance=advance) for each in (probes.keys, probes.lists))
     return keys, lists
 

@@ -38,17 +38,7 @@ PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_n
 
 @torch.no_grad()
 def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = SAMPLE) -> list[str]:
-    """Greedy continuations with the cache; through the chat template where the model has one.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        prompts: to be continued.
-        tokens: new tokens at most.
-
-    Returns:
-        One text for each prompt, without the prompt.
-    """
+    """Greedy continuations with the cache; through the chat template where the model has one."""
     pad = padding(tokenizer)
     texts = []
     for prompt in prompts:
@@ -66,16 +56,6 @@ def replies(
 
     Lengths count a reply in circles as a long one; the KL, of every token of a dense reply and of what follows the
     last, does not.
-
-    Args:
-        dense: the dense model.
-        compressed: the compressed one.
-        tokenizer: of both.
-        texts: replies to the prompts of "dense" and "compressed", as `generations` returns them.
-        prompts: what was asked.
-
-    Returns:
-        "dense" and "compressed": mean tokens of a reply; "kl": nats per token.
     """
     written = {
         name: [tokenizer(text, add_special_tokens=False).input_ids for text in told] for name, told in texts.items()
@@ -91,16 +71,7 @@ def replies(
 
 
 def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
-    """A prompt as tokens, through the chat template where there is one.
-
-    Args:
-        tokenizer: of the model.
-        prompt: what the user says.
-        answer: how the reply begins.
-
-    Returns:
-        Token ids.
-    """
+    """A prompt as tokens, through the chat template where there is one."""
     if not tokenizer.chat_template:
         return open_ended(tokenizer, f"{prompt} {answer}" if answer else prompt)
     chat = [{"role": "user", "content": prompt}]
@@ -109,15 +80,7 @@ def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
 
 
 def open_ended(tokenizer: Any, text: str) -> list[int]:
-    """Plain text as tokens that can be gone on with: some tokenizers close every text by themselves.
-
-    Args:
-        tokenizer: of the model.
-        text: what is gone on with.
-
-    Returns:
-        Token ids.
-    """
+    """Plain text as tokens that can be gone on with: some tokenizers close every text by themselves."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -134,17 +97,6 @@ def greedy(
 
     What is measured goes by the likeliest token alone; to who reads along (`streamer`) the model writes as its
     generation config has it, penalties on repetition for example, but without sampling.
-
-    Args:
-        model: a causal LM of transformers.
-        ids: prompts of equal length, token ids [B, T].
-        tokens: new tokens at most.
-        pad: a token to pad with.
-        exactly: whether the end of the text is passed over until there are so many.
-        streamer: a streamer of transformers, which is given each token of a single row.
-
-    Returns:
-        B lists of new token ids.
     """
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
@@ -168,15 +120,6 @@ def generation_health(
     continuation), `distinct_1`, `distinct_2` (different n-grams / n-grams), `dense_loss` (nats per token that
     the dense model gives the continuation). "agreement": of the compressed model's tokens with the dense one's,
     `first_divergence` is the mean number of tokens before the two part.
-
-    Args:
-        dense: the dense model.
-        compressed: the compressed one.
-        blocks: token ids [N, T], whose first tokens are the prompts.
-        tokens: new tokens.
-
-    Returns:
-        The figures, as JSON values.
     """
     prompts = blocks[:FEWEST_PROMPTS, : min(LONGEST_PROMPT, blocks.shape[1])]
     written = {
@@ -209,27 +152,11 @@ def _figures(dense: Any, prompts: torch.Tensor, rows: Sequence[Sequence[int]]) -
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Different n-grams / n-grams; 1 where there are none.
-
-    Args:
-        tokens: token ids.
-        n: tokens of an n-gram.
-
-    Returns:
-        Between 0 and 1.
-    """
+    """Different n-grams / n-grams; 1 where there are none."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two continuations begin with in common.
-
-    Args:
-        a: token ids.
-        b: token ids.
-
-    Returns:
-        The number.
-    """
+    """How many tokens two continuations begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

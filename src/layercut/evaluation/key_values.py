@@ -20,17 +20,7 @@ REPLY = "{name} keeps the {thing} under number"
 
 
 def key_value_prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tuple[list[int], str] | None:
-    """A list of as many entries as fit, one of which is asked for.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        length: of the prompt at most, in tokens.
-        depth: 0 asks for the first entry, 1 for the last.
-        draw: where the entries are drawn from.
-
-    Returns:
-        The prompt's tokens, and the value that is asked for; None where not two entries fit.
-    """
+    """A list of as many entries as fit, one of which is asked for."""
     keys = [(name, thing) for name in JUDGING.people for thing in JUDGING.things]
     draw.shuffle(keys)
     values = draw.sample(range(10_000, 100_000), len(keys))
@@ -50,15 +40,5 @@ def key_value_prompt(tokenizer: Any, length: int, depth: float, draw: random.Ran
 def key_value_cases(
     tokenizer: Any, longest: int, seed: int, trials: int = TRIALS
 ) -> list[tuple[int, float, list[int], str]]:
-    """Every trial up to a length; the same for every model of that tokenizer.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        longest: of the prompts, in tokens; its halves are tried too.
-        seed: of the entries.
-        trials: at each length and depth.
-
-    Returns:
-        (length, depth, prompt, value) of each, for `passkey_grid`.
-    """
+    """Every trial up to a length; the same for every model of that tokenizer."""
     return cases(tokenizer, longest, seed, trials, key_value_prompt)

@@ -26,16 +26,7 @@ from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_pass
 
 
 def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
-    """exp of the mean negative log-likelihood over non-overlapping windows.
-
-    Args:
-        model: a causal LM of transformers.
-        tokens: token ids [N, T]; the first of each window is not predicted.
-        advance: called with the windows done.
-
-    Returns:
-        Perplexity; infinite where the mean overflows or the model yields NaN.
-    """
+    """exp of the mean negative log-likelihood over non-overlapping windows."""
     return of_losses(window_losses(model, tokens, advance=advance))
 
 
@@ -48,13 +39,6 @@ def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
     """Standard error of ln(perplexity / other perplexity) on the same windows: that of the mean paired difference.
 
     The windows are taken as a sample of such text.
-
-    Args:
-        losses: of each window [N], nats per token.
-        others: the same of the other model.
-
-    Returns:
-        Nats per token; None for one window, or where a loss is not finite.
     """
     differences = losses - others
     if len(differences) < 2 or not differences.isfinite().all():
@@ -77,14 +61,6 @@ def window_losses(
     processes each takes a share of the windows. Of a model whose layers are on disk each is read once for all windows
     whose hidden states fit in memory. Where one window's logits are too large to have at once, the head is run on a
     part of its positions after the other.
-
-    Args:
-        model: a causal LM of transformers.
-        tokens: token ids [N, T].
-        advance: called with the windows done.
-
-    Returns:
-        Losses [N], float64, nats per token.
     """
     model = sharding.runnable(model)
     rows = rows_per_chunk(model, tokens.shape[1])
@@ -124,16 +100,6 @@ def compared_losses(
 
     Each model is run once over a window, and the KL is taken from the same logits: the mean over the T - 1 positions
     that the losses are of.
-
-    Args:
-        model: what is judged.
-        baseline: what it is compared with, of the same vocabulary.
-        tokens: token ids [N, T].
-        advance: called with the number of windows that a model has been run over, 2 N in all.
-
-    Returns:
-        Losses of `model`, losses of `baseline`, KL: float64 [N] each, in nats per token. The KL is None where layers
-        are on disk: each model is then run by itself, since both cannot be had at once.
     """
     if layers_on_disk(model) or layers_on_disk(baseline):
         mine, theirs = (window_losses(each, tokens, advance=advance) for each in (model, baseline))
@@ -158,28 +124,12 @@ def compared_losses(
 
 
 def rows_per_chunk(model: Any, window: int) -> int:
-    """Rows whose logits are had at once, by what is free on the model's device.
-
-    Args:
-        model: a causal LM of transformers.
-        window: T.
-
-    Returns:
-        At least 1.
-    """
+    """Rows whose logits are had at once, by what is free on the model's device."""
     return budget(_device(model)).logit_rows(window, model.config.get_text_config().vocab_size)
 
 
 def positions_at_once(model: Any, rows: int) -> int:
-    """Positions of a few rows whose logits are had at once in float32, where those of a whole row are too many.
-
-    Args:
-        model: a causal LM of transformers.
-        rows: B.
-
-    Returns:
-        At least 1.
-    """
+    """Positions of a few rows whose logits are had at once in float32, where those of a whole row are too many."""
     return max(1, budget(_device(model)).logit_tokens(model.config.get_text_config().vocab_size) // rows)
 
 
@@ -231,16 +181,7 @@ def _opened(model: Any, window: int, itemsize: int) -> DecoderRunner | None:
 
 
 def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Losses of next tokens from the last layer's output, by logits of a few positions at a time.
-
-    Args:
-        stack: the model.
-        hidden: h_L [B, T, D].
-        tokens: token ids [B, T].
-
-    Returns:
-        [B, T - 1], nats.
-    """
+    """Losses of next tokens from the last layer's output, by logits of a few positions at a time."""
     tokens, together = tokens.to(hidden.device), positions_at_once(stack.model, len(tokens))
     if together >= tokens.shape[1]:
         return next_token_loss(stack.exit(hidden, tokens), tokens)
@@ -280,14 +221,6 @@ def loss_by_position(
     """Loss of each next token of one long window, in one pass: its logits are had of a part of it at a time.
 
     Not through the cache: several families continue otherwise than they read (Mamba's convolution of a chunk).
-
-    Args:
-        model: a causal LM of transformers.
-        row: token ids [T].
-        advance: called with the tokens done.
-
-    Returns:
-        [T - 1], nats.
     """
     model = sharding.runnable(model)
     losses_of = _swept if layers_on_disk(model) else _whole
@@ -299,15 +232,6 @@ def long_windows(blocks: torch.Tensor, longest: int, model: Any, origins: Sequen
     """Blocks that follow each other in a text, as few long windows; of several texts as many of each, in turn.
 
     Shorter than asked for where the model's context or the longest text ends before.
-
-    Args:
-        blocks: token ids [N, T], of each text in its order.
-        longest: tokens of a window at most.
-        model: whose context counts.
-        origins: the texts that rows are of, in turn, as in `by_origin`; no window is of two.
-
-    Returns:
-        Token ids [n, longest], n at most `MOST_LONG_WINDOWS`.
     """
     rows_of = by_origin(torch.arange(len(blocks)), origins)
     texts = [blocks[rows.sort().values].flatten() for rows in rows_of.values()]
@@ -318,15 +242,7 @@ def long_windows(blocks: torch.Tensor, longest: int, model: Any, origins: Sequen
 
 
 def bucket_edges(window: int, first: int = 64) -> list[int]:
-    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Nothing predicts position 0.
-
-    Args:
-        window: tokens.
-        first: the second edge.
-
-    Returns:
-        Rising positions.
-    """
+    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Nothing predicts position 0."""
     edges = [1]
     while first < window:
         edges.append(first)
@@ -337,16 +253,7 @@ def bucket_edges(window: int, first: int = 64) -> list[int]:
 def perplexity_by_position(
     model: Any, windows: torch.Tensor, *, advance: Callable[[float], None] = lambda tokens: None
 ) -> list[dict[str, Any]]:
-    """Perplexity in buckets of position.
-
-    Args:
-        model: a causal LM of transformers.
-        windows: token ids [N, T].
-        advance: called with the tokens done.
-
-    Returns:
-        [{"start", "stop", "perplexity"}, …], stop exclusive.
-    """
+    """Perplexity in buckets of position."""
     losses = torch.stack([loss_by_position(model, row, advance=advance).cpu().double() for row in windows])
     edges = bucket_edges(windows.shape[1])
     return [

@@ -60,18 +60,7 @@ NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_lay
 
 @lru_cache(maxsize=1)
 def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
-    """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names.
-
-    Args:
-        names: tasks, groups and tags.
-        include_path: a folder of task files, or None.
-
-    Returns:
-        lm-eval's `TaskManager`.
-
-    Raises:
-        ConfigError: lm-eval is missing, no such folder, an unknown task.
-    """
+    """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names."""
     with _quiet():
         try:
             from lm_eval.tasks import TaskManager
@@ -100,15 +89,7 @@ def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
 
 
 def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
-    """Refuse what cannot be scored, before anything long is begun.
-
-    Args:
-        names: tasks, groups and tags.
-        include_path: a folder of task files, or None.
-
-    Raises:
-        ConfigError: as `task_manager`.
-    """
+    """Refuse what cannot be scored, before anything long is begun."""
     task_manager(tuple(names), include_path)
 
 
@@ -122,19 +103,7 @@ def harness_version(include_path: Path | None) -> list[Any]:
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
-    """The single tasks behind the names, groups and tags expanded.
-
-    Args:
-        names: tasks, groups and tags.
-        include_path: a folder of task files, or None.
-
-    Returns:
-        lm-eval's tasks by name.
-
-    Raises:
-        ConfigError: as `task_manager`.
-        DataError: a task's data cannot be loaded.
-    """
+    """The single tasks behind the names, groups and tags expanded."""
     manager = task_manager(tuple(names), include_path)
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
@@ -159,22 +128,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
 def score_tasks(
     model: Any, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None, name: str, cache: Path | None
 ) -> dict[str, Record]:
-    """One record per task, from the cache where it is there. Neither model nor tokenizer is changed.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        tasks: as `load_tasks` gave them.
-        limit: items of each task at most; None: all.
-        name: what the progress bar calls the model.
-        cache: a folder of records; None: nothing is kept.
-
-    Returns:
-        Records by task, as `retention.py` describes them.
-
-    Raises:
-        DataError: a task reports no number.
-    """
+    """One record per task, from the cache where it is there. Neither model nor tokenizer is changed."""
     held = content_hash(model, tokenizer) if cache else ""
     lm, records = None, {}
     for task_name, task in tasks.items():
@@ -202,15 +156,7 @@ def _read(file: Path | None) -> Record | None:
 
 
 def definition(task: Any, limit: int | None) -> str:
-    """Hash of a task: what its YAML says, functions by how they are written, and the items that will be asked.
-
-    Args:
-        task: of lm-eval.
-        limit: items at most; None: all.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Hash of a task: what its YAML says, functions by how they are written, and the items that will be asked."""
     documents = list(islice(iter(task.eval_docs), limit))
     config = task.config.to_dict(keep_callable=True)
     if isinstance(facts := config.get("metadata"), dict):  # lm-eval notes where the file lay
@@ -238,19 +184,7 @@ def _run(lm: Any, name: str, task: Any, limit: int | None) -> Record:
 
 
 def record_of(name: str, task: Any, results: dict[str, Any]) -> Record:
-    """lm-eval's answer for one task, reduced to what is compared.
-
-    Args:
-        name: of the task.
-        task: of lm-eval.
-        results: of `lm_eval.evaluator.evaluate`.
-
-    Returns:
-        The record.
-
-    Raises:
-        DataError: the task reports no number.
-    """
+    """lm-eval's answer for one task, reduced to what is compared."""
     samples = results["samples"][name]
     better, metrics = results["higher_is_better"][name], {}
     for key, score in results["results"][name].items():
@@ -293,16 +227,7 @@ def _choices(task: Any, items: Sequence[dict[str, Any]]) -> list[int] | None:
 
 
 def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
-    """The model as lm-eval wants it, with layercut's progress bar and bounded tensors of logits.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer, which is copied.
-        longest: tokens of a request at most.
-
-    Returns:
-        An lm-eval model.
-    """
+    """The model as lm-eval wants it, with layercut's progress bar and bounded tensors of logits."""
     from lm_eval.models.huggingface import HFLM
 
     vocabulary, shares = model.config.get_text_config().vocab_size, shares_contexts(model)
@@ -380,18 +305,7 @@ def _in_slices(
     given: Callable[[list[int], float], Sequence[Any]],
     title: str,
 ) -> list[Any]:
-    """Answers to numbered requests, a slice after the other; one that runs out of memory is taken again in halves.
-
-    Args:
-        model: that answers.
-        order: numbers of requests, those that take the most memory first.
-        most: how many are asked at once, by the number of the first of them.
-        given: answers requests, told also which share of the slice that was first asked these are.
-        title: of the progress bar.
-
-    Returns:
-        The answers by number.
-    """
+    """Answers to numbered requests, a slice after the other; one that runs out of memory is taken again in halves."""
     answers: list[Any] = [None] * len(order)
     device, alone = next(model.parameters()).device, not sharding.is_spread(model)
     with bar(title, len(order)) as advance:
@@ -408,16 +322,7 @@ def _in_slices(
 
 
 def _within(context: list[int], continuation: list[int], longest: int) -> Request:
-    """A request of no more tokens than the model takes, cut as lm-eval cuts it: from the beginning.
-
-    Args:
-        context: token ids.
-        continuation: token ids.
-        longest: tokens that go through the model at most; the last one of the continuation does not.
-
-    Returns:
-        Context, of one token at least, and continuation.
-    """
+    """A request of no more tokens than the model takes, cut as lm-eval cuts it: from the beginning."""
     kept = max(1, longest + 1 - len(continuation))
     return context[-kept:], continuation
 
@@ -426,15 +331,7 @@ def _within(context: list[int], continuation: list[int], longest: int) -> Reques
 
 
 def content_hash(model: Any, tokenizer: Any) -> str:
-    """Hash of all weights and buffers, of both configs but for where they came from, and of the tokenizer.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Hash of all weights and buffers, of both configs but for where they came from, and of the tokenizer."""
     seen = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

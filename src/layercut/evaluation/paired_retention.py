@@ -45,20 +45,7 @@ class Retained:
 def retained(
     dense: Records, models: Mapping[str, Records], *, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Retained]:
-    """What each model retains, and how far it is behind the first of them.
-
-    Args:
-        dense: the dense model's records.
-        models: other models' records of the same tasks, the one that the others are compared with first.
-        draws: bootstrap samples.
-        seed: of these.
-
-    Returns:
-        By model.
-
-    Raises:
-        RunError: the records are not of the same items.
-    """
+    """What each model retains, and how far it is behind the first of them."""
     names, generator = list(models), np.random.default_rng(seed)
     shares, above, apart = [], [], np.zeros(len(names))
     for task, record in dense.items():
@@ -87,16 +74,7 @@ def retained(
 
 
 def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse records of a task that are not of the same items.
-
-    Args:
-        task: its name.
-        record: of the dense model.
-        others: of other models.
-
-    Raises:
-        RunError: the items differ.
-    """
+    """Refuse records of a task that are not of the same items."""
     if any(other["document_hash"] != record["document_hash"] for other in others):
         raise RunError(f"models were not scored on the same items of {task}", "run again with --force")
 

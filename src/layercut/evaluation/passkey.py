@@ -35,17 +35,7 @@ REPLY = "The pass key is"
 
 
 def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tuple[list[int], str] | None:
-    """A prompt with a key hidden in it, filled up as far as whole sentences go.
-
-    Args:
-        tokenizer: of the model.
-        length: tokens at most.
-        depth: 0 hides the key at the beginning of the filler, 1 at its end.
-        draw: of key and sentences.
-
-    Returns:
-        Token ids and the key; None where the length is too short for any.
-    """
+    """A prompt with a key hidden in it, filled up as far as whole sentences go."""
     key = f"{draw.randrange(10_000, 100_000)}"
     needle = f"The pass key is {key}. Remember it: {key} is the pass key."
 
@@ -64,16 +54,7 @@ def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tu
 
 
 def most_that(fits: Callable[[int], bool], fewest: int, most: int) -> int:
-    """How many fit, by halving: tokens merge across borders, so that sizes do not add up.
-
-    Args:
-        fits: whether so many do; where some number does not, no larger one does.
-        fewest: not asked about, and returned where one more does not fit.
-        most: that there are.
-
-    Returns:
-        The largest number that fits.
-    """
+    """How many fit, by halving: tokens merge across borders, so that sizes do not add up."""
     while fewest < most:
         middle = (fewest + most + 1) // 2
         fewest, most = (middle, most) if fits(middle) else (fewest, middle - 1)
@@ -81,34 +62,14 @@ def most_that(fits: Callable[[int], bool], fewest: int, most: int) -> int:
 
 
 def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:
-    """`longest` and its halves, ascending.
-
-    Args:
-        longest: tokens.
-        steps: how many at most.
-        shortest: tokens at least, unless `longest` is shorter.
-
-    Returns:
-        Lengths in tokens.
-    """
+    """`longest` and its halves, ascending."""
     return sorted({longest >> i for i in range(steps) if longest >> i >= shortest} or {longest})
 
 
 def cases(
     tokenizer: Any, longest: int, seed: int, trials: int = TRIALS, make: MakePrompt = prompt
 ) -> list[tuple[int, float, list[int], str]]:
-    """The prompts of every trial; the same for every model of that tokenizer.
-
-    Args:
-        tokenizer: of the models.
-        longest: tokens of the longest prompts; its halves are tried too.
-        seed: of all that is drawn.
-        trials: at each length and depth.
-        make: makes a prompt of a length and a depth.
-
-    Returns:
-        (length, depth, prompt as token ids, what the reply should hold) of every trial.
-    """
+    """The prompts of every trial; the same for every model of that tokenizer."""
     draw, found = random.Random(seed), []
     for length in lengths(longest):
         for depth in DEPTHS:
@@ -127,17 +88,7 @@ def passkey_grid(
     *,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[dict[str, Any]]:
-    """How often the model's greedy reply gives the key.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer.
-        trials: of `cases`.
-        advance: called with the tokens done.
-
-    Returns:
-        [{"length", "depth", "found", "trials"}, …].
-    """
+    """How often the model's greedy reply gives the key."""
     grid: dict[tuple[int, float], list[bool]] = {}
     for length, depth, ids, key in trials:
         reply = tokenizer.decode(greedy(model, torch.tensor([ids]), ANSWER, padding(tokenizer))[0])

@@ -29,26 +29,12 @@ class EvaluationFunction(Protocol):
     """What `layercut.evaluations` holds. It may have an attribute `higher_is_better`, a mapping of metric to bool."""
 
     def __call__(self, model: Any, tokenizer: Any, *, seed: int) -> Mapping[str, float]:
-        """Measure a model.
-
-        Args:
-            model: a causal language model of transformers, in eval mode and without gradients; to be left as it is.
-            tokenizer: its tokenizer; to be left as it is.
-            seed: of everything that is drawn at random, so that two models are asked the same. torch's own generator
-                is seeded with it, and put back afterwards.
-
-        Returns:
-            Metric to figure, the same metrics for every model. inf and nan are allowed.
-        """
+        """Measure a model."""
         ...
 
 
 def named(evaluations: Sequence[str | EvaluationFunction]) -> dict[str, EvaluationFunction]:
-    """Functions by name: names are looked up in the registry, a function of one's own is called what it is called.
-
-    Raises:
-        ConfigError: a name is unknown, or its package cannot be imported, or two have one name.
-    """
+    """Functions by name: names are looked up in the registry, a function of one's own is called what it is called."""
     found: dict[str, EvaluationFunction] = {}
     for given in evaluations:
         name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
@@ -59,21 +45,7 @@ def named(evaluations: Sequence[str | EvaluationFunction]) -> dict[str, Evaluati
 
 
 def measure(name: str, evaluation: EvaluationFunction, model: Any, tokenizer: Any, *, seed: int) -> dict[str, float]:
-    """Run one evaluation on one model.
-
-    Args:
-        name: what errors and progress call it.
-        evaluation: the function.
-        model: a causal language model; its training mode is put back afterwards.
-        tokenizer: its tokenizer.
-        seed: passed to the function.
-
-    Returns:
-        Metric to figure.
-
-    Raises:
-        ConfigError: the function returns anything else. What the function itself raises is not caught.
-    """
+    """Run one evaluation on one model."""
     device = next(model.parameters()).device
     on = [device] if device.type == "cuda" else []
     with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=on):
@@ -102,18 +74,7 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 def measure_all(
     evaluations: Mapping[str, EvaluationFunction], models: Mapping[str, Callable[[], Any]], tokenizer: Any, *, seed: int
 ) -> Rows:
-    """Run evaluations on models, each of which is made when its turn comes.
-
-    Args:
-        evaluations: functions by name.
-        models: a model's name, such as "dense", to what gives the model.
-        tokenizer: of all these models.
-        seed: of all evaluations.
-
-    Returns:
-        {evaluation: {metric: {name of a model: figure or None, …, "higher_is_better": bool | None}}}; None where a
-        metric was not returned for that model.
-    """
+    """Run evaluations on models, each of which is made when its turn comes."""
     figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in evaluations}
     with bar("evaluations", len(models) * len(evaluations)) as advance:
         for which, model in models.items():
@@ -127,15 +88,7 @@ def measure_all(
 def metric_rows(
     evaluation: EvaluationFunction, figures: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """One evaluation's figures by model, as one row a metric.
-
-    Args:
-        evaluation: whose `higher_is_better` counts.
-        figures: metric -> figure, by the name of a model.
-
-    Returns:
-        Metric -> figures by the name of a model, and "higher_is_better".
-    """
+    """One evaluation's figures by model, as one row a metric."""
     better = getattr(evaluation, "higher_is_better", {})
     metrics = dict.fromkeys(metric for each in figures.values() for metric in each)
     return {

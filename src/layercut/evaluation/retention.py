@@ -38,13 +38,6 @@ def guessing(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
     The second is `CLEAR` standard errors above the first, sqrt(sum of p (1 - p)) / N with p = 1 / n of each of the N
     items: what chance makes of as many. An accuracy that is no share of right answers, as TruthfulQA's mass on all true
     ones, has another score of guessing, which is not known: no such score is above it.
-
-    Args:
-        record: of the task.
-        metric: one of its metrics.
-
-    Returns:
-        Both; 0 and 0 where nothing is chosen from a list, 0 and infinity where it is not known.
     """
     choices = record["choices"] if metric.partition(",")[0] in ACCURACIES else None
     if choices and not {*(record["metrics"][metric]["values"] or [])} <= {0.0, 1.0}:
@@ -64,18 +57,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int] | None:
-    """Items that went from right to wrong, and from wrong to right.
-
-    Args:
-        dense: value of each item.
-        compressed: of the same items.
-
-    Returns:
-        (lost, gained); None where values are not all 0 or 1.
-
-    Raises:
-        ValueError: the numbers of items differ.
-    """
+    """Items that went from right to wrong, and from wrong to right."""
     if len(dense) != len(compressed):
         raise ValueError(f"{len(dense)} and {len(compressed)} items are not paired")
     if not {*dense, *compressed} <= {0.0, 1.0}:
@@ -85,15 +67,7 @@ def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance.
-
-    Args:
-        lost: items that went from right to wrong.
-        gained: from wrong to right.
-
-    Returns:
-        p, at most 1.
-    """
+    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance."""
     n, fewer = lost + gained, min(lost, gained)
     tail = term = 1  # term: n over k
     for k in range(fewer):
@@ -103,16 +77,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def kept(score: float, dense: float, floor: float = 0.0) -> float | None:
-    """(score - floor) / (dense - floor): the share of a score above some floor that was retained.
-
-    Args:
-        score: of the compressed model.
-        dense: of the dense one.
-        floor: such as the score of guessing.
-
-    Returns:
-        1 where nothing was lost; None where the dense model is not above the floor.
-    """
+    """(score - floor) / (dense - floor): the share of a score above some floor that was retained."""
     return (score - floor) / (dense - floor) if dense > floor else None
 
 
@@ -127,18 +92,7 @@ def representative_metric(record: Mapping[str, Any]) -> str:
 
 
 def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
-    """One task's row: both scores with standard errors, flips and p-value, retention; the other metrics beside it.
-
-    Args:
-        dense: record of the dense model.
-        compressed: record of the compressed one.
-
-    Returns:
-        The row.
-
-    Raises:
-        RunError: the two records are not of the same items.
-    """
+    """One task's row: both scores with standard errors, flips and p-value, retention; the other metrics beside it."""
     if dense["document_hash"] != compressed["document_hash"] or dense["items"] != compressed["items"]:
         raise RunError(
             "the dense and the compressed model were not scored on the same items",
@@ -151,15 +105,7 @@ def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> 
 
 
 def compare_tasks(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
-    """Compare the records of two models, task by task.
-
-    Args:
-        dense: records by task.
-        compressed: records of the same tasks.
-
-    Returns:
-        {"tasks": row by task, "retention": over all}.
-    """
+    """Compare the records of two models, task by task."""
     rows = {name: compare_records(dense[name], compressed[name]) for name in dense}
     return {"tasks": rows, "retention": retention(rows.values())}
 

@@ -36,12 +36,6 @@ def shares_contexts(model: Any) -> bool:
     """Whether continuations can be run from a copied cache: all layers attend to everything, through stock arguments.
 
     And it is tried: that positions begin elsewhere than at 0 (RoBERTa's) or a cache is built otherwise no config says.
-
-    Args:
-        model: a causal LM of transformers.
-
-    Returns:
-        Whether `log_likelihoods` is for it.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -83,15 +77,7 @@ def requests_at_once(context: int) -> int:
 
 @torch.no_grad()
 def log_likelihoods(model: Any, requests: Sequence[Request]) -> list[Answer]:
-    """The likelihood of each continuation after its context; equal contexts are run once.
-
-    Args:
-        model: a causal LM of transformers, for which `shares_contexts`.
-        requests: contexts and continuations.
-
-    Returns:
-        An answer for each request.
-    """
+    """The likelihood of each continuation after its context; equal contexts are run once."""
     contexts = {tuple(context): i for i, context in enumerate(dict.fromkeys(tuple(c) for c, _ in requests))}
     row_of = [contexts[tuple(context)] for context, _ in requests]
     run = _run_contexts(model, list(contexts))

@@ -53,16 +53,6 @@ def speed(
     Of each phase: "ratio" is the median of the repeats' own ratios, "cpu_ratio" the same of processor time; "ideal" is
     1 / (1 - r), r the share of layers removed; "layer_share" the layers' share s of the dense model's time, timed in a
     run of its own each round; "reachable" is 1 / (1 - r s); "reached" is ratio / reachable.
-
-    Args:
-        dense: the dense model.
-        compressed: the compressed one.
-        prompt: tokens of the prompt; not given, PROMPT, or as many as the model has positions for.
-        decode: single-token steps after it; not given, DECODE, of few positions up to a quarter of them.
-        repeats: rounds beside the one that warms up.
-
-    Returns:
-        The figures, as JSON values; speeds in tokens per second, sizes in bytes.
     """
     known = positions(dense.config) or PROMPT + DECODE + 1
     decode = min(DECODE, max(1, known // 4)) if decode is None else decode
@@ -233,15 +223,6 @@ def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -
 
     "kv_bytes" is what the cache held after it, "kv_bytes_computed" tokens times the bytes of one. They differ where
     layers keep a window or a state.
-
-    Args:
-        dense: the dense model.
-        compressed: the compressed one.
-        tokens: of the prompt.
-        repeats: of the prefill.
-
-    Returns:
-        The figures of both, as JSON values.
     """
     both = {"dense": dense, "compressed": compressed}
     seconds: dict[str, list[float]] = {name: [] for name in both}
@@ -267,14 +248,6 @@ def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
     On accelerators from torch's allocators, of all devices that hold weights together. On a CPU with Linux from the
     process's resident size, whose peak can be reset; of this, memory that an earlier step freed and the allocator kept
     is first released, so far as the C library does that.
-
-    Args:
-        model: a causal LM of transformers.
-        prompt: tokens of the prompt.
-        new: tokens generated.
-
-    Returns:
-        Bytes; None where they cannot be measured.
     """
     devices = {p.device for p in model.parameters()}
     if devices != {torch.device("cpu")}:

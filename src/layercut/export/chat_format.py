@@ -70,19 +70,7 @@ class ChatFormat:
 
 
 def chat_format(template: str, render: Render) -> ChatFormat:
-    """Find the text that a chat template writes around messages.
-
-    Args:
-        template: its source.
-        render: renders a chat by it.
-
-    Returns:
-        The text around messages.
-
-    Raises:
-        DataError: it cannot be said by such pieces; the message says why.
-        LayercutError: whatever `render` raises for a chat without a system message.
-    """
+    """Find the text that a chat template writes around messages."""
     if "strftime_now" in template:
         raise DataError("it writes the date of the day")
     system, *talk = (

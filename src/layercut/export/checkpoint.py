@@ -140,25 +140,7 @@ def export_checkpoint(
     check: bool = True,
     source: Path | None = None,
 ) -> dict[str, Any]:
-    """Save model, tokenizer and generation config; verify; only then put the folder in its place.
-
-    Args:
-        model: a causal LM of transformers, in eval mode.
-        tokenizer: saved beside it.
-        folder: replaced where it is there.
-        packed: tensors to save for the weights of `model` that they stand for.
-        quantization_config: describes the packed tensors.
-        text: token ids [N, T] to measure perplexity on, by the fresh process.
-        check: whether a fresh process verifies what was saved.
-        source: the checkpoint folder that the model came from, whose BESIDE come too.
-
-    Returns:
-        {"bytes": of the weight files, "check": what the fresh process found, None where there was none}.
-
-    Raises:
-        RunError: it cannot be written.
-        ReloadError: the reloaded model differs, or a weight was saved twice.
-    """
+    """Save model, tokenizer and generation config; verify; only then put the folder in its place."""
     model = as_stored(model)
     state = stored_state(model, packed or {})
     partial = partial_of(folder)
@@ -186,12 +168,7 @@ def export_checkpoint(
 
 
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model and is neither weights nor tokenizer, as far as it is not there.
-
-    Args:
-        source: a checkpoint folder.
-        folder: where to.
-    """
+    """Copy what belongs to a model and is neither weights nor tokenizer, as far as it is not there."""
     there = {file.name for file in folder.iterdir()}
     if "chat_template.jinja" in there:
         there.add("chat_template.json")  # an older name of the same
@@ -207,15 +184,7 @@ def copy_beside(source: Path, folder: Path) -> None:
 
 @contextmanager
 def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While open, a bar that follows how many bytes are in a folder into which the model is saved.
-
-    Args:
-        folder: where the model is saved.
-        state: its tensors by name.
-
-    Yields:
-        Nothing.
-    """
+    """While open, a bar that follows how many bytes are in a folder into which the model is saved."""
 
     def written() -> float:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
@@ -225,19 +194,7 @@ def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
-    """Verify a checkpoint that was written from files, then put the folder in its place.
-
-    Args:
-        model: what it should be; its layers are on disk.
-        partial: the folder that was written.
-        folder: its place.
-
-    Returns:
-        As `export_checkpoint`.
-
-    Raises:
-        ReloadError: a fresh process computes something else from it.
-    """
+    """Verify a checkpoint that was written from files, then put the folder in its place."""
     try:
         check = verify_streamed(model, partial)
         with writing(folder):
@@ -248,16 +205,7 @@ def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
 
 
 def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, with packed ones in the place of the weights that they encode.
-
-    Args:
-        model: a causal LM of transformers.
-        packed: tensors by their full names; one that is named as a parameter of the model, as a trained norm is, or an
-            embedding in whole bytes, stands for that parameter. May be empty.
-
-    Returns:
-        What a checkpoint stores.
-    """
+    """The model's tensors by name, with packed ones in the place of the weights that they encode."""
     whole = model.state_dict()
     replaced = {key if key in whole else f"{key.rpartition('.')[0]}.weight" for key in packed}
     stood_for = {whole[name].data_ptr() for name in replaced}  # a tied head too, by whatever name
@@ -267,15 +215,7 @@ def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch
 
 @contextmanager
 def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterator[None]:
-    """While open, the config says how the weights are quantized; the model in memory is a plain one.
-
-    Args:
-        config: of the model.
-        quantization_config: describes the packed tensors; None: the config stays as it is.
-
-    Yields:
-        Nothing.
-    """
+    """While open, the config says how the weights are quantized; the model in memory is a plain one."""
     if quantization_config is None:
         yield
         return
@@ -287,15 +227,7 @@ def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterat
 
 
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Refuse files that hold more bytes than the tensors do.
-
-    Args:
-        folder: that was written.
-        state: its tensors by name.
-
-    Raises:
-        ReloadError: a tied weight was saved twice.
-    """
+    """Refuse files that hold more bytes than the tensors do."""
     expected, saved = distinct_bytes(state), 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -313,19 +245,7 @@ def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
 
 
 def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
-    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`.
-
-    Args:
-        model: in memory.
-        folder: that was written.
-        text: token ids [N, T] to measure perplexity on.
-
-    Returns:
-        What the process found; "how" in it says where it did less.
-
-    Raises:
-        ReloadError: it cannot load the folder, or computes something else.
-    """
+    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`."""
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = reload_bytes(sum(p.numel() for p in model.parameters()), parameter.itemsize)
     free = sum(map(memory.available_bytes, placed_over(model) or [parameter.device]))
@@ -342,17 +262,6 @@ def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) ->
     that forward passes without it give (in float32, where rounding makes no ties), at the model's own positions or from
     0 on. Of `text` the process measures the perplexity, in float32 as well: some CPUs take many times as long over
     narrower dtypes.
-
-    Args:
-        model: in memory.
-        folder: that was written.
-        text: token ids [N, T], or None.
-
-    Returns:
-        What the process found.
-
-    Raises:
-        ReloadError: it cannot load the folder, or computes something else.
     """
     return _verified(model, folder, ["-P", str(CHECKER)], text)
 
@@ -362,16 +271,6 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
 
     Logits must be equal to the bit. transformers' loader places each layer's weights, but they are never whole in
     the new process's memory, and nothing is generated.
-
-    Args:
-        model: in memory, or with its layers on disk.
-        folder: that was written.
-
-    Returns:
-        What the process found.
-
-    Raises:
-        ReloadError: it cannot load the folder, or computes something else.
     """
     return _verified(model, folder, ["-P", "-m", "layercut.export.reload_offloaded_process"])
 
@@ -436,15 +335,7 @@ def _environment() -> dict[str, str]:
 
 
 def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Tensor:
-    """The first tokens of blocks, as many as what was exported is measured on again.
-
-    Args:
-        blocks: token ids [N, T].
-        window: tokens of a row at most.
-
-    Returns:
-        Token ids, `CHECK_TOKENS` in all at most, or one row.
-    """
+    """The first tokens of blocks, as many as what was exported is measured on again."""
     rows = in_rows(blocks, window)
     return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()
 
@@ -453,15 +344,7 @@ def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Ten
 
 
 def reload_bytes(parameters: int, itemsize: int) -> int:
-    """What a fresh process holds that verifies a model: the weights as they are saved, and turned into float32.
-
-    Args:
-        parameters: of the model.
-        itemsize: bytes of a number as it is saved.
-
-    Returns:
-        Bytes.
-    """
+    """What a fresh process holds that verifies a model: the weights as they are saved, and turned into float32."""
     return parameters * (itemsize + torch.float32.itemsize)
 
 

@@ -61,15 +61,7 @@ class Consumer:
 
 
 def every(number: int, key: str = "") -> Places:
-    """A rule by a period: the last of every so many layers is apart.
-
-    Args:
-        number: the period.
-        key: a key of the config under which a whole number replaces it.
-
-    Returns:
-        The rule.
-    """
+    """A rule by a period: the last of every so many layers is apart."""
 
     def places(config: Any, layers: int) -> list[bool]:
         found = getattr(config, key, None) if key else None
@@ -80,14 +72,7 @@ def every(number: int, key: str = "") -> Places:
 
 
 def by_llama_cpp(architecture: str) -> Places:
-    """A rule as `models/llama_cpp_rules.py` has it, for a file in which no array says otherwise.
-
-    Args:
-        architecture: in llama.cpp's names.
-
-    Returns:
-        The rule.
-    """
+    """A rule as `models/llama_cpp_rules.py` has it, for a file in which no array says otherwise."""
 
     def places(config: Any, layers: int) -> list[bool]:
         window = getattr(config, "sliding_window", None)
@@ -98,29 +83,13 @@ def by_llama_cpp(architecture: str) -> Places:
 
 
 def by_length_of_pattern(config: Any, layers: int) -> list[bool]:
-    """The last of every len(sliding_window_pattern) layers is apart; without a pattern all are.
-
-    Args:
-        config: of the decoder.
-        layers: how many there are.
-
-    Returns:
-        Of each place whether its layer is apart.
-    """
+    """The last of every len(sliding_window_pattern) layers is apart; without a pattern all are."""
     pattern = getattr(config, "sliding_window_pattern", None)
     return [not pattern or (i + 1) % len(str(pattern)) == 0 for i in range(layers)]
 
 
 def by_letters(config: Any, layers: int) -> list[bool]:
-    """sliding_window_pattern is text such as LLLG, repeated; G is apart.
-
-    Args:
-        config: of the decoder.
-        layers: how many there are.
-
-    Returns:
-        Of each place whether its layer is apart.
-    """
+    """sliding_window_pattern is text such as LLLG, repeated; G is apart."""
     pattern = getattr(config, "sliding_window_pattern", None)
     return [not isinstance(pattern, str) or pattern[i % len(pattern)] == "G" for i in range(layers)]
 

@@ -42,17 +42,7 @@ class Reading:
 def readings(
     config: Any, segments: Iterable[Segment], written: Written = "float", names: Sequence[str] = CONSUMER_NAMES
 ) -> list[Reading]:
-    """What each consumer makes of a model without some of its layers.
-
-    Args:
-        config: of the whole model, before the cut.
-        segments: the layers to remove.
-        written: as what the cut model is written.
-        names: the consumers.
-
-    Returns:
-        A reading of each, in the order of the names.
-    """
+    """What each consumer makes of a model without some of its layers."""
     text, layers = config.get_text_config(decoder=True), count_layers(config)
     kept = kept_layers(list(segments), layers)
     return [_reading(name, text, layers, kept, written) for name in names]
@@ -66,12 +56,7 @@ def misread(found: Iterable[Reading]) -> list[str]:
 
 
 def warn_misread(stage: str, found: Iterable[Reading]) -> None:
-    """Warn of every consumer that would misread a cut.
-
-    Args:
-        stage: that warns.
-        found: what the consumers make of the cut.
-    """
+    """Warn of every consumer that would misread a cut."""
     for words in misread(found):
         warn(stage, words)
 
@@ -106,15 +91,7 @@ def _odd_layer(rule: IndexRule, text: Any, kept: Sequence[int]) -> int | None:
 
 
 def layers_apart(text: Any, aspect: Aspect) -> list[bool] | None:
-    """Which layers are of the rarer kind: attend to everything, or have no rotary positions.
-
-    Args:
-        text: the config of the decoder.
-        aspect: which of the two.
-
-    Returns:
-        Of each layer whether it is; None: the config does not tell layers apart.
-    """
+    """Which layers are of the rarer kind: attend to everything, or have no rotary positions."""
     if aspect == "no_rope_layers":
         listed = getattr(text, "no_rope_layers", None)
         return [not each for each in listed] if listed else None  # 1: with rotary positions
@@ -184,19 +161,7 @@ def _array(text: Any, kept: Sequence[int]) -> str:
 
 
 def restriction(config: Any, names: Sequence[str], length: int) -> Restriction:
-    """Which cuts of so many layers stay right in these consumers.
-
-    Args:
-        config: of the whole model, before the cut.
-        names: the consumers.
-        length: n, layers to remove.
-
-    Returns:
-        The restriction, for `layer_search.search`.
-
-    Raises:
-        ConfigError: none does, or one of them does not load this architecture.
-    """
+    """Which cuts of so many layers stay right in these consumers."""
     text, layers = config.get_text_config(decoder=True), count_layers(config)
     found = _restriction(text, layers, names, length)
     if found.cheapest([0.0] * layers) is None:
@@ -231,15 +196,7 @@ def _restriction(text: Any, layers: int, names: Sequence[str], length: int) -> R
 
 
 def check_written(names: Sequence[str], written: Written) -> None:
-    """Refuse a number format that one of these consumers does not read.
-
-    Args:
-        names: the consumers.
-        written: as what a model is written.
-
-    Raises:
-        ConfigError: which one, and what it reads.
-    """
+    """Refuse a number format that one of these consumers does not read."""
     for name in names:
         consumer = CONSUMERS[name]
         if not consumer.takes(written):
@@ -253,17 +210,7 @@ def check_written(names: Sequence[str], written: Written) -> None:
 
 
 def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], written: Written) -> None:
-    """Refuse a cut, or a number format, that one of these consumers would misread or not read.
-
-    Args:
-        config: of the whole model, before the cut.
-        segments: the layers to remove.
-        names: the consumers; none: nothing is refused.
-        written: as what the cut model is written.
-
-    Raises:
-        ConfigError: which one and why; the hint names cuts or formats that are right.
-    """
+    """Refuse a cut, or a number format, that one of these consumers would misread or not read."""
     if not names:
         return
     check_written(names, written)
@@ -279,19 +226,7 @@ def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], wr
 
 
 def check_model(config: Any, names: Sequence[str], written: Written) -> list[Reading]:
-    """What all consumers make of a model as it is, once those of `names` read it right.
-
-    Args:
-        config: of the model that is written.
-        names: the consumers that have to read it right.
-        written: as what it is written.
-
-    Returns:
-        What each of all consumers makes of it.
-
-    Raises:
-        ConfigError: one of `names` does not.
-    """
+    """What all consumers make of a model as it is, once those of `names` read it right."""
     check_written(names, written)
     found = readings(config, [], written)
     for one in found:

@@ -85,20 +85,7 @@ user can correct."""
 
 
 def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
-    """A GGUF file for llama.cpp, read back and compared; a run that began from one keeps the bytes it did not heal.
-
-    Args:
-        source: what is exported.
-        out: the file to write.
-        options: `gguf_type` and `converter` count.
-
-    Returns:
-        What was written and measured, as JSON values.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync (K-quants) or llama.cpp's converter (checkpoint folders) is missing.
-        ModelError: llama.cpp does not know the architecture, or reads something else from the file.
-    """
+    """A GGUF file for llama.cpp, read back and compared; a run that began from one keeps the bytes it did not heal."""
     kind = options.gguf_type
     if kind is not None and is_mixture(kind):
         require_llama_cpp()
@@ -129,16 +116,6 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
     """What a finished run removed from a .gguf file, and what it healed of the rest.
 
     Quantization is not among it, a GGUF file has its own.
-
-    Args:
-        run: its folder.
-        came: the file that it began from.
-
-    Returns:
-        What `write_cut` writes.
-
-    Raises:
-        RunError: the file was replaced or edited since.
     """
     if came.changed_since(run / checkpoints.DIGESTS):
         raise RunError(
@@ -155,19 +132,7 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
 
 
 def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
-    """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed weights.
-
-    Args:
-        source: what is exported.
-        out: the folder to write.
-        options: none count.
-
-    Returns:
-        What the fresh process found, as JSON values.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-    """
+    """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed weights."""
     if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
         loaded = cut_of_run(source.run, came).student()
         loading.convert_parameters_(loaded.model, torch.bfloat16)

@@ -34,20 +34,7 @@ def llama_cpp_installed() -> bool:
 
 
 def quantized_rows(data: np.ndarray, kind: Any, importance: np.ndarray | None = None) -> np.ndarray:
-    """A matrix in a GGML type.
-
-    Args:
-        data: float32, [..., columns].
-        kind: a `gguf.GGMLQuantizationType`, in whose blocks the columns fit.
-        importance: of each column, [columns]; rounding to a few types needs it, most others gain.
-
-    Returns:
-        The packed bytes, [..., bytes of a row]; of float types the numbers.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing, and the `gguf` package does not round to this type.
-        ModelError: the type needs importance, and none is given.
-    """
+    """A matrix in a GGML type."""
     from gguf import GGML_QUANT_SIZES, quants
 
     plain = kind.name.lower() in PLAIN
@@ -69,18 +56,7 @@ def quantized_rows(data: np.ndarray, kind: Any, importance: np.ndarray | None = 
 
 
 def quantize_file(source: Path, out: Path, kind: str, importance: Mapping[str, np.ndarray]) -> None:
-    """A GGUF file in one of llama.cpp's mixtures.
-
-    Args:
-        source: the file, best of float weights.
-        out: the file to write.
-        kind: of `config.GgufType`, one that is a mixture.
-        importance: of the columns of each matrix, by its name in the file; empty: none.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing.
-        ModelError: llama.cpp refuses.
-    """
+    """A GGUF file in one of llama.cpp's mixtures."""
     from gguf import LlamaFileType
 
     library, ffi = require_llama_cpp(), _ffi()
@@ -121,11 +97,7 @@ def _importance_entries(ffi: Any, importance: Mapping[str, np.ndarray]) -> tuple
 
 
 def require_llama_cpp() -> Any:
-    """llama.cpp's C functions.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
-    """
+    """llama.cpp's C functions."""
     try:
         from llama_cpp_py_sync._cffi_bindings import get_lib
     except ImportError:

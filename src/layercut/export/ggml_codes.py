@@ -57,16 +57,7 @@ NO_SCALE = 1e-30
 
 
 def with_codes(packed: np.ndarray, kind: str, codes: np.ndarray) -> np.ndarray:
-    """Rows with other codes beside the same scales.
-
-    Args:
-        packed: uint8 [O, bytes of a row].
-        kind: one of LAYOUTS.
-        codes: [O, I], from 0 to 2^bits - 1.
-
-    Returns:
-        uint8 [O, bytes of a row].
-    """
+    """Rows with other codes beside the same scales."""
     layout, rows = LAYOUTS[kind], len(packed)
     blocks = packed.reshape(rows, codes.shape[1] // layout.block, -1).copy()
     runs = codes.astype(np.uint8).reshape(rows, blocks.shape[1], layout.pairs, 2, layout.n)
@@ -83,16 +74,7 @@ def with_codes(packed: np.ndarray, kind: str, codes: np.ndarray) -> np.ndarray:
 
 
 def with_scales(packed: np.ndarray, kind: str, grid: Grid) -> np.ndarray:
-    """Rows with other scales beside the same codes; of a type whose scales are halves of their own.
-
-    Args:
-        packed: uint8 [O, bytes of a row].
-        kind: one of LAYOUTS.
-        grid: scales, and zero points [O, I / SHARED], 0 of a type without a least number.
-
-    Returns:
-        uint8 [O, bytes of a row]; `grid_of` gives the grid that it holds, rounded to halves.
-    """
+    """Rows with other scales beside the same codes; of a type whose scales are halves of their own."""
     assert grid.zero is not None
     blocks = packed.reshape(*grid.scale.shape, -1).copy()
     numbers = (grid.scale, (grid.lowest - grid.zero) * grid.scale)
@@ -102,17 +84,7 @@ def with_scales(packed: np.ndarray, kind: str, grid: Grid) -> np.ndarray:
 
 
 def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:
-    """The points that the scales of rows allow: those of all codes 0 and of all codes 1, and so on at that distance.
-
-    Args:
-        packed: uint8 [O, bytes of a row].
-        kind: a `gguf.GGMLQuantizationType`, in LAYOUTS by its name.
-        columns: I.
-
-    Returns:
-        Scales in float32 [O, I / SHARED], a scale of 0, which leaves no choice, as NO_SCALE; and zero points, in
-        float32 where a block has a least number, which may be any, else int8 and 0.
-    """
+    """The points that the scales of rows allow: those of all codes 0 and of all codes 1, and so on at that distance."""
     from gguf import quants
 
     name, shape = kind.name.lower(), (len(packed), columns)

@@ -54,19 +54,7 @@ def readable(architecture: str) -> bool:
 
 
 def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
-    """Compare what llama.cpp makes of a converted file's layers with the config of the folder it was made from.
-
-    Args:
-        file: a GGUF file.
-        config: of the folder.
-
-    Returns:
-        None where they agree, else of each layer whether it attends to all tokens: to be written into the file as an
-        array, by `surgery.cut_gguf(full=…)`.
-
-    Raises:
-        ModelError: they differ, and llama.cpp reads no such array for this architecture.
-    """
+    """Compare what llama.cpp makes of a converted file's layers with the config of the folder it was made from."""
     header, config = read_header(file), config.get_text_config(decoder=True)
     name, layers, facts = header.architecture, header.layers, header.facts()
     _same_numbers(name, layers, config)
@@ -105,11 +93,7 @@ def _full_in_config(config: Any, layers: int) -> list[bool] | None:
 
 
 def _same_numbers(name: str, layers: int, config: Any) -> None:
-    """What llama.cpp does at some numbers of layers only has to be what the config asks for.
-
-    Raises:
-        ModelError: it is not.
-    """
+    """What llama.cpp does at some numbers of layers only has to be what the config asks for."""
     if wanted := getattr(config, "query_pre_attn_scalar", None):
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -136,18 +120,7 @@ def window_of(config: Any) -> int:
 
 
 def read_by_transformers(file: Path, config: Any = None) -> Any:
-    """The model in a GGUF file, in float32.
-
-    Args:
-        file: a GGUF file.
-        config: that of the model it was made from; None: what the file says.
-
-    Raises:
-        ModelError: it cannot be read, or lacks weights.
-
-    Returns:
-        The model, in eval mode, without gradients.
-    """
+    """The model in a GGUF file, in float32."""
     from transformers import AutoModelForCausalLM
 
     source = Checkpoint(str(file), file.parent, file.name)
@@ -167,37 +140,14 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
 
 
 def weights_in(file: Path, model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Parameters as they are in a GGUF file.
-
-    Args:
-        file: the file.
-        model: what it was made from.
-        names: of the parameters.
-
-    Returns:
-        Tensors by name, in the number format that the model's have.
-    """
+    """Parameters as they are in a GGUF file."""
     read = dict(read_by_transformers(file, model.config).named_parameters()) if names else {}
     return {name: read[name].to(model.get_parameter(name).dtype) for name in names}
 
 
 @torch.no_grad()
 def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
-    """Compare every weight of a file with the model's, in the dtype that the model is saved in.
-
-    Args:
-        name: of the file, for errors.
-        read: the model that was read from it.
-        model: what it should be.
-        rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be
-            equal to the bit.
-
-    Returns:
-        ||found - wanted|| / ||wanted|| of the rounded parameters.
-
-    Raises:
-        ModelError: a weight is another than it should be.
-    """
+    """Compare every weight of a file with the model's, in the dtype that the model is saved in."""
     found = dict(read.named_parameters())
     wanted = dict(as_stored(model).named_parameters())
     if missing := wanted.keys() ^ found.keys():
@@ -231,28 +181,12 @@ def largest_error(kind: str) -> float:
 
 
 def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error ||found - wanted|| / ||wanted||.
-
-    Args:
-        found: of any shape.
-        wanted: of the same.
-
-    Returns:
-        0 where they are equal.
-    """
+    """The relative error ||found - wanted|| / ||wanted||."""
     return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
 
 
 def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
-    """Tokens that reach past the sliding window, repeated where the text is too short.
-
-    Args:
-        tokens: token ids [N, T].
-        config: of the model.
-
-    Returns:
-        Token ids [M].
-    """
+    """Tokens that reach past the sliding window, repeated where the text is too short."""
     row, window = tokens.flatten(), window_of(config)
     length = window + BEYOND if window else tokens.shape[1]
     length = min(length, positions(config) or length)
@@ -263,26 +197,7 @@ def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
 def by_llama_cpp(
     file: Path, reference: Any, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
 ) -> dict[str, Any]:
-    """What llama.cpp computes from the file in a fresh process, compared with a reference.
-
-    Args:
-        file: a GGUF file.
-        reference: a causal LM of transformers with the same weights.
-        tokenizer: its tokenizer, whose token ids are compared with llama.cpp's.
-        tokens: token ids [N, T].
-        judge: whether to refuse a file whose logits are too far off, which depends on the types of its tensors. False
-            where the reference has the weights before they were rounded.
-
-    Returns:
-        "logit_error": ||z - z'|| / ||z'||, each position's mean taken out, since softmax does not depend on it: the
-        median over positions, since a token that takes another expert is off alone, of the first window or of those
-        past the sliding window, whichever is larger. "greedy": how many of llama.cpp's own next tokens the reference
-        finds likeliest as well, given the same text before. "perplexity", "positions", "same_top", "same_token_ids",
-        "version".
-
-    Raises:
-        ModelError: llama.cpp cannot load the file, or computes something else.
-    """
+    """What llama.cpp computes from the file in a fresh process, compared with a reference."""
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     long = long_row(tokens, reference.config)
     found, theirs, beyond = _in_fresh_process(file, tokens, long, text)
@@ -308,18 +223,7 @@ def by_llama_cpp(
 
 
 def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
-    """Perplexity of a GGUF file in llama.cpp, in a fresh process.
-
-    Args:
-        file: a GGUF file.
-        tokens: token ids [N, T], windows that do not overlap.
-
-    Returns:
-        Perplexity.
-
-    Raises:
-        ModelError: llama.cpp cannot use the file.
-    """
+    """Perplexity of a GGUF file in llama.cpp, in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "tokens.npy", tokens.numpy())
         return math.exp(min(_printed(file, Path(folder))["loss"], 700.0))
@@ -328,11 +232,7 @@ def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
 def _in_fresh_process(
     file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Run `export/llama_cpp_process.py` on a file.
-
-    Returns:
-        What it prints, the logits of the first window [T, V], and the long row's last ones [., V].
-    """
+    """Run `export/llama_cpp_process.py` on a file."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         np.save(scratch / "tokens.npy", tokens.numpy())

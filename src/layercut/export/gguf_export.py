@@ -95,15 +95,7 @@ class CutGguf:
 
 
 def healed_type(kind: str, came: str) -> str:
-    """The number format of a healed tensor.
-
-    Args:
-        kind: SAME, FINER, or a GGML type in lower case, which it then is.
-        came: the GGML type that it came in, in lower case.
-
-    Returns:
-        A GGML type in lower case.
-    """
+    """The number format of a healed tensor."""
     return NEXT_FINER.get(came, came) if kind == FINER else came if kind == SAME else kind
 
 
@@ -113,22 +105,7 @@ def is_mixture(kind: str) -> bool:
 
 
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
-    """The source file without the segments, with what healing changed replaced.
-
-    Args:
-        source: the source file, and what became of it.
-        file: where to write.
-        kind: SAME, FINER or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
-        student: the model that the file should be, for its config and the importance of columns.
-        tokens: token ids [N, T] to measure importance on, and for GPTQ; None: rounded without.
-
-    Returns:
-        "kind", "healed": names of parameters, "importance": how many matrices were rounded with it, and "gptq": the
-        names of those whose codes were then chosen by GPTQ.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
-    """
+    """The source file without the segments, with what healing changed replaced."""
     came, architecture = source.checkpoint.file, architecture_of(source.checkpoint.file)
     mixture = is_mixture(kind)
     kinds = types_as_they_came(came, source.segments)
@@ -177,19 +154,7 @@ def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> di
 
 
 def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]:
-    """Hold a file that `write_cut` wrote against the model that it should be.
-
-    Args:
-        source: the source file, and what became of it.
-        file: what was written.
-        text: token ids [N, T] to measure on.
-
-    Returns:
-        "errors": relative error of each parameter that was rounded, "again": what was measured.
-
-    Raises:
-        ModelError: the file, read back or computed by llama.cpp, is not that model.
-    """
+    """Hold a file that `write_cut` wrote against the model that it should be."""
     loaded, architecture = source.student(), architecture_of(file)
     student = loaded.model
     if unlike_the_folder(file, student.config) is not None:
@@ -212,20 +177,7 @@ def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]
 
 
 def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str) -> dict[str, Any]:
-    """A .gguf file with its matrices in another number format.
-
-    Args:
-        checkpoint: the source file.
-        file: where to write.
-        kind: a GGML type or a mixture, in lower case.
-
-    Returns:
-        "kind", "importance", "gptq", "errors", "again", as of the others.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
-        ModelError: the file, read back or computed by llama.cpp, is not the source's model.
-    """
+    """A .gguf file with its matrices in another number format."""
     if kind in AS_THEY_CAME:
         raise ModelError(
             f"{checkpoint.name} was not healed: its tensors stay in their number formats", "give another --gguf-type"
@@ -245,24 +197,7 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
 def write_converted(
     folder: Path, file: Path, config: ExportConfig, texts: Texts = Texts(), name: str | None = None
 ) -> dict[str, Any]:
-    """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits.
-
-    Args:
-        folder: a checkpoint of float weights.
-        file: where to write.
-        config: the type of the weights, and where the converter is.
-        texts: to measure on, and of importance.
-        name: of the model, for the file's metadata; None: the folder's.
-
-    Returns:
-        "kind", "importance", "gptq", "errors": relative error of each parameter that was rounded, "again": what was
-        measured.
-
-    Raises:
-        ConfigError: there is no converter.
-        ModelError: a quantized folder, an architecture that llama.cpp does not know, or the file, read back, is not the
-            folder's model.
-    """
+    """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits."""
     kind = config.gguf_type or "q8_0"
     checkpoints.check_folder(folder)
     own = kind in AS_THEY_CAME
@@ -292,19 +227,7 @@ def write_converted(
 def write_rounded(
     plain: Path, file: Path, kind: str, model: Any, text: torch.Tensor, calibration: torch.Tensor | None
 ) -> dict[str, Any]:
-    """A GGUF file with all its matrices in another number format.
-
-    Args:
-        plain: the source file.
-        file: where to write.
-        kind: a GGML type or a mixture, in lower case.
-        model: what is in `plain`.
-        text: token ids [N, T] to measure importance on where there is no calibration text; mixtures heed it.
-        calibration: token ids [N, T] of a run, for importance, and for GPTQ, which is left out without.
-
-    Returns:
-        "importance": how many matrices heeded it, "gptq": whose codes were then chosen by GPTQ.
-    """
+    """A GGUF file with all its matrices in another number format."""
     heeds = kind not in PLAIN or (kind not in FINE and calibration is not None and llama_cpp_installed())
     columns = _columns(model, text if calibration is None else calibration) if heeds else {}
     named = _in_file(plain, model, columns)
@@ -343,11 +266,7 @@ def _some_text(loaded: Any) -> torch.Tensor:
 
 
 def _write_sliding_layers_(file: Path, config: Any) -> None:
-    """Write into a converted file which layers slide, where llama.cpp would take others.
-
-    Raises:
-        ModelError: llama.cpp does not read that for this architecture.
-    """
+    """Write into a converted file which layers slide, where llama.cpp would take others."""
     full = unlike_the_folder(file, config)
     if full is None:
         return

@@ -37,19 +37,7 @@ from layercut.surgery import cut_gguf
 
 @torch.no_grad()
 def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collection[str]) -> list[str]:
-    """Choose the codes of matrices in a GGUF file again, by GPTQ, and scales that are a block's own.
-
-    Args:
-        file: the file; replaced when all is chosen.
-        model: a causal LM of transformers, what the file's weights were before they were rounded.
-        tokens: calibration token ids [N, T].
-        rounded: names of the parameters that were.
-
-    Returns:
-        Names of the parameters that have other codes now: matrices of linear modules in the decoder layers, of the
-        types of `LAYOUTS`, with no more columns than there are tokens. Of the others it is said where the file keeps
-        their rows in an order of its own, or the model cannot be run layer by layer.
-    """
+    """Choose the codes of matrices in a GGUF file again, by GPTQ, and scales that are a block's own."""
     tensors = {t.name: t for t in open_gguf(file)[1].tensors if t.tensor_type.name.lower() in LAYOUTS}
     student, architecture = loading.share(model).eval(), architecture_of(file)
     try:

@@ -32,22 +32,7 @@ Beyond these the file is not what rounding makes of the model."""
 def measure_again(
     file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, source: Path | None = None
 ) -> dict[str, Any]:
-    """Perplexity of the model, of the file as transformers reads it, and of it and of the source in llama.cpp.
-
-    Args:
-        file: a GGUF file.
-        model: what it was made from, before its weights were rounded.
-        read: the file as transformers reads it; None where it does not know the architecture.
-        tokenizer: the model's.
-        tokens: token ids [N, T].
-        source: the .gguf file it was made from.
-
-    Returns:
-        What was not measured is None.
-
-    Raises:
-        ModelError: llama.cpp refuses the file, or its perplexity is not what rounding makes of the model.
-    """
+    """Perplexity of the model, of the file as transformers reads it, and of it and of the source in llama.cpp."""
     with bar("measuring again", None):
         before = perplexity(model, tokens)
         found = {"model": before, "file": None if read is None else perplexity(read, tokens)}
@@ -63,17 +48,7 @@ def measure_again(
 
 
 def check_unrounded(write: Callable[[Path], None], model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
-    """Have llama.cpp read a file whose weights are the model's own, since rounding would hide a small difference.
-
-    Args:
-        write: writes that file.
-        model: what it should be.
-        tokenizer: the model's.
-        tokens: token ids [N, T].
-
-    Raises:
-        ModelError: llama.cpp computes something else, also past the sliding window.
-    """
+    """Have llama.cpp read a file whose weights are the model's own, since rounding would hide a small difference."""
     if not llama_cpp_installed():
         return
     with tempfile.TemporaryDirectory() as folder, bar("comparing before rounding", None):
@@ -88,16 +63,7 @@ def rounded(file: Path) -> bool:
 
 
 def refuse_jump(file: Path, found: float | None, wanted: float) -> None:
-    """Refuse a file whose perplexity has risen by more than its number formats explain.
-
-    Args:
-        file: a GGUF file.
-        found: its perplexity; None: not measured.
-        wanted: of the model that it was made from, on the same tokens.
-
-    Raises:
-        ModelError: it has.
-    """
+    """Refuse a file whose perplexity has risen by more than its number formats explain."""
     if found is None:
         return
     bits, kind = coarsest(file)

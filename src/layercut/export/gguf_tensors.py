@@ -49,19 +49,6 @@ def gguf_tensors(
 
     Vectors are written in float32, a matrix whose columns do not fill the type's blocks in float16, and rows of query
     and key of the architecture "llama" in llama.cpp's order of rotary pairs; norms of Gemma have 1 added.
-
-    Args:
-        weights: by parameter name.
-        config: of the model that they belong to.
-        architecture: general.architecture.
-        kind_of: the GGML type of matrices, in lower case; or what gives it for a tensor's name.
-        importance: of the columns of matrices, by parameter name; where it lacks one, it is rounded without.
-
-    Returns:
-        (numpy data, GGML type) by llama.cpp's name, in the order of `weights`.
-
-    Raises:
-        ModelError: llama.cpp has no name for a weight.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -82,19 +69,7 @@ def gguf_tensors(
 
 
 def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
-    """llama.cpp's name of each parameter.
-
-    Args:
-        parameters: their names.
-        config: of the model.
-        architecture: general.architecture.
-
-    Returns:
-        The names, in the order given.
-
-    Raises:
-        ModelError: it has none, or does not know the architecture.
-    """
+    """llama.cpp's name of each parameter."""
     found: dict[str, str] = {}
     names = _name_map(config, architecture)
     for parameter in parameters:
@@ -109,18 +84,7 @@ def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, 
 
 
 def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
-    """llama.cpp's name of each parameter of a model, as far as it has one.
-
-    Args:
-        model: a causal LM of transformers.
-        architecture: general.architecture.
-
-    Returns:
-        The names; None for parameters that it stores in parts or joined, such as fused experts.
-
-    Raises:
-        ModelError: llama.cpp does not know the architecture.
-    """
+    """llama.cpp's name of each parameter of a model, as far as it has one."""
     names = _name_map(model.config, architecture)
     return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
 
@@ -135,32 +99,14 @@ def _name_map(config: Any, architecture: str) -> Any:
 
 
 def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
-    """The GGML types of the tensors that a cut leaves.
-
-    Args:
-        file: a GGUF file, which is read as it is loaded.
-        segments: the layers to remove.
-
-    Returns:
-        Types in lower case, by the tensors' names after the cut.
-    """
+    """The GGML types of the tensors that a cut leaves."""
     header, reader = open_gguf(file, as_loaded=True)
     names = names_after(header, segments)
     return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 
 
 def file_rows(name: str, architecture: str, config: Any, rows: int) -> torch.Tensor:
-    """Which row of a parameter is where in the file: of query and key of the architecture "llama" in rotary pairs.
-
-    Args:
-        name: llama.cpp's, of the tensor.
-        architecture: general.architecture.
-        config: of the model.
-        rows: of the tensor.
-
-    Returns:
-        [rows] of int64: the parameter's rows in the file's order.
-    """
+    """Which row of a parameter is where in the file: of query and key of the architecture "llama" in rotary pairs."""
     order = torch.arange(rows)
     if architecture != "llama" or not ("attn_q." in name or "attn_k." in name):
         return order
@@ -169,15 +115,7 @@ def file_rows(name: str, architecture: str, config: Any, rows: int) -> torch.Ten
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates.
-
-    Args:
-        rows: [heads * d, …].
-        heads: how many.
-
-    Returns:
-        The same rows in the other order.
-    """
+    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates."""
     halves = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 
@@ -187,14 +125,6 @@ def requantized(file: Path, gguf_type: str, importance: Mapping[str, Any] | None
 
     Beside types of fewer than 8 bits, embeddings and head are in Q8_0. A matrix whose columns do not fill the type's
     blocks stays as it is.
-
-    Args:
-        file: a GGUF file.
-        gguf_type: one of `export.ggml.PLAIN`.
-        importance: of the columns of each matrix, by its name in the file; llama.cpp then rounds with it.
-
-    Returns:
-        (numpy data, GGML type) by name.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
@@ -229,20 +159,7 @@ def tensor_types(file: Path) -> dict[str, int]:
 
 
 def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None, name: str | None = None) -> None:
-    """A checkpoint folder to a GGUF file, by llama.cpp's converter.
-
-    Args:
-        folder: a checkpoint of float weights.
-        out: the file to write.
-        gguf_type: one of `CONVERTED`.
-        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER, or what the extra
-            `convert` installed.
-        name: of the model, for general.name; None: as the converter finds it.
-
-    Raises:
-        ConfigError: there is no converter.
-        ModelError: it fails.
-    """
+    """A checkpoint folder to a GGUF file, by llama.cpp's converter."""
     _converter(folder, out, converter, "--outtype", gguf_type, *(["--model-name", name] if name else []))
 
 
@@ -250,14 +167,6 @@ def check_converts(folder: Path, converter: Path | None) -> None:
     """Have llama.cpp's converter write the vocabulary of a checkpoint folder, for which it has to know the model.
 
     The architecture, that is, and the tokenizer; 5 s, whatever the size.
-
-    Args:
-        folder: a checkpoint.
-        converter: as of `convert`.
-
-    Raises:
-        ConfigError: there is no converter.
-        ModelError: it does not know one of them.
     """
     with tempfile.TemporaryDirectory() as place:
         _converter(folder, Path(place) / "vocabulary.gguf", converter, "--vocab-only")
@@ -276,11 +185,7 @@ def _converter(folder: Path, out: Path, converter: Path | None, *flags: str) -> 
 
 
 def converter_script(place: Path | None) -> Path:
-    """convert_hf_to_gguf.py in a folder, else in that of the environment variable, else as installed.
-
-    Raises:
-        ConfigError: there is none, or a package took away the `gguf` that the installed one needs.
-    """
+    """convert_hf_to_gguf.py in a folder, else in that of the environment variable, else as installed."""
     if place is None and os.environ.get(CONVERTER):
         place = Path(os.environ[CONVERTER])
     if place is not None:

@@ -17,19 +17,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def check_destination(name: str, *, private: bool = False) -> str:
-    """Ask the Hub whose the token is, and whether it may write there; nothing is written.
-
-    Args:
-        name: of the repository; without an owner, the token's own.
-        private: whether it must not be public.
-
-    Returns:
-        The full id, owner/name.
-
-    Raises:
-        ConfigError: not a name, no token, a token that is refused or may only read, an owner that it may not write
-            for, a public repository of that name where a private one is asked for, or the Hub cannot be reached.
-    """
+    """Ask the Hub whose the token is, and whether it may write there; nothing is written."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
@@ -87,20 +75,7 @@ def _check_not_public(repo_id: str) -> None:
 def push(
     files: Mapping[str, Path | bytes], repo_id: str, *, private: bool = False, replaces_weights: bool = False
 ) -> str:
-    """Upload files as one commit; the repository is made where there is none.
-
-    Args:
-        files: what to upload, by the path in the repository.
-        repo_id: owner/name, as `check_destination` returned it.
-        private: make it private, where it is made.
-        replaces_weights: delete other safetensors files there, which loaders could take for a part of the model.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        ConfigError: the Hub refuses it, or cannot be reached.
-    """
+    """Upload files as one commit; the repository is made where there is none."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="layercut")

@@ -21,16 +21,7 @@ LEAST = 1e-12
 
 @torch.no_grad()
 def importance(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean squares of what goes into every linear layer.
-
-    Args:
-        model: a causal LM of transformers.
-        tokens: token ids [N, T].
-
-    Returns:
-        [columns] in float32, by the name of the weight; of modules that are no `nn.Linear`, such as fused experts,
-        there is none.
-    """
+    """Mean squares of what goes into every linear layer."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 

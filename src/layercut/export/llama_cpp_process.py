@@ -28,13 +28,7 @@ ERROR = 4
 
 
 class Model:
-    """A GGUF file in llama.cpp, with keys and values kept in float32, so that only weights and products are rounded.
-
-    Args:
-        file: a GGUF file.
-        positions: tokens of the longest text.
-        threads: of the CPU.
-    """
+    """A GGUF file in llama.cpp, with keys and values kept in float32, so that only weights and products are rounded."""
 
     def __init__(self, file, positions, threads):
         self.ffi, self.lib = get_ffi(), get_lib()
@@ -59,27 +53,12 @@ class Model:
         self.size = self.lib.llama_vocab_n_tokens(self.vocabulary)
 
     def heard(self, level, text, _):
-        """llama.cpp's log callback: errors go to stderr, all else nowhere.
-
-        Args:
-            level: of the message.
-            text: a C string.
-            _: llama.cpp's user data, not used.
-        """
+        """llama.cpp's log callback: errors go to stderr, all else nowhere."""
         if level == ERROR:
             sys.stderr.write(self.ffi.string(text).decode(errors="replace"))
 
     def logits(self, tokens, start=0, last=None):
-        """Logits of the last tokens.
-
-        Args:
-            tokens: token ids [T].
-            start: tokens that came before, in the cache; 0 empties it.
-            last: how many logits; None: all.
-
-        Returns:
-            float32 [last or T, V].
-        """
+        """Logits of the last tokens."""
         count = len(tokens)
         wanted = min(last or count, count)
         if start == 0:
@@ -104,15 +83,7 @@ class Model:
 
 
 def loss(scores, tokens):
-    """Sum of -log p(next token), in float64.
-
-    Args:
-        scores: logits [T, V].
-        tokens: token ids [T].
-
-    Returns:
-        Nats.
-    """
+    """Sum of -log p(next token), in float64."""
     z = scores[:-1].astype(np.float64)
     highest = z.max(1)
     normaliser = highest + np.log(np.exp(z - highest[:, None]).sum(1))
@@ -120,14 +91,7 @@ def loss(scores, tokens):
 
 
 def main(file, folder, threads, last=None):
-    """Compute from FOLDER's tokens, write logits there, print the rest.
-
-    Args:
-        file: a GGUF file.
-        folder: with tokens.npy, long.npy and text.txt.
-        threads: of the CPU.
-        last: logits of the long row that are written; None: the loss alone is computed.
-    """
+    """Compute from FOLDER's tokens, write logits there, print the rest."""
     folder = Path(folder)
     windows = np.load(folder / "tokens.npy")
     long = windows[0] if last is None else np.load(folder / "long.npy")
@@ -147,15 +111,7 @@ def main(file, folder, threads, last=None):
 
 
 def greedy(model, written):
-    """What the model writes after a prompt, token by token through the cache.
-
-    Args:
-        model: a `Model`.
-        written: token ids of the prompt, to which the new ones are added.
-
-    Returns:
-        The prompt's length, how many tokens are new, and all of them.
-    """
+    """What the model writes after a prompt, token by token through the cache."""
     prompt = len(written)
     token = int(model.logits(written)[-1].argmax())
     for _ in range(NEW_TOKENS):

@@ -17,16 +17,7 @@ NAME = "mergekit.yaml"
 
 
 def mergekit_config(model: str, original_layer_index: Sequence[int], dtype: str) -> str:
-    """The cut as a passthrough merge.
-
-    Args:
-        model: the source, as mergekit takes it: a Hub id, or a folder.
-        original_layer_index: of each layer that is left, its place in the source, from 0.
-        dtype: number format of the result, such as bfloat16.
-
-    Returns:
-        YAML.
-    """
+    """The cut as a passthrough merge."""
     slices = [{"sources": [{"model": model, "layer_range": list(run)}]} for run in runs(original_layer_index)]
     config = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
     about = "# The cut alone, as it was before healing: mergekit-yaml mergekit.yaml OUT\n"

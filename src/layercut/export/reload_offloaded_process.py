@@ -20,15 +20,7 @@ from layercut.offload import layer_reader
 
 @torch.no_grad()
 def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
-    """Open the folder, compare logits; prints what was found, or exits with the difference.
-
-    Args:
-        folder: the checkpoint.
-        expected: a safetensors file of "tokens" [B, T] and "logits" [B, T, V].
-        device: torch's name.
-        dtype: torch's name.
-        threads: of the CPU.
-    """
+    """Open the folder, compare logits; prints what was found, or exits with the difference."""
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
     print("step: opening", flush=True)

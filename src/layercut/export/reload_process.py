@@ -26,17 +26,7 @@ TIE = 1e-3  # logits nearer than this may change places between two orders of su
 
 
 def load(folder, dtype, device, attention):
-    """The model, by stock transformers; exits where a weight is missing, left over or of another shape.
-
-    Args:
-        folder: the checkpoint.
-        dtype: of torch.
-        device: torch's name, or a device_map as JSON.
-        attention: attn_implementation; None: transformers' choice.
-
-    Returns:
-        The model, in eval mode.
-    """
+    """The model, by stock transformers; exits where a weight is missing, left over or of another shape."""
     config = AutoConfig.from_pretrained(folder)
     chosen = {"attn_implementation": attention} if attention else {}
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -50,15 +40,7 @@ def load(folder, dtype, device, attention):
 
 
 def perplexity(model, rows):
-    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run.
-
-    Args:
-        model: a causal LM of transformers.
-        rows: token ids [N, T].
-
-    Returns:
-        Perplexity.
-    """
+    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run."""
     total = 0.0
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
@@ -69,16 +51,7 @@ def perplexity(model, rows):
 
 @torch.no_grad()
 def leaves(model, out, **positions):
-    """By how much a pass without the cache prefers other tokens than generation with it chose, in logits, at most.
-
-    Args:
-        model: a causal LM of transformers.
-        out: what `generate` gave, with logits.
-        **positions: of the tokens, where the model's own are others.
-
-    Returns:
-        The largest difference over the new tokens, 0 where all are its likeliest.
-    """
+    """By how much a pass without the cache prefers other tokens than generation with it chose, in logits, at most."""
     uncached = model(input_ids=out.sequences, use_cache=False, **positions).logits[0, -len(out.logits) - 1 : -1]
     chosen = torch.stack(out.logits)[:, 0].to(uncached.dtype)
     worst = 0.0
@@ -90,16 +63,7 @@ def leaves(model, out, **positions):
 
 @torch.no_grad()
 def main(folder, expected, device, dtype, threads, attention=None):
-    """Load, compare logits, generate, measure perplexity; prints what was found, or exits with the difference.
-
-    Args:
-        folder: the checkpoint.
-        expected: a safetensors file of "tokens" [B, T], "logits" [B, T, V] and perhaps "text" [N, T].
-        device: torch's name, or a device_map as JSON.
-        dtype: torch's name.
-        threads: of the CPU.
-        attention: attn_implementation; None: transformers' choice.
-    """
+    """Load, compare logits, generate, measure perplexity; prints what was found, or exits with the difference."""
     logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     reference = load_file(expected)

@@ -20,19 +20,6 @@ def appearing(
     """A temporary sibling to fill, which takes the name `target` when the block ends without an error.
 
     Else it is removed. What an earlier, killed run left beside `target` is removed first.
-
-    Args:
-        target: where the result goes.
-        force: replace what is there.
-        need: bytes that must be free.
-        within: the result is the file or folder of the target's name in the sibling, as it is of a .gguf file.
-        source: what the result is made from, which is never replaced.
-
-    Yields:
-        The sibling.
-
-    Raises:
-        RunError: the target exists, holds the source or a run, cannot be written, or the disk is full.
     """
     target = Path(os.path.abspath(target))
     _check_free(target, force)

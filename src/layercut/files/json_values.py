@@ -55,27 +55,11 @@ def restored(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON, so that the file is there whole or not at all.
-
-    Args:
-        path: of the file.
-        content: anything that `jsonable` takes.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write strict JSON, so that the file is there whole or not at all."""
     write_text(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write text so that the file is there whole or not at all.
-
-    Args:
-        path: of the file.
-        content: UTF-8 text.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write text so that the file is there whole or not at all."""
     with write_atomically(path) as partial:
         partial.write_text(content, encoding="utf-8")

@@ -26,12 +26,7 @@ REFETCH = "fetch this file again"
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it; a folder, pipe or device in its place is refused, and never waited for.
-
-    Raises:
-        ModelError: it is no regular file, or cannot be read.
-        FileNotFoundError: there is nothing.
-    """
+    """Open a file to read it; a folder, pipe or device in its place is refused, and never waited for."""
     try:
         # a pipe without a writer would block without O_NONBLOCK, which does nothing to regular files
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -46,18 +41,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path, need: str = "") -> Any:
-    """What a JSON file holds.
-
-    Args:
-        path: of the file.
-        need: why it has to be there, for the message.
-
-    Returns:
-        The JSON value.
-
-    Raises:
-        ModelError: no such file, not a regular one, not JSON, or beyond the limits above.
-    """
+    """What a JSON file holds."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -72,18 +56,7 @@ def read_json(path: Path, need: str = "") -> Any:
 
 
 def parse_json(raw: bytes, name: str) -> Any:
-    """JSON text within the limits above.
-
-    Args:
-        raw: the file's bytes.
-        name: of the file, for the message.
-
-    Returns:
-        The JSON value.
-
-    Raises:
-        ModelError: not JSON, or beyond the limits.
-    """
+    """JSON text within the limits above."""
     try:
         content = json.loads(raw.decode("utf-8"), parse_int=_whole)
         _check(content)
@@ -145,29 +118,13 @@ def outline_digest(path: Path) -> str:
 
 
 def record(paths: Iterable[Path], base: Path) -> dict[str, list[Any]]:
-    """Size and digest of each file, and of every file in each folder.
-
-    Args:
-        paths: files and folders; what is not there is left out.
-        base: a folder that holds them.
-
-    Returns:
-        [bytes, `outline_digest`] by the path from `base`.
-    """
+    """Size and digest of each file, and of every file in each folder."""
     files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     return {str(file.relative_to(base)): [file.stat().st_size, outline_digest(file)] for file in files}
 
 
 def differing(folder: Path, recorded: Mapping[str, Any]) -> str | None:
-    """The first file that is missing, or no longer has the size and digest that `record` noted.
-
-    Args:
-        folder: the base of the paths.
-        recorded: as `record` gives it.
-
-    Returns:
-        The file's path from `folder`; None where all are the same.
-    """
+    """The first file that is missing, or no longer has the size and digest that `record` noted."""
     for name, noted in recorded.items():
         try:
             if [(folder / name).stat().st_size, outline_digest(folder / name)] != noted:

@@ -16,18 +16,7 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def parse_bytes(flag: str, text: str) -> int:
-    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20.
-
-    Args:
-        flag: that the text was given to, for the message.
-        text: as the user gave it.
-
-    Returns:
-        Bytes, at least 1.
-
-    Raises:
-        ConfigError: it is no size.
-    """
+    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
     unit = (found[2] or "B").upper() if found else ""
     count = float(found[1]) * SIZES[unit] if found and unit in SIZES else 0.0

@@ -32,17 +32,6 @@ def decode(kind: type[Kind], content: Any, where: str = "") -> Kind:
 
     Fields may be bool, int, float (also as one of NOT_FINITE), str, Any, dataclasses, Literal, X | None, list[X],
     dict[str, X], tuple[X, Y] and tuple[X, ...]. A key that is not there takes the field's default.
-
-    Args:
-        kind: the type.
-        content: as `json.loads` gives it.
-        where: what it is called in an error; the type's name where not given.
-
-    Returns:
-        An instance of `kind`.
-
-    Raises:
-        Damaged: a key is missing, or something is of another type.
     """
     return _decoded(kind, content, where or getattr(kind, "__name__", "the artefact"))
 

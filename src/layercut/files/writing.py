@@ -30,9 +30,6 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
     By then it is on the disk, and so is the folder's entry for it; its mode is what the umask gives, whatever the
     writer made of it. When the block fails nothing is left, and `path` is as it was.
-
-    Raises:
-        RunError: the system refuses to write.
     """
     partial = partial_of(path)
     with writing(path):
@@ -69,15 +66,7 @@ def remove_written(path: Path) -> None:
 
 
 def check_replaceable(target: Path, source: Path | None = None) -> None:
-    """Refuse to replace what is read, and runs, which hold more than a model, whatever the user allowed.
-
-    Args:
-        target: that a result is to take the place of; it need not be there.
-        source: what the result is made from.
-
-    Raises:
-        RunError: the target is or holds the source, or a run folder.
-    """
+    """Refuse to replace what is read, and runs, which hold more than a model, whatever the user allowed."""
     if source is not None and source.exists() and source.resolve().is_relative_to(target.resolve()):
         raise RunError(f"--out {target} is or holds what is read, {source}, and would replace it", "name another --out")
     runs = [file for pattern in ("env.json", "*/env.json") for file in target.glob(pattern)] if target.is_dir() else []
@@ -89,12 +78,7 @@ def check_replaceable(target: Path, source: Path | None = None) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then.
-
-    Args:
-        partial: the finished folder.
-        final: its place.
-    """
+    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     for path in (*partial.rglob("*"), partial):
@@ -127,11 +111,7 @@ def usual_mode_(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk.
-
-    Raises:
-        OSError: that fails.
-    """
+    """Wait until a file, or a folder's list of names, is on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -157,15 +137,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_refusal(error: BaseException, path: Path | None = None) -> RunError | None:
-    """What to tell the user of an error that a full, read-only or closed disk raised.
-
-    Args:
-        error: that was raised.
-        path: what was being written, where the error does not name it.
-
-    Returns:
-        The error to print; None of any other.
-    """
+    """What to tell the user of an error that a full, read-only or closed disk raised."""
     found = system_error(error)
     if found is None or found.errno not in REFUSALS:
         return None

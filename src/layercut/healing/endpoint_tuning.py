@@ -215,29 +215,6 @@ def tune_parameters_(
     """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
 
     Nothing is shared with what it should predict like, so that both run whole: after quantization every layer differs.
-
-    Args:
-        student: whose parameters are trained, in place; left in its best state by held-out loss.
-        dense: what it should predict like, of as many layers or more.
-        given: parameters of the student, each with the unit of which the learning rate is a share.
-        tokens: token ids [N, T] to train on, in their order.
-        heldout: token ids [M, T] that judge.
-        settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
-        rate_from: the rate by the held-out loss before the first step, of a mixture by its KL, in the place of that
-            of `settings`.
-        tolerated: rise above the start that is no setback the first time, as `is_setback` takes it.
-        row_lengths: as `tune_` takes them.
-        token_weights: as `tune_` takes them.
-        answers: as `tune_` takes them.
-        files: what to keep on disk; nothing by default.
-        words: what progress calls it.
-
-    Returns:
-        What was trained, and the losses.
-
-    Raises:
-        ConfigError: lengths or weights are not for these tokens, or the dense predictions were stored of other parts.
-        ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     _check_treatment(row_lengths, token_weights, answers, tokens, files)
     total = settings.epochs * tokens.numel()
@@ -306,23 +283,7 @@ def frozen_states(
     key: str,
     row_lengths: torch.Tensor | None = None,
 ) -> FrozenStates:
-    """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step.
-
-    Args:
-        student: the cut model.
-        dense: the model that it was cut from.
-        tokens: token ids [N, T], all that are trained on.
-        settings: those of `tune_`.
-        folder: where to keep the states; those of the same key that are there are not computed again.
-        key: stands for model and tokens.
-        row_lengths: as `tune_` takes them.
-
-    Raises:
-        RunError: the disk is too small.
-
-    Returns:
-        The states, in open files; `close` them.
-    """
+    """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step."""
     (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
     rows = rows_per_step(settings, window), rows_per_pass(pair, window)
     with bar("running the frozen layers once", len(tokens)) as advance:
@@ -333,15 +294,7 @@ def frozen_states(
 
 
 def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    """Refuse weights of tokens that cannot be.
-
-    Args:
-        weights: as `tune_` takes them.
-        tokens: token ids [N, T].
-
-    Raises:
-        ConfigError: not one for each token, or one that is negative or not finite.
-    """
+    """Refuse weights of tokens that cannot be."""
     if weights is None:
         return
     if not isinstance(weights, torch.Tensor):
@@ -355,15 +308,7 @@ def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
 
 
 def check_answers(answers: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    """Refuse what does not say of each token whether the one after it is known.
-
-    Args:
-        answers: as `tune_` takes them.
-        tokens: token ids [N, T].
-
-    Raises:
-        ConfigError: not bool, or not one for each token.
-    """
+    """Refuse what does not say of each token whether the one after it is known."""
     if answers is not None and (answers.dtype != torch.bool or answers.shape != tokens.shape):
         raise ConfigError(
             f"answers are {answers.dtype} {list(answers.shape)}, and tokens {list(tokens.shape)}",
@@ -372,17 +317,7 @@ def check_answers(answers: torch.Tensor | None, tokens: torch.Tensor) -> None:
 
 
 def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
-    """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius.
-
-    Args:
-        segments: the cuts, in the dense model's layers.
-        sizes: parameters of each of these layers.
-        radius: layers on each side of a cut; None: the largest for which they have no more than MOST_TRAINED
-            parameters, 1 in any case.
-
-    Returns:
-        Positions, sorted.
-    """
+    """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius."""
     found, kept = endpoints(segments, len(sizes), radius or 1), kept_layers(segments, len(sizes))
     for wider in range(2, len(kept)) if radius is None else ():
         more = endpoints(segments, len(sizes), wider)
@@ -393,16 +328,7 @@ def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius:
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:
-    """Positions, in the cut model, of the layers beside each cut: s - 1 and e, or more of them by the radius.
-
-    Args:
-        segments: the cuts, in the dense model's layers.
-        layers: L of the dense model.
-        radius: layers on each side of a cut.
-
-    Returns:
-        Positions, sorted.
-    """
+    """Positions, in the cut model, of the layers beside each cut: s - 1 and e, or more of them by the radius."""
     kept = kept_layers(segments, layers)
     beside: set[int] = set()
     for segment in segments:
@@ -418,14 +344,6 @@ def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2
     weights are 0.19, 1.6e-3 was the best in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
     of either, and 19 were trained well at an eighth. Of Qwen2.5-0.5B, whose weights are 0.016 at nearly that width,
     eight times as much ruined the first steps (docs/log.md). Where few ends, and 2 / N, are guesses.
-
-    Args:
-        weight: `usual_weight` of what is trained.
-        steps: optimizer steps planned.
-        layers: N, that are trained.
-
-    Returns:
-        Peak learning rate of AdamW.
     """
     return weight / 120 * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
 
@@ -435,12 +353,6 @@ def usual_weight(parameters: Sequence[torch.Tensor]) -> float:
 
     That of all entries together would be the fold's, which solves a few of the matrices: it has some entries hundreds
     of times the others where removed layers wrote them, and a rate by those ruins the rest (docs/log.md).
-
-    Args:
-        parameters: whole, or sharded over several processes.
-
-    Returns:
-        Its value, the same in every process.
     """
     counted = [p for p in parameters if p.dim() > 1] or parameters
     squares = [float(sharding.whole(p.detach().float().square().sum())) / max(1, p.numel()) for p in counted]
@@ -507,11 +419,7 @@ class _Training:
     def running_(
         self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]
     ) -> Iterator[Callable[[int], None]]:
-        """While open, steps are made, all or those that are left; the student is then in its best state.
-
-        Yields:
-            What is called after each step, with the tokens in it.
-        """
+        """While open, steps are made, all or those that are left; the student is then in its best state."""
         try:
             judge = self.begin_(heldout, files, advance)
             with files.stopping() as stop:
@@ -526,11 +434,7 @@ class _Training:
             self.finish_()
 
     def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
-        """Resume from the state on disk where its key is the same, else take the first score.
-
-        Returns:
-            What scores the held-out rows.
-        """
+        """Resume from the state on disk where its key is the same, else take the first score."""
         self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
         judge = HeldOut(self.pair, heldout, rows=rows_per_pass(self.pair, heldout.shape[1]))
         found = files.state.load(self.state_key) if files.state else None
@@ -627,14 +531,7 @@ class _Training:
         self.report.pass_rows = max(1, together // 2)
 
     def _clip_(self, losses: list[torch.Tensor]) -> float | None:
-        """Clip the gradients' norm to 1; the host waits for the device here alone in a step.
-
-        Args:
-            losses: of the passes, times the loss scale.
-
-        Returns:
-            Their sum over all processes; None where a gradient has overflowed: the loss scale is then halved.
-        """
+        """Clip the gradients' norm to 1; the host waits for the device here alone in a step."""
         report, spread = self.report, sharding.is_spread(self.pair.student.model)
         if not spread:
             processes.sum_(*self._of_masters)
@@ -794,15 +691,7 @@ class _Training:
 
 
 def is_scored(step: int, steps: int) -> bool:
-    """Whether the held-out loss is taken after a step: `SCORES` times, evenly, the last step among them.
-
-    Args:
-        step: 1, 2, …, steps.
-        steps: optimizer steps planned.
-
-    Returns:
-        True where it is due.
-    """
+    """Whether the held-out loss is taken after a step: `SCORES` times, evenly, the last step among them."""
     return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
@@ -811,14 +700,6 @@ def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tol
 
     So it does above the start's by more than is tolerated, and above it for the second time in a row. A smaller rise
     may pass by itself, where the rate that it would cost does not come back (docs/log.md).
-
-    Args:
-        heldout: the scores so far, the start's first; each with its step.
-        setbacks: steps after which the best state was returned to.
-        tolerated: a share of the start's loss, of a mixture of its KL.
-
-    Returns:
-        True where the rate is to be lowered.
     """
     start, *later = heldout
     if not later:
@@ -830,15 +711,7 @@ def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tol
 
 
 def rows_per_pass(pair: Pair, window: int) -> int:
-    """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back.
-
-    Args:
-        pair: the models.
-        window: T.
-
-    Returns:
-        At least 1; always the same where a token's loss depends on those beside it.
-    """
+    """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back."""
     student, budget = pair.student, pair.student.budget
     if any(term.whole_pass for _, term in pair.objective.terms()):
         return max(1, budget.pass_tokens // window)
@@ -849,29 +722,12 @@ def rows_per_pass(pair: Pair, window: int) -> int:
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:
-    """Rows of tokens in one optimizer step.
-
-    Args:
-        settings: whose `batch_tokens` counts.
-        window: T, tokens of a row.
-
-    Returns:
-        At least 1.
-    """
+    """Rows of tokens in one optimizer step."""
     return max(1, settings.batch_tokens // window)
 
 
 def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
-    """The rows that a step trains on: in their order, in later epochs in a random one seeded by the epoch's number.
-
-    Args:
-        step: 0, 1, …
-        rows: N.
-        batch: rows per step.
-
-    Returns:
-        Indices, int64 [batch], fewer at the end of an epoch.
-    """
+    """The rows that a step trains on: in their order, in later epochs in a random one seeded by the epoch's number."""
     epoch, place = divmod(step, math.ceil(rows / batch))
     order = torch.arange(rows)
     if epoch:
@@ -883,13 +739,6 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
     """Give the layers at these positions parameters of their own, trainable.
 
     What several layers of the model share, as Zamba's attention, stays as it is: it is no part of one of them.
-
-    Args:
-        student: the cut model, whose parameters may be shared with the dense one.
-        positions: of the layers, in the student.
-
-    Returns:
-        The new parameters.
     """
     own: list[nn.Parameter] = []
     layers = Counter(id(p) for layer in student.layers for p in layer.parameters())
@@ -908,15 +757,7 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
 
 
 def warmup_then_cosine(step: int, steps: int) -> float:
-    """Share of the peak rate: up over the first 5 % of the steps, then down a cosine to 5 %.
-
-    Args:
-        step: 0, 1, …
-        steps: optimizer steps planned.
-
-    Returns:
-        Between 0.05 and 1 from the end of the warm-up on.
-    """
+    """Share of the peak rate: up over the first 5 % of the steps, then down a cosine to 5 %."""
     warmup = max(1, round(0.05 * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -53,16 +53,7 @@ class FoldPrices:
         weights: torch.Tensor | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Run the dense model on all rows; its states are kept in the host's memory, L + 1 of each row.
-
-        Args:
-            dense: the model.
-            fit: token ids [F, T] to solve on.
-            judged: token ids [N, U] to price on.
-            weights: of each position [N, U]; a price is the mean over rows of sum_t w_t KL_t. Not given: 1 / U.
-            folder: where states beyond IN_MEMORY bytes are kept, in files that vanish with this; not given: where
-                temporary files are.
-        """
+        """Run the dense model on all rows; its states are kept in the host's memory, L + 1 of each row."""
         self.dense, self.targets = dense, dict[int, LinearOutput | None]()
         self.probing = fit[:2, :32]
         even = torch.full(judged.shape, 1 / judged.shape[1])
@@ -82,14 +73,7 @@ class FoldPrices:
 
     @torch.no_grad()
     def __call__(self, cuts: Sequence[Segment]) -> float:
-        """The price of segments removed together, in nats per token.
-
-        Args:
-            cuts: segments, in any order.
-
-        Returns:
-            Mean over the judged rows of sum_t w_t KL_t; infinite where it is not finite.
-        """
+        """The price of segments removed together, in nats per token."""
         cuts, dense = sorted(cuts), self.dense
         at = max(cuts[0].start - 1, 0)
         fit, judged = self.fit.states(at), self.judged.states(at)
@@ -202,14 +186,6 @@ def fold_prices_cost(run: PlannedRun, cuts: Bounds, segments: int) -> Spent:
 
     Of a cut of several segments the rows to fit run between the first and the last, a third of the layers on average;
     the judged ones from the first on, which is taken to be a third from below.
-
-    Args:
-        run: what is planned.
-        cuts: how many are priced.
-        segments: K, of each.
-
-    Returns:
-        The cost.
     """
     shape, kept, wide = run.shape, run.shape.layers - run.length, fold_systems(run.shape)[-1]
     fit = min(rows_to_fit(shape.window), run.searched)

@@ -20,20 +20,7 @@ SHARE_HELD_OUT = 8
 
 
 def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to heal on and rows to score on; the last eighth of the first where none are given.
-
-    Args:
-        tokens: token ids [N, T].
-        heldout: token ids [M, T], or None.
-        dense: the model that runs on them, or a `DecoderRunner` of it.
-
-    Returns:
-        Both, which have no row in common where they were split here.
-
-    Raises:
-        ConfigError: not token ids in rows, or too few rows to hold any out.
-        ModelError: an id lies beyond the vocabulary.
-    """
+    """Rows to heal on and rows to score on; the last eighth of the first where none are given."""
     config = model_of(dense).config
     for name, rows in (("tokens", tokens), ("heldout", heldout)):
         if rows is None:
@@ -59,16 +46,6 @@ def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
     """Positions, in the dense model, of the student's layers: from `original_layer_index` of both models' configs.
 
     The dense model may have been cut before; the index of both is then in the layers of the first model of all.
-
-    Args:
-        student: the cut model.
-        dense: the model that it was cut from.
-
-    Returns:
-        One position for each layer of the student, rising.
-
-    Raises:
-        ConfigError: the student has layers that the dense model lacks, or does not say which.
     """
     whole = dense.original_layer_index or list(range(len(dense)))
     indices = student.original_layer_index or (whole if len(student) == len(dense) else [])
@@ -84,18 +61,7 @@ def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
 
 
 def removed_segments(student: DecoderRunner, dense: DecoderRunner) -> tuple[Segment, ...]:
-    """What the student lacks of the dense model.
-
-    Args:
-        student: the cut model.
-        dense: the model that it was cut from.
-
-    Returns:
-        Segments in the dense model's layers.
-
-    Raises:
-        ConfigError: it lacks nothing, or its config does not say what.
-    """
+    """What the student lacks of the dense model."""
     segments = joined_segments(set(range(len(dense))) - set(kept_positions(student, dense)))
     if not segments:
         raise ConfigError(

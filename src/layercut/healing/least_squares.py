@@ -83,27 +83,13 @@ class Normal:
 
     @classmethod
     def zeros(cls, read: int, written: int, device: torch.device) -> Normal:
-        """Sums of no tokens yet.
-
-        Args:
-            read: I, width of z.
-            written: D, width of y.
-            device: of the sums; where it has no float64, they are on the CPU.
-
-        Returns:
-            Zeros.
-        """
+        """Sums of no tokens yet."""
         place = place_of_float64(device)
         zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=place) for width in (read, written))
         return cls(zz, zy)
 
     def add_(self, z: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the products of some tokens to the sums.
-
-        Args:
-            z: what the projection reads [..., I].
-            y: what is to be added to the stream [..., D].
-        """
+        """Add the products of some tokens to the sums."""
         z, y = z.flatten(0, -2).to(self.zz), y.flatten(0, -2).to(self.zz)
         for start, block in self._columns():
             block.addmm_(z[:, start:].T, z[:, start : start + COLUMNS])
@@ -144,13 +130,6 @@ class Normal:
 
         What is left falls up to that ridge and rises behind it (docs/log.md), so that half of them need no solving: the
         middle one is, then larger ones as long as less is left, or else smaller ones.
-
-        Args:
-            ridges: relative ridges, ascending, one at least.
-            check: sums over other tokens; of none the middle ridge is taken.
-
-        Returns:
-            The ridge, and X [I, D] by it.
         """
         middle = len(ridges) // 2
         best = ridges[middle], self.solve(ridges[middle])
@@ -317,17 +296,6 @@ def fold_cut_(
     The student's changed weights are new parameters; its other layers may be healed already, in whatever way. A cut
     is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear output
     to the residual stream as it is, or where what reaches the cut is not finite.
-
-    Args:
-        student: the cut model.
-        dense: the model that it was cut from.
-        segment: the cut, in the dense model's layers.
-        tokens: token ids [N, T].
-        rows: rows of a pass; not given, as many as the budget allows.
-        advance: counts every row once.
-
-    Returns:
-        What was solved, or why nothing was.
     """
     position = _position(student, dense, segment)
     if position < 0:
@@ -390,15 +358,7 @@ class _Ends:
         self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, tokens: torch.Tensor, parts: Sequence[slice]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Both of every batch.
-
-        Args:
-            tokens: token ids [N, T], the same at every call.
-            parts: which of the N rows each batch has.
-
-        Returns:
-            (h_{s-1}, h_e) of each.
-        """
+        """Both of every batch."""
         keys = [(part.start, part.stop) for part in parts]
         if not all(key in self.kept for key in keys):
             found = self._run([tokens[part] for part in parts])
@@ -461,16 +421,7 @@ def _statistics(
 def add_split_(
     fit: Normal, check: Normal, rows: slice, z: torch.Tensor, out: torch.Tensor, wanted: torch.Tensor
 ) -> None:
-    """Add rows to the sums to fit, one in HELD_OUT to those that check; each token over the size of what is wanted.
-
-    Args:
-        fit: sums over the rows to fit.
-        check: sums over those kept out.
-        rows: the numbers of the B rows.
-        z: what is read [B, T, I].
-        out: the stream as it is [B, T, D].
-        wanted: as it is to be [B, T, D].
-    """
+    """Add rows to the sums to fit, one in HELD_OUT to those that check; each token over the size of what is wanted."""
     wanted = wanted.to(out.device).float()
     scale = wanted.square().mean(-1, keepdim=True).clamp_min(SMALLEST).rsqrt()
     z, y = z.float() * scale, (wanted - out.float()) * scale
@@ -505,18 +456,7 @@ def fold_systems(shape: Shape) -> tuple[int, int]:
 
 
 def equations_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float:
-    """Operations on normal equations in float64: the sums, by Z'Z and Z'Y, and their solutions with their errors.
-
-    Args:
-        unknowns: I.
-        outputs: D.
-        tokens: that are summed over.
-        solves: ridges that are solved for: a Cholesky factorisation 1/3 I^3, its use for D right-hand sides 2 I^2 D,
-            the error of X as much.
-
-    Returns:
-        Multiplications and additions.
-    """
+    """Operations on normal equations in float64: the sums, by Z'Z and Z'Y, and their solutions with their errors."""
     sums = 2 * tokens * unknowns * (unknowns + outputs)
     return sums + solves * (unknowns**3 / 3 + 4 * unknowns**2 * outputs)
 

@@ -40,26 +40,11 @@ class LinearOutput:
     """How many numbers a token it is solved from: I, what it reads, or D, what it puts out."""
 
     def of(self, caught: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """What the fold is solved from.
-
-        Args:
-            caught: what the module read and what it put out (`run_and_catch`).
-            out: the stream behind the layer [B, T, D].
-
-        Returns:
-            [B, T, width].
-        """
+        """What the fold is solved from."""
         return caught[0 if self.reads else 1].reshape(*out.shape[:2], -1)
 
     def fold_into_(self, layer: nn.Module, x: torch.Tensor, stored: torch.dtype) -> None:
-        """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D].
-
-        Args:
-            layer: whose parameters are replaced.
-            x: X, float64, on the CPU where the device has none.
-            stored: the dtype that the model is saved in, to which the new ones are rounded; one that is saved in a
-                wider one, as a class may keep some in float32, is not.
-        """
+        """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D]."""
         for name, dim in self.weights:
             owner, _, leaf = name.rpartition(".")
             module = layer.get_submodule(owner)
@@ -70,16 +55,7 @@ class LinearOutput:
 
 
 def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
-    """Outputs, along `dim`, multiplied by T = I + X; an expert at a time, as float64 is four times bfloat16.
-
-    Args:
-        weight: [O, I], [I, O], or a stack of such [E, …].
-        dim: the dimension that runs over outputs.
-        x: X [D, D], float64.
-
-    Returns:
-        A weight of the same shape.
-    """
+    """Outputs, along `dim`, multiplied by T = I + X; an expert at a time, as float64 is four times bfloat16."""
     if weight.dim() == 3:
         return torch.stack([multiplied(expert, dim - 1, x).to(weight) for expert in weight])
     outputs = weight.to(x).movedim(dim, -1)
@@ -93,14 +69,6 @@ def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> l
     First choice are linear modules that write to the stream, of the attention and of the MLP, whatever the block
     looks like. Of a mixture of experts the output is multiplied by a matrix instead.
     Behind a norm (Gemma 2), or scaled by a constant, there is neither, and the list is empty.
-
-    Args:
-        stack: the model.
-        position: the layer.
-        tokens: token ids [B, T] for trying things out.
-
-    Returns:
-        The targets; empty where there are none.
     """
     hidden, calls = stack.enter(tokens)
     before = stack.run(hidden, calls, 0, position)
@@ -129,13 +97,6 @@ def linear_writers(probe: Probe, silent: Sequence[nn.Module] = ()) -> list[str]:
 
     Those found are set to zero before the others are tried, since what the attention adds also changes what the MLP
     reads. Of lists of experts none is tried: which run depends on the tokens.
-
-    Args:
-        probe: the layer and its inputs.
-        silent: modules whose output is zero from the start.
-
-    Returns:
-        Names in the layer.
     """
     tried = {
         name: module
@@ -190,16 +151,7 @@ class Probe:
 
     @classmethod
     def of(cls, layer: nn.Module, before: torch.Tensor, call: Call) -> Probe:
-        """A float32 copy of a layer, of its input and of its further arguments.
-
-        Args:
-            layer: left as it is.
-            before: h [B, T, D].
-            call: its further arguments.
-
-        Returns:
-            The probe.
-        """
+        """A float32 copy of a layer, of its input and of its further arguments."""
 
         def as_float(value: Any) -> Any:
             return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -220,15 +172,7 @@ class Probe:
         return run_and_catch(self.layer, self.before, self.call, modules, silent)
 
     def adds(self, module: nn.Module, silent: Sequence[nn.Module]) -> bool:
-        """Whether the layer puts out less by m without the module's output m.
-
-        Args:
-            module: of the layer.
-            silent: modules whose output is zero meanwhile.
-
-        Returns:
-            False also where m is zero or has another shape than the stream.
-        """
+        """Whether the layer puts out less by m without the module's output m."""
         try:
             out, caught = self.run([module], silent)
         except KeyError:  # called without a hidden state
@@ -240,15 +184,7 @@ class Probe:
         return bool(m.any()) and _same(out - rest, m, m, out)
 
     def multiplies(self, weights: Sequence[tuple[str, int]], module: nn.Module | None = None) -> bool:
-        """Whether these weights' outputs times T make their part of the stream times T.
-
-        Args:
-            weights: names in the layer, each with the dimension that runs over outputs.
-            module: where given, the part is all that this module adds.
-
-        Returns:
-            True where a permutation with some outputs doubled, for T, passes through.
-        """
+        """Whether these weights' outputs times T make their part of the stream times T."""
         values = {name: self.layer.get_parameter(name) for name, _ in weights}
         for name, dim in weights:
             if values[name].shape[dim] != self.width or (values[name].dim() == 3 and dim == 0):
@@ -283,16 +219,6 @@ def run_and_catch(
     """A layer's output, and what each of these modules read and put out, in the order they ran.
 
     A module that runs more than once, or puts out no tensor, is left out.
-
-    Args:
-        layer: that is run.
-        before: h [B, T, D].
-        call: its further arguments.
-        modules: of the layer, whose inputs and outputs are wanted.
-        silent: modules whose output is replaced by zeros.
-
-    Returns:
-        The output [B, T, D], and (input, output) by module.
     """
     caught: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
     runs: list[nn.Module] = []
@@ -339,13 +265,6 @@ def read_widths(layers: nn.Module, hidden: int) -> tuple[int, int]:
 
     Attention's and MLP's are each the last linear module of its part that puts out the hidden width. Experts are no
     linear modules; of what they put out, and of what is too wide, D numbers are read.
-
-    Args:
-        layers: the decoder layers, which may be without weights.
-        hidden: D.
-
-    Returns:
-        The least and the most, in numbers a token, of the layer where that is most.
     """
 
     def of(layer: nn.Module) -> tuple[int, int]:

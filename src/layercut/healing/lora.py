@@ -39,15 +39,7 @@ NAME = "default"
 
 
 def check_lora(model: Any) -> None:
-    """Refuse what cannot be done, before anything is; and say what of the layers would be left as it is.
-
-    Args:
-        model: a causal LM of transformers, with or without weights.
-
-    Raises:
-        ConfigError: peft is not installed.
-        ModelError: no layer has a linear map of its own.
-    """
+    """Refuse what cannot be done, before anything is; and say what of the layers would be left as it is."""
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -82,23 +74,6 @@ def tune_lora_(
 
     Adapters keep their best state by held-out loss; the merged weights, in the dtype that they are saved in, are
     parameters of the student's own, so that a dense model that shares weights with it is left as it is.
-
-    Args:
-        student: a model without some of the dense model's layers.
-        dense: what it should predict like.
-        tokens: token ids [N, T] to train on, in their order.
-        heldout: token ids [M, T] that judge.
-        settings: as of `tune_`; without a rate of its own `LEARNING_RATE`, and the radius is not used.
-        files: what to keep on disk, and how to be stopped.
-        row_lengths: as `tune_` takes them.
-        token_weights: as `tune_` takes them.
-        answers: as `tune_` takes them.
-
-    Returns:
-        What was trained, and the losses, of the adapters before they are merged.
-
-    Raises:
-        ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     with prepared(student, dense) as (cut, whole):
         adapters = adapters_(cut.layers)
@@ -114,14 +89,7 @@ def tune_lora_(
 
 
 def adapters_(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Put adapters beside every linear map of layers, but for what several of them share.
-
-    Args:
-        layers: of a model; their maps are wrapped, in place.
-
-    Returns:
-        The adapters' matrices.
-    """
+    """Put adapters beside every linear map of layers, but for what several of them share."""
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):

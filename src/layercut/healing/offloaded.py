@@ -44,17 +44,7 @@ class FrozenStates:
     """As how long rows these were done, `lengths_key`."""
 
     def read(self, name: str, rows: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
-        """Hidden states of parts of some rows.
-
-        Args:
-            name: of the file.
-            rows: indices [n].
-            starts: where in these each part begins [n].
-            length: t, tokens of a part.
-
-        Returns:
-            [n, t, D] on the CPU.
-        """
+        """Hidden states of parts of some rows."""
         found = torch.empty(len(rows), length, self.row[1], dtype=self.dtype)
         for into, row, start in zip(found, rows.tolist(), starts.tolist(), strict=True):
             self._seek(name, row, start)
@@ -62,13 +52,7 @@ class FrozenStates:
         return found
 
     def write_(self, name: str, parts: RowParts, states: torch.Tensor) -> None:
-        """Write hidden states of parts of rows.
-
-        Args:
-            name: of the file.
-            parts: n of t tokens.
-            states: [n, t, D].
-        """
+        """Write hidden states of parts of rows."""
         for row, start, state in zip(parts.rows.tolist(), parts.starts.tolist(), states.cpu(), strict=True):
             self._seek(name, row, start)
             self.files[name].write(state.contiguous().view(torch.uint8).numpy().tobytes())
@@ -96,26 +80,7 @@ def store_states(
     row_lengths: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> FrozenStates:
-    """Dense hidden states at `prefix` and at `stop`; those that are there already are not computed again.
-
-    Args:
-        dense: the dense model.
-        tokens: token ids [N, T].
-        prefix: the first trained layer.
-        stop: the layer whose input the objective compares with; None where it compares with none.
-        folder: where to keep the files.
-        rows: in an optimizer step and in a pass of it, which go through the layers here as they will in the first
-            epoch.
-        key: stands for model and tokens.
-        row_lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
-        advance: called with the rows done.
-
-    Returns:
-        The states, in open files.
-
-    Raises:
-        RunError: the disk is too small.
-    """
+    """Dense hidden states at `prefix` and at `stop`; those that are there already are not computed again."""
     names = ["shared"] if stop is None else ["shared", "wanted"]
     window = tokens.shape[1]
     done_as = lengths_key(row_lengths)
@@ -170,12 +135,7 @@ class PairOnDisk(Pair):
     """The first trained layer: how far the way down goes."""
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        """As in memory, but with layers outermost, so that each is read twice a step.
-
-        Yields:
-            The loss of each batch while there is no gradient yet, and then none [0] with the gradient of each batch at
-            every trained layer.
-        """
+        """As in memory, but with layers outermost, so that each is read twice a step."""
         assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)

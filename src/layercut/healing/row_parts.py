@@ -35,16 +35,7 @@ class RowParts(NamedTuple):
 
 
 def row_parts(tokens: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor | None) -> list[RowParts]:
-    """Some rows as they are done, those of one length after another.
-
-    Args:
-        tokens: token ids [N, T].
-        rows: which [m].
-        lengths: int64 [N], divisors of T; None: all are done whole.
-
-    Returns:
-        Parts of the m rows, shorter ones first.
-    """
+    """Some rows as they are done, those of one length after another."""
     window, found = tokens.shape[1], list[RowParts]()
     of_rows = torch.full_like(rows, window) if lengths is None else lengths[rows]
     for length in of_rows.unique().tolist():
@@ -62,16 +53,7 @@ def lengths_key(lengths: torch.Tensor | None) -> str:
 
 
 def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: dict[str, str]) -> None:
-    """Refuse lengths that rows cannot be done as, or that they were not done as where something is stored of them.
-
-    Args:
-        lengths: as `row_parts` takes them.
-        tokens: token ids [N, T].
-        stored: what of them is stored, with its `lengths_key`.
-
-    Raises:
-        ConfigError: not one length for each row, below 2, one that does not divide T, or others than what was stored.
-    """
+    """Refuse lengths that rows cannot be done as, or that they were not done as where something is stored of them."""
     if lengths is not None:
         rows, window = tokens.shape
         if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):

@@ -42,16 +42,7 @@ class StoredTeacher:
         ]
 
     def read(self, rows: torch.Tensor, starts: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense model's predictions for parts of some rows, one after another.
-
-        Args:
-            rows: indices [n] of rows.
-            starts: where in these each part begins [n].
-            columns: positions in each part.
-
-        Returns:
-            log p, float32 [M, K + 1], which sums to 1, the bucket last; and token ids, int64 [M, K].
-        """
+        """The dense model's predictions for parts of some rows, one after another."""
         found = []
         for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
             file, i = self._files[row // self.rows_per_file], row % self.rows_per_file
@@ -66,15 +57,7 @@ class StoredTeacher:
 
 
 def check_topk(k: int, vocabulary: int) -> None:
-    """Refuse a K that leaves nothing of the vocabulary for the bucket.
-
-    Args:
-        k: tokens kept of each prediction.
-        vocabulary: V.
-
-    Raises:
-        ConfigError: K is not below V.
-    """
+    """Refuse a K that leaves nothing of the vocabulary for the bucket."""
     if k >= vocabulary:
         raise ConfigError(
             f"--teacher-topk {k} is not below the model's {vocabulary} tokens",
@@ -83,15 +66,7 @@ def check_topk(k: int, vocabulary: int) -> None:
 
 
 def stored_bytes(tokens: int, k: int) -> int:
-    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token.
-
-    Args:
-        tokens: how many.
-        k: K.
-
-    Returns:
-        Bytes.
-    """
+    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token."""
     return tokens * (6 * k + 2)
 
 
@@ -107,25 +82,7 @@ def store_teacher(
     row_lengths: torch.Tensor | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> StoredTeacher:
-    """Compute what is missing in the folder, and open it. Of several processes each computes a share of the files.
-
-    Args:
-        dense: the dense model.
-        tokens: token ids [N, T].
-        k: tokens kept of each prediction.
-        folder: where to keep the files; those of another key are removed.
-        key: stands for model and tokens.
-        temperature: t; p = softmax(logits / t).
-        row_lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
-        advance: called with the tokens done.
-
-    Returns:
-        The stored predictions, in open files.
-
-    Raises:
-        ConfigError: K is not below the vocabulary.
-        RunError: the disk is too small.
-    """
+    """Compute what is missing in the folder, and open it. Of several processes each computes a share of the files."""
     check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])
     done_as = lengths_key(row_lengths)

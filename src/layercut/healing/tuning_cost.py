@@ -16,13 +16,6 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     own copy, gradient and best value in the model's format beside STATE_BYTES (on an accelerator the best values lie in
     the CPU's memory). Kept for the way back is what each layer needs; of layers on disk a step's input to each, and
     what one of them needs at a time.
-
-    Args:
-        run: what is planned.
-        settings: of the tuning.
-
-    Returns:
-        Its cost.
     """
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
     trained, kept = _trained(run, settings.radius), kept_layers(run.segments, shape.layers)
@@ -57,17 +50,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
 
 
 def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, codes: int) -> Spent:
-    """What it costs to train parameters in every layer, as after rounding: the model and what it was run whole.
-
-    Args:
-        run: what is planned.
-        settings: of the tuning.
-        parameters: how many are trained.
-        codes: how many weights have frozen ones, of a byte each.
-
-    Returns:
-        Its cost.
-    """
+    """What it costs to train parameters in every layer, as after rounding: the model and what it was run whole."""
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
     judge, rows, kept = objective.judge(), run.tuning * settings.epochs, kept_layers(run.segments, shape.layers)
     heads, backwards = rows * (2 + objective.needs_dense), rows * len(kept)

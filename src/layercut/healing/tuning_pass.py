@@ -69,12 +69,7 @@ class Pair:
         return self.student_stop + removed if self.objective.needs_dense else None
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        """Add the gradient of weight x the mean loss of each batch, in turn, to the trained parameters.
-
-        Yields:
-            The weighted loss of what the parameters hold the gradients of now, in parts [n], on the model's device, so
-            that nothing waits for it; the caller takes and clears the gradients before it asks for the next.
-        """
+        """Add the gradient of weight x the mean loss of each batch, in turn, to the trained parameters."""
         for batch in batches:
             out, wanted = self.forward(batch.tokens)
             with self.student.head_once():
@@ -83,11 +78,7 @@ class Pair:
             yield loss
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What leaves the student's layers that are run, and the dense model's where needed, for tokens [B, T].
-
-        Returns:
-            [B, T, D] with a graph down to the first trained layer, and [B, T, D] or None without one.
-        """
+        """What leaves the student's layers that are run, and the dense model's where needed, for tokens [B, T]."""
         if self.apart:
             wanted = None
             if self.dense_stop is not None and not self.stored:
@@ -107,17 +98,7 @@ class Pair:
 def loss_gradient(
     pair: Pair, batch: Batch, out: torch.Tensor, wanted: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight x the mean loss of what leaves the student's layers, and its gradient there.
-
-    Args:
-        pair: the models and the objective.
-        batch: of tokens [B, T].
-        out: [B, T, D] of the student.
-        wanted: the same of the dense model; None where the objective needs none, or it was stored.
-
-    Returns:
-        The loss in parts [n], and its gradient [B, T, D] in the dtype of `out`.
-    """
+    """weight x the mean loss of what leaves the student's layers, and its gradient there."""
     tokens, counted, answers, student = batch.tokens, batch.token_weights, batch.answers, pair.student
     targets, scale = next_tokens(student.place(tokens)), torch.tensor(batch.weight / tokens.numel())
     if pair.objective.reads == "hidden":
@@ -189,26 +170,14 @@ def _of_terms(
 
 
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
-    """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more.
-
-    Args:
-        objective: whose terms.
-        window: T.
-
-    Returns:
-        Weights and terms.
-    """
+    """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more."""
     return [(share * (window / (window - 1) if term.per_target else 1.0), term) for share, term in objective.terms()]
 
 
 def _known(
     pair: Pair, batch: Batch, piece: tuple[slice, slice], wanted: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """What the dense model predicts for a piece of M tokens; empty where the objective needs none.
-
-    Returns:
-        Logits [M, V]; or log_p [M, K + 1] and index [M, K] where they were stored.
-    """
+    """What the dense model predicts for a piece of M tokens; empty where the objective needs none."""
     if pair.stored:
         some, columns = piece
         known = pair.stored.read(batch.rows[some], batch.starts[some], columns)
@@ -219,15 +188,7 @@ def _known(
 
 
 def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The dense hidden states at the end, and those at `prefix`, which the student shares.
-
-    Args:
-        pair: the models.
-        batches: token ids [B, T] each.
-
-    Returns:
-        (h_L, h_prefix) [B, T, D] of each batch.
-    """
+    """The dense hidden states at the end, and those at `prefix`, which the student shares."""
     with torch.no_grad():
         hidden, calls = enter_all(pair.dense, batches)
         carry_(pair.dense, hidden, calls, 0, pair.prefix)
@@ -268,9 +229,6 @@ class HeldOut:
     That is h at `prefix` and the dense h at the end, in the model's own dtype: 2 D numbers a token. Of several
     processes each takes a share of the rows; the score is over all. In memory some rows are scored after the other,
     fewer at once where memory runs out; of layers on disk all go through a layer together.
-
-    Raises:
-        ModelError: a dense state is not finite, so that nothing can be compared with it.
     """
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
@@ -294,11 +252,7 @@ class HeldOut:
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits.
-
-        Returns:
-            It as `loss`; of a mixture also the means of its terms, by their names.
-        """
+        """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits."""
         terms, sums = self.objective.terms(), list[torch.Tensor]()  # of each piece the loss by each term
         queue, done = self.pair.student.parts("tune", self.groups), list[list[HeldRows]]()
         for group in queue:

@@ -24,13 +24,7 @@ from layercut.files.writing import write_atomically
 
 
 class StateFile:
-    """Where the state is kept, and when it is due again.
-
-    Args:
-        path: of the file.
-        key: hash of what decides the result and tuning does not see for itself, which is the frozen weights.
-        minutes: between two writes.
-    """
+    """Where the state is kept, and when it is due again."""
 
     def __init__(self, path: Path, *, key: str = "", minutes: float = 5.0) -> None:
         self.path, self.key, self.minutes = path, key, minutes
@@ -41,16 +35,7 @@ class StateFile:
         return time.monotonic() - self._written >= 60 * self.minutes
 
     def save(self, key: str, tensors: dict[str, Sequence[torch.Tensor]], facts: dict[str, Any]) -> None:
-        """Write the state whole or not at all.
-
-        Args:
-            key: hash of what decides the result.
-            tensors: by name, one for each trained parameter.
-            facts: JSON values.
-
-        Raises:
-            RunError: the disk is full.
-        """
+        """Write the state whole or not at all."""
         named = {f"{name}.{i}": t.detach().cpu() for name, many in tensors.items() for i, t in enumerate(many)}
         with write_atomically(self.path) as partial:
             save_file(named, partial, {"key": key, "facts": json.dumps(facts)})

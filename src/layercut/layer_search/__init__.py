@@ -113,20 +113,7 @@ def search(
 def allowed_cuts(
     layers: int, length: int, segments: Sequence[Segment] | None, restriction: Restriction | None
 ) -> Restriction:
-    """The cuts that may be chosen, of which there must be one.
-
-    Args:
-        layers: L.
-        length: n, layers to remove.
-        segments: given ones, which must be allowed.
-        restriction: what is asked; None: no limits.
-
-    Returns:
-        The restriction.
-
-    Raises:
-        ConfigError: no cut is allowed, or not the given one.
-    """
+    """The cuts that may be chosen, of which there must be one."""
     limits = restriction or Restriction.none(layers, length)
     if segments is not None:
         limits.check(segments)
@@ -138,18 +125,7 @@ def allowed_cuts(
 def exact_search(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, options: dict[str, Any], num_segments: int
 ) -> SearchResult:
-    """The exhaustive search, whose cost is not added to another's.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        options: as they are asked of another criterion.
-        num_segments: K.
-
-    Returns:
-        Its result.
-    """
+    """The exhaustive search, whose cost is not added to another's."""
     exhaustive = registries.criteria.get("exhaustive")
     asked = {"cost": Cost(), **options, "num_segments": num_segments}
     return exhaustive(runner, tokens, length, **accepted(exhaustive, asked))
@@ -165,16 +141,7 @@ def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
 
 
 def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: bool) -> list[int]:
-    """K of each search that is made: what is asked, or for "auto" 1, and 2 where they are to be compared.
-
-    Args:
-        asked: K, or "auto".
-        length: n, layers to remove.
-        compares: whether "auto" compares: generated tests are given, and the criterion takes several segments.
-
-    Returns:
-        One K or two, none above n.
-    """
+    """K of each search that is made: what is asked, or for "auto" 1, and 2 where they are to be compared."""
     if asked == "auto":
         return [1, 2] if length > 1 and compares else [1]
     return [min(asked, length)]
@@ -183,21 +150,7 @@ def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: boo
 def numbers_searched(
     asked: int | Literal["auto"], limits: Restriction, criterion: Criterion, tests: bool, layers: int
 ) -> list[int]:
-    """The same for a criterion; of "auto" the exhaustive search has 1 alone where sets of two are too many, as is said.
-
-    Args:
-        asked: K, or "auto".
-        limits: of n layers.
-        criterion: that searches.
-        tests: whether generated tests are given.
-        layers: L.
-
-    Returns:
-        One K or two, none above n.
-
-    Raises:
-        ConfigError: K is no number of segments.
-    """
+    """The same for a criterion; of "auto" the exhaustive search has 1 alone where sets of two are too many, as is said."""
     if asked != "auto" and not (isinstance(asked, int) and asked >= 1):
         raise ConfigError(f"num_segments={asked!r} is no number of segments", 'allowed are 1 and more, and "auto"')
     compares = asked == "auto" and tests and names(criterion, "num_segments")
@@ -216,12 +169,6 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
 
     A result with more segments is taken where what is minimised falls by more than SECOND_SEGMENT_GAIN: more segments
     have more boundaries to heal, and among more sets chance finds a lower price.
-
-    Args:
-        found: by the number of segments, from the least.
-
-    Returns:
-        The one that is taken; `by_number` has the best of each.
     """
     taken = found[0]
     for more in found[1:]:
@@ -239,20 +186,7 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
-    """n, the number of layers to remove, from the one of the three that is given.
-
-    Args:
-        layers: L, decoder layers of the model.
-        ratio: share of the layers, between 0 and 1.
-        n_layers: n itself.
-        segments: segments [start, stop) to remove together.
-
-    Returns:
-        n, between 1 and L - 1; 0 of no segments, which price the model as it is.
-
-    Raises:
-        ConfigError: none or several are given, or the one given does not fit L layers.
-    """
+    """n, the number of layers to remove, from the one of the three that is given."""
     given = {"ratio": ratio is not None, "n_layers": n_layers is not None, "segments": segments is not None}
     if sum(given.values()) != 1:
         names = [name for name, is_given in given.items() if is_given]
@@ -274,34 +208,14 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
 
 
 def check_rows(runner: DecoderRunner, tokens: torch.Tensor, probes: ProbeRows | None) -> None:
-    """Refuse calibration rows that are not this model's, and tests of which none fits a row.
-
-    Args:
-        runner: of the model.
-        tokens: calibration token ids.
-        probes: generated tests, if any.
-
-    Raises:
-        DataError: one of these.
-    """
+    """Refuse calibration rows that are not this model's, and tests of which none fits a row."""
     if probes is not None:
         probes.check()
     check_calibration(runner, tokens, *([probes.tokens] if probes else []))
 
 
 def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool, probes: bool) -> None:
-    """Refuse options that a criterion does not name as a parameter and would therefore ignore.
-
-    Args:
-        criterion: the criterion.
-        name: its name, for the message.
-        several: whether more than one segment is asked for.
-        other_objective: whether an objective other than KL is asked for.
-        probes: whether generated tests are given.
-
-    Raises:
-        ConfigError: the criterion does not take such an option.
-    """
+    """Refuse options that a criterion does not name as a parameter and would therefore ignore."""
     for option, is_asked in {"num_segments": several, "objective": other_objective, "probes": probes}.items():
         if is_asked and not names(criterion, option):
             raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
@@ -310,17 +224,7 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
 def priced(
     runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment], probes: ProbeRows | None = None
 ) -> SearchResult:
-    """Segments given by hand, priced as the one cut that they are.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        segments: what is removed.
-        probes: generated tests, whose damage is measured beside the text's loss.
-
-    Returns:
-        The result of method "given".
-    """
+    """Segments given by hand, priced as the one cut that they are."""
     cost, cuts = Cost(), tuple(checked_segments(segments, len(runner)))
     with bar("pricing the cut", set_work([DENSE, cuts], len(runner), len(tokens))) as advance:
         if probes is not None:
@@ -337,23 +241,7 @@ def judged(
     cost: Cost,
     seconds: float,
 ) -> SearchResult:
-    """What a criterion returned, as a result: priced by the real cut, where the criterion has not done so itself.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        limits: how many layers were to be removed, and which cuts are allowed.
-        name: of the criterion.
-        picked: its choice: segments, scores [L] or a result.
-        cost: what the criterion spent; pricing its choice is not added.
-        seconds: how long the criterion took.
-
-    Returns:
-        The result, its `method` being `name`.
-
-    Raises:
-        ConfigError: the choice is not of this model's layers, not n of them, or forbidden.
-    """
+    """What a criterion returned, as a result: priced by the real cut, where the criterion has not done so itself."""
     if isinstance(picked, torch.Tensor):
         if picked.shape != (len(runner),):
             raise ConfigError(
@@ -378,15 +266,7 @@ def judged(
 
 
 def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
-    """Add the exhaustive search's answer and the regret to a result.
-
-    Args:
-        result: of another criterion.
-        exact: of the exhaustive search on the same tokens.
-
-    Returns:
-        `result` with its `oracle`.
-    """
+    """Add the exhaustive search's answer and the regret to a result."""
     # where one segment and two were compared, the oracle is that of one
     of_its_kind = replace(result, candidates=result.by_number[:1]) if result.by_number else result
     return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(of_its_kind, exact)})

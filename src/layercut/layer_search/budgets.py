@@ -35,19 +35,6 @@ def length_for_size(
     """The fewest layers n such that any n of them bring the model's weights down to a size.
 
     Where layers differ in size, the lightest are counted, so that the target is met whichever are removed.
-
-    Args:
-        layer_bytes: bytes of each layer.
-        total_bytes: of the whole model.
-        target_bytes: that may be left.
-        weights: what is counted, for messages.
-        beside: bytes that are added where n layers are removed, at most: of layers that stand beside a cut then.
-
-    Returns:
-        n, at least 1.
-
-    Raises:
-        ConfigError: the model is as small already, or is larger with one layer left.
     """
     lightest = sorted(layer_bytes)
     sizes = [total_bytes - sum(lightest[:n]) + (beside(n) if n else 0) for n in range(len(lightest))]
@@ -68,18 +55,7 @@ def length_for_size(
 
 
 def length_for_speedup(layers: int, speedup: float) -> int:
-    """The fewest layers n for which the ideal speedup is reached: 1 / (1 - n / L).
-
-    Args:
-        layers: L.
-        speedup: above 1.
-
-    Returns:
-        n, at least 1.
-
-    Raises:
-        ConfigError: all layers would have to go.
-    """
+    """The fewest layers n for which the ideal speedup is reached: 1 / (1 - n / L)."""
     n = max(1, math.ceil(layers * (1 - 1 / speedup) - 1e-9))
     if n >= layers:
         raise ConfigError(
@@ -90,11 +66,7 @@ def length_for_speedup(layers: int, speedup: float) -> int:
 
 
 def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split calibration rows [N, T] into those to search on and those that verify what was found.
-
-    Raises:
-        ConfigError: there is only one row.
-    """
+    """Split calibration rows [N, T] into those to search on and those that verify what was found."""
     unseen = max(1, len(tokens) // UNSEEN_SHARE)
     if len(tokens) < 2:
         raise ConfigError(
@@ -105,17 +77,7 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def perplexity_rise(stack: DecoderRunner, tokens: torch.Tensor, cuts: Cuts) -> float:
-    """How much a cut raises perplexity.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [N, T] that were not searched on.
-        cuts: segments removed together.
-
-    Returns:
-        Perplexity of the real cut over the dense model's, minus 1: 0.1 is a rise of 10 %. Infinite where a loss is, or
-        where the quotient is beyond what a float can hold.
-    """
+    """How much a cut raises perplexity."""
     losses = set_losses(stack, tokens, [DENSE, cuts], Cost())
     risen = as_price(losses[cuts] - losses[DENSE])
     return math.expm1(risen) if risen < 700 else math.inf  # e^710 overflows
@@ -138,18 +100,6 @@ def longest_within(
     """The most layers whose best cut raises perplexity by no more than a budget.
 
     The rise grows with the length but for small dents, so the length is bisected: about log2 of their number searches.
-
-    Args:
-        budget: rise of perplexity that is allowed, as a share.
-        lengths: how many layers may be removed, from the fewest to the most.
-        find: the search for one length.
-        rise: of perplexity by a cut, as a share, on tokens that the search has not seen.
-
-    Returns:
-        The result of the longest length within the budget, with what all searches cost, and all that was tried.
-
-    Raises:
-        ConfigError: not even one layer can go; the message names the best that was found.
     """
     tried: list[dict[str, Any]] = []
     good: Within | None = None
@@ -187,35 +137,14 @@ def triangle(
     *,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[tuple[int, int, float]]:
-    """Price every segment of up to `longest` layers exactly, in one sweep.
-
-    Args:
-        stack: the dense model.
-        tokens: calibration token ids [N, T].
-        longest: layers of the longest segments.
-        cost: to which the layer-forwards are added.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        (start, stop, KL in nats per token) of each, sorted.
-    """
+    """Price every segment of up to `longest` layers exactly, in one sweep."""
     segments = all_lengths(longest, len(stack))
     costs = segment_costs(stack, tokens, segments, cost, advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
 
 
 def with_triangle(result: SearchResult, runner: DecoderRunner, tokens: torch.Tensor, longest: int) -> SearchResult:
-    """Price every segment of up to `longest` layers exactly, beside a result, whose cost stays the search's.
-
-    Args:
-        result: to which the prices are added.
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        longest: layers of the longest segments.
-
-    Returns:
-        The result with its `triangle`.
-    """
+    """Price every segment of up to `longest` layers exactly, beside a result, whose cost stays the search's."""
     segments = all_lengths(longest, len(runner))
     with bar(f"sweeping {len(segments)} segments", sweep_work(segments, len(runner), len(tokens))) as advance:
         return replace(result, triangle=triangle(runner, tokens, longest, Cost(), advance=advance))

@@ -20,14 +20,6 @@ def cheapest_sums(costs: Mapping[Segment, float], limits: Restriction, count: in
 
     Beam search by dynamic programming: for every number of layers removed and every place where the last segment may
     end, the BEAM cheapest whose kept layers so far stand where they may. What segments do to each other is left out.
-
-    Args:
-        costs: the price of each segment removed alone.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K.
-
-    Returns:
-        Sets from the lowest sum.
     """
     layers, length = len(limits.may), limits.length
     # best[m, e]: sets of m layers that end at e or before; each round of the loop adds one segment

@@ -86,28 +86,12 @@ MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
 
 
 def first_of_proposals(rows: int, kinds: int = 1) -> int:
-    """Rows that proposals are first priced on: two of each kind at least.
-
-    Args:
-        rows: N.
-        kinds: of rows: text, or text and tests.
-
-    Returns:
-        How many of the first.
-    """
+    """Rows that proposals are first priced on: two of each kind at least."""
     return min(rows, max(2 * kinds, rows // BEGIN_SHARE))
 
 
 def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Rows in the order in which halving takes them.
-
-    Args:
-        tokens: token ids [N, T].
-        seed: of the order.
-
-    Returns:
-        [N, T].
-    """
+    """Rows in the order in which halving takes them."""
     return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -116,14 +100,6 @@ def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
 
     In the pass the hidden states are kept, their gradients, and what one layer needs at a time for its backward pass;
     at the turn there are a row of logits, p in float32 and the gradient.
-
-    Args:
-        run: what is planned.
-        effort: how much is spent on either.
-        count: K, segments.
-
-    Returns:
-        What that holds and computes.
     """
     shape, layers = run.shape, run.shape.layers
     rows, row = effort.gradient_rows(run.searched), shape.stream(1)
@@ -144,17 +120,7 @@ def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
 
 
 def race_of_proposals(run: PlannedRun, effort: Effort, count: int, begin: int) -> Work:
-    """Halving of what is proposed, where those in which tests count less are other sets or the same.
-
-    Args:
-        run: what is planned.
-        effort: how many sets are proposed.
-        count: K, segments.
-        begin: rows of the first round.
-
-    Returns:
-        The work.
-    """
+    """Halving of what is proposed, where those in which tests count less are other sets or the same."""
     race_of = halving_work if count == 1 else sets_work
     fewest = effort.sets(count)
     same, other = (race_of(run, sets, begin, effort.finalists) for sets in (fewest, fewest + 2 * OTHERS))
@@ -165,17 +131,7 @@ def race_of_proposals(run: PlannedRun, effort: Effort, count: int, begin: int) -
 
 
 def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work:
-    """Halving among single segments.
-
-    Args:
-        run: what is planned.
-        most: how many race.
-        begin: rows of the first round.
-        finalists: of them, those that are priced on all rows, at least.
-
-    Returns:
-        The work: which segments race is not known, and those at the end have fewer layers behind them.
-    """
+    """Halving among single segments."""
     shape, kept, seen, work = run.shape, run.shape.layers - run.length, 0, Work()
     for alive, until in rounds(min(most, kept + 1), run.searched, begin, finalists):
         # behind a segment are 0 to L - n layers, half of them on average
@@ -187,17 +143,7 @@ def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work
 
 
 def sets_work(run: PlannedRun, sets: int, begin: int, finalists: int) -> Work:
-    """Halving among sets of several segments, of which it is not known beforehand how many layers they share.
-
-    Args:
-        run: what is planned.
-        sets: how many race.
-        begin: rows of the first round.
-        finalists: of them, those that are priced on all rows, at least.
-
-    Returns:
-        The work: half of the kept layers are taken to come behind a set's first segment.
-    """
+    """Halving among sets of several segments, of which it is not known beforehand how many layers they share."""
     shape, kept, seen, work = run.shape, run.shape.layers - run.length, 0, Work()
     for alive, until in rounds(sets, run.searched, begin, finalists):
         new = until - seen
@@ -208,15 +154,7 @@ def sets_work(run: PlannedRun, sets: int, begin: int, finalists: int) -> Work:
 
 
 def climb_work(run: PlannedRun, count: int) -> Work:
-    """The climb: one round at least; two are expected, the second of which finds nothing better.
-
-    Args:
-        run: what is planned.
-        count: K, segments.
-
-    Returns:
-        The work.
-    """
+    """The climb: one round at least; two are expected, the second of which finds nothing better."""
     few = few_rows(run.searched, run.kinds)
     walls, kept = 2 * count, run.shape.layers - run.length
     round_of = sets_work(run, walls * walls + 1, few, CLIMB_FINALISTS)
@@ -227,15 +165,7 @@ def climb_work(run: PlannedRun, count: int) -> Work:
 
 
 def race_several_cost(run: PlannedRun, count: int) -> Spent:
-    """Every single segment on a few rows, halving among the sets of least sum, and the climb.
-
-    Args:
-        run: what is planned.
-        count: K, segments.
-
-    Returns:
-        The cost.
-    """
+    """Every single segment on a few rows, halving among the sets of least sum, and the climb."""
     shape, layers, few = run.shape, run.shape.layers, few_rows(run.searched, run.kinds)
     rows = coarse_rows(run.searched, run.kinds)
     singles = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
@@ -247,19 +177,7 @@ def race_several_cost(run: PlannedRun, count: int) -> Spent:
 def decided(
     name: str, prices: Prices, foretold: Foretold, limits: Restriction, count: int, effort: Effort
 ) -> SearchResult:
-    """The real cut decides among what the gate proposes.
-
-    Args:
-        name: of the criterion.
-        prices: of the calibration rows.
-        foretold: what the gate says that each segment costs.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K, segments.
-        effort: how much is spent.
-
-    Returns:
-        Candidates priced on all rows, from the best.
-    """
+    """The real cut decides among what the gate proposes."""
     asked = [(1.0, effort.sets(count)), *([(LIGHTER, OTHERS), (0.0, OTHERS)] if prices.kinds > 1 else [])]
     if effort.climbs and count > 1:
         proposed = corrected_proposals(prices, foretold, limits, count, asked)
@@ -287,22 +205,7 @@ def gate(
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
 ) -> SearchResult:
-    """CLP's gate (2510.23652) alone: no cut is priced but those that its gradients propose.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer passes are added.
-        seed: of the order in which the rows are taken, and of what is drawn.
-        num_segments: K, into how many segments at most.
-        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
-        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        Candidates priced on all tokens, from the best.
-    """
+    """CLP's gate (2510.23652) alone: no cut is priced but those that its gradients propose."""
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
     foretold = foretell(prices, GATE.gradient_rows(prices.rows), seed)
@@ -322,22 +225,7 @@ def clp(
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
 ) -> SearchResult:
-    """CLP's gate (2510.23652), made safe by more real cuts.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer passes are added.
-        seed: of the order in which the rows are taken, and of what is drawn.
-        num_segments: K, into how many segments at most.
-        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
-        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        Candidates priced on all tokens, from the best.
-    """
+    """CLP's gate (2510.23652), made safe by more real cuts."""
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
     foretold = foretell(prices, CLP.gradient_rows(prices.rows), seed)
@@ -367,20 +255,6 @@ def race(
 
     With one segment all race. With several, where not all sets can be priced, each segment is priced alone on a few
     rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        seed: of the order in which the rows are taken.
-        num_segments: K, into how many segments at most.
-        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
-        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        Candidates priced on all tokens, from the best.
     """
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
@@ -394,19 +268,7 @@ def race(
 
 
 def priced_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
-    """Sets of several segments by the sum of what each costs alone, priced by its real cut on a few rows.
-
-    Args:
-        prices: of the calibration rows.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K, segments.
-
-    Returns:
-        Sets from the lowest sum, COARSE_SETS a layer.
-
-    Raises:
-        ConfigError: no cut is allowed.
-    """
+    """Sets of several segments by the sum of what each costs alone, priced by its real cut on a few rows."""
     singles = all_lengths(limits.length, len(limits.may))
     costs = prices.weighted.mean(prices.of_singles(singles)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
@@ -416,18 +278,7 @@ def priced_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
 
 
 def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
-    """Race the one-layer moves of the best candidate against it until none is better.
-
-    Args:
-        prices: of the calibration rows.
-        found: candidates priced on all rows, from the best.
-        limits: the cuts that are allowed.
-        count: K.
-
-    Returns:
-        These candidates and all that the races priced on all rows, from the best, which is the best of its neighbours
-        as far as a race on these tokens can tell.
-    """
+    """Race the one-layer moves of the best candidate against it until none is better."""
     best = found[0].segments
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):

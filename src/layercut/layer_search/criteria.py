@@ -55,79 +55,32 @@ class Criterion(Protocol):
     def __call__(
         self, runner: DecoderRunner, tokens: torch.Tensor, length: int, /, *args: Any, **options: Any
     ) -> Sequence[Segment] | torch.Tensor | SearchResult:
-        """Choose `length` layers.
-
-        Args:
-            runner: the dense model, layer by layer (`models/runner.py`); `runner.model` is the model itself.
-            tokens: calibration token ids [N, T], on the CPU or wherever the caller has them: see `runner.place`.
-            length: n, layers to remove, in all.
-            *args: none.
-            **options: those of the keyword arguments above that it names.
-
-        Returns:
-            Segments with n layers in all; or scores [L], of which the n lowest are removed, the earlier of equals; or
-            a `SearchResult` with candidates that the criterion has priced itself, from the best.
-        """
+        """Choose `length` layers."""
         ...
 
 
 def most_segments(
     criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int, rounds: int = 1
 ) -> int:
-    """How many segments a criterion may remove.
-
-    Args:
-        criterion: the criterion.
-        num_segments: K, as it is asked for.
-        length: n, layers to remove, in all rounds.
-        rounds: R, in each of which it chooses anew.
-
-    Returns:
-        At most n: R K, K being 2 for "auto", of a criterion that can be asked for several; R of one that takes a
-        window; n where single layers are chosen, or it is not known.
-    """
+    """How many segments a criterion may remove."""
     if names(criterion, "num_segments"):
         return min(length, rounds * (2 if num_segments == "auto" else num_segments))
     return min(length, rounds) if criterion in (random_segment, reverse_order, angular, cosine) else length
 
 
 def names(criterion: Callable[..., Any], option: str) -> bool:
-    """Whether a criterion has a parameter of that name.
-
-    Args:
-        criterion: the criterion.
-        option: the parameter's name.
-
-    Returns:
-        True where its signature names the option; `**options` does not count.
-    """
+    """Whether a criterion has a parameter of that name."""
     return option in inspect.signature(criterion).parameters
 
 
 def takes(criterion: Callable[..., Any], option: str) -> bool:
-    """Whether a criterion accepts an option: it names it, or takes `**options`.
-
-    Args:
-        criterion: the criterion.
-        option: the parameter's name.
-
-    Returns:
-        True where the option may be passed.
-    """
+    """Whether a criterion accepts an option: it names it, or takes `**options`."""
     parameters = inspect.signature(criterion).parameters.values()
     return names(criterion, option) or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def accepted(criterion: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that a criterion takes.
-
-    Args:
-        criterion: the criterion.
-        options: keyword arguments by name.
-
-    Returns:
-        The subset to pass to it.
-    """
+    """Those of the options that a criterion takes."""
     return {name: value for name, value in options.items() if takes(criterion, name)}
 
 
@@ -135,18 +88,7 @@ def accepted(criterion: Callable[..., Any], options: dict[str, Any]) -> dict[str
 def random_segment(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int, restriction: Restriction | None = None
 ) -> Cuts:
-    """A start drawn uniformly from 0 … L - n: the baseline that any criterion must beat.
-
-    Args:
-        runner: the dense model.
-        tokens: not used.
-        length: n, layers to remove.
-        seed: of the draw.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        One segment of n layers.
-    """
+    """A start drawn uniformly from 0 … L - n: the baseline that any criterion must beat."""
     generator = torch.Generator().manual_seed(seed)
     allowed = allowed_segments(runner, length, restriction)
     return (allowed[int(torch.randint(len(allowed), (), generator=generator))],)
@@ -156,34 +98,14 @@ def random_segment(
 def reverse_order(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, restriction: Restriction | None = None
 ) -> Cuts:
-    """[L - 1 - n, L - 1): the last n layers, but the very last one, which is kept (2411.15558).
-
-    Args:
-        runner: the dense model.
-        tokens: not used.
-        length: n, layers to remove.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        One segment of n layers.
-    """
+    """[L - 1 - n, L - 1): the last n layers, but the very last one, which is kept (2411.15558)."""
     allowed = allowed_segments(runner, length, restriction)
     return (next((one for one in reversed(allowed) if one.stop < len(runner)), allowed[-1]),)
 
 
 @costs(measured_once(1))
 def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> torch.Tensor:
-    """BI_i = 1 - E[cos(h_i, h_{i+1})], over all tokens (ShortGPT, 2403.03853).
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n; the scores do not depend on it.
-        cost: to which the layer-forwards are added.
-
-    Returns:
-        Scores [L], float64; the n lowest are removed.
-    """
+    """BI_i = 1 - E[cos(h_i, h_{i+1})], over all tokens (ShortGPT, 2403.03853)."""
     return 1 - _measured("block-influence", runner, tokens, cost).cosine.diagonal(1)
 
 
@@ -191,18 +113,7 @@ def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *,
 def angular(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
-    """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887).
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        One segment of n layers.
-    """
+    """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887)."""
     scores = _measured("angular", runner, tokens, cost).angular.diagonal(length)
     return best_start(scores, length, allowed_segments(runner, length, restriction))
 
@@ -211,18 +122,7 @@ def angular(
 def cosine(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
-    """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135).
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        One segment of n layers.
-    """
+    """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135)."""
     scores = -_measured("cosine", runner, tokens, cost).cosine.diagonal(length)
     return best_start(scores, length, allowed_segments(runner, length, restriction))
 
@@ -241,18 +141,7 @@ def perplexity_cost(run: PlannedRun) -> Spent:
 def perplexity(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
-    """The n layers without each of which, alone, the next-token loss is lowest (Shortened LLaMA, 2402.02834).
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments; the first 4 and the last 2 are kept.
-    """
+    """The n layers without each of which, alone, the next-token loss is lowest (Shortened LLaMA, 2402.02834)."""
     sets = without_each(len(runner))
     with bar("perplexity", set_work(sets, len(runner), len(tokens))) as advance:
         losses = set_losses(runner, tokens, sets, cost, advance=advance)
@@ -263,18 +152,7 @@ def perplexity(
 def taylor(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
-    """The n layers of lowest sum |w dL/dw| over their weights, L the next-token loss (Shortened LLaMA, 2402.02834).
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer passes are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments; the first 4 and the last 2 are kept.
-    """
+    """The n layers of lowest sum |w dL/dw| over their weights, L the next-token loss (Shortened LLaMA, 2402.02834)."""
     with bar("taylor", len(tokens)) as advance:
         return one_shot(taylor_scores(runner, tokens, cost, advance=advance), length, restriction)
 
@@ -291,18 +169,7 @@ def sleb_cost(run: PlannedRun) -> Spent:
 def sleb(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
-    """Greedily, n times, the layer without which the next-token loss is lowest (SLEB, 2402.09025): `greedy.sleb`.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments.
-    """
+    """Greedily, n times, the layer without which the next-token loss is lowest (SLEB, 2402.09025): `greedy.sleb`."""
     with bar("sleb", length) as advance:
         return greedy.sleb(runner, tokens, length, cost, restriction=restriction, advance=advance)
 
@@ -316,19 +183,7 @@ def evolution(
     cost: Cost,
     restriction: Restriction | None = None,
 ) -> Cuts:
-    """Sets of n layers by mutation and selection, by their KL (after EvoPress, 2410.14649): `greedy.evolution`.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        seed: of sets, mutations and rows.
-        cost: to which the layer-forwards are added.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments.
-    """
+    """Sets of n layers by mutation and selection, by their KL (after EvoPress, 2410.14649): `greedy.evolution`."""
     with bar("evolution", greedy.sleb_work(length, len(runner), len(tokens))) as advance:
         return greedy.evolution(runner, tokens, length, cost, seed=seed, restriction=restriction, advance=advance)
 
@@ -342,30 +197,12 @@ def _measured(name: str, runner: DecoderRunner, tokens: torch.Tensor, cost: Cost
 
 
 def one_shot(scores: torch.Tensor, length: int, restriction: Restriction | None = None) -> Cuts:
-    """The n layers of lowest score, each scored alone, none of the protected (Shortened LLaMA, 2402.02834).
-
-    Args:
-        scores: of each layer [L]; not finite counts as infinite.
-        length: n, layers to remove.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments.
-    """
+    """The n layers of lowest score, each scored alone, none of the protected (Shortened LLaMA, 2402.02834)."""
     return lowest(scores, length, protected_layers(len(scores)), restriction)
 
 
 def best_start(scores: torch.Tensor, length: int, allowed: Sequence[Segment] = ()) -> Cuts:
-    """The segment of n layers whose start has the lowest score; the earlier of equals.
-
-    Args:
-        scores: of each start [L - n + 1]; not finite counts as infinite.
-        length: n, layers to remove.
-        allowed: the segments among which to choose; none: all.
-
-    Returns:
-        One segment.
-    """
+    """The segment of n layers whose start has the lowest score; the earlier of equals."""
     values = [as_price(score) for score in scores.tolist()]
     allowed = allowed or [Segment(start, start + length) for start in range(len(values))]
     return (min(allowed, key=lambda one: (values[one.start], one.start)),)
@@ -380,17 +217,7 @@ def protected_layers(layers: int) -> set[int]:
 def lowest(
     scores: torch.Tensor, length: int, protected: Set[int] = frozenset(), restriction: Restriction | None = None
 ) -> Cuts:
-    """The n layers of lowest score; protected ones only where the others are too few. The earlier of equals.
-
-    Args:
-        scores: of each layer [L]; not finite counts as infinite.
-        length: n, layers to remove.
-        protected: layers to keep where possible.
-        restriction: of the cuts that may be chosen; not given: none.
-
-    Returns:
-        The n layers as segments.
-    """
+    """The n layers of lowest score; protected ones only where the others are too few. The earlier of equals."""
     values = [as_price(score) for score in scores.tolist()]
     if restriction is not None and not restriction.is_none:
         return _lowest_allowed(values, protected, restriction)
@@ -408,17 +235,5 @@ def _lowest_allowed(values: list[float], protected: Set[int], restriction: Restr
 
 
 def allowed_segments(runner: DecoderRunner, length: int, restriction: Restriction | None) -> list[Segment]:
-    """The single segments of n layers that may be removed.
-
-    Args:
-        runner: the dense model.
-        length: n, layers to remove.
-        restriction: of the cuts that may be chosen.
-
-    Returns:
-        The segments, by their start.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """The single segments of n layers that may be removed."""
     return (restriction or Restriction.none(len(runner), length)).needed_segments()

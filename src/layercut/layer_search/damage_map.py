@@ -226,19 +226,7 @@ def capability_costs(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, dict[str, float]]:
-    """The damage of sets of segments to each capability, in one sweep.
-
-    Args:
-        stack: the dense model.
-        probes: rows of tests.
-        sets: what is removed together.
-        cost: to which the layer-forwards are added.
-        rows: rows that go through a layer together; not given, as many as the budget allows.
-        advance: told the layer-forwards.
-
-    Returns:
-        {set: {capability: nats}}, mean over the tokens of its answers, infinite where not finite.
-    """
+    """The damage of sets of segments to each capability, in one sweep."""
     wanted = [DENSE, *sets]
     of, at = probes.of(), torch.arange(len(probes.tokens))[:, None]
     marked = torch.cat([at, probes.tokens], dim=1)  # the row's number goes along, before its tokens

@@ -22,15 +22,7 @@ MOST_SETS = 20_000
 
 
 def all_sets_cost(run: PlannedRun, count: int) -> Spent:
-    """Price every set of K segments at most.
-
-    Args:
-        run: what is planned.
-        count: K.
-
-    Returns:
-        The cost; its work is unknown where there are more sets than are allowed.
-    """
+    """Price every set of K segments at most."""
     if number_of_sets(run.length, run.shape.layers, count) > MOST_SETS:
         return Spent({}, None)
     return sweep_cost(run, [DENSE, *all_sets(run.length, run.shape.layers, count)])
@@ -48,24 +40,7 @@ def exhaustive(
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
 ) -> SearchResult:
-    """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        num_segments: K, into how many segments at most.
-        objective: what a cut is priced by; in nats per token for "kl" and "next-token".
-        probes: generated tests whose damage is priced along with the text's loss (`weighted_rows`).
-        restriction: of the sets that may be chosen; not given: none.
-
-    Returns:
-        All sets as candidates, from the best.
-
-    Raises:
-        ConfigError: there are more than `MOST_SETS` sets, or none is allowed.
-    """
+    """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum."""
     layers, objective = len(runner), as_objective(objective)
     if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
         raise ConfigError(

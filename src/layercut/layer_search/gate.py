@@ -65,14 +65,6 @@ def foretell(prices: Prices, rows: int, seed: int) -> Foretold:
     """The table, from one forward and one backward pass of each of the first rows.
 
     Every process does the same; the main one's is taken.
-
-    Args:
-        prices: the dense model, its calibration rows and what counts on them; to its cost the passes are added.
-        rows: how many of the N rows.
-        seed: of what is drawn.
-
-    Returns:
-        The price of every segment, as far as these rows tell.
     """
     draw, layers, stack = torch.Generator().manual_seed(seed), len(prices.stack), prices.stack
     scale = LOSS_SCALE if stack.model.dtype == torch.float16 else 1.0
@@ -109,22 +101,7 @@ def foretold_of_row(
     weights: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """The equation of this module for all segments, by one draw of y.
-
-    Args:
-        stack: the dense model.
-        row: token ids [1, T].
-        objective: what is compared: predictions, or hidden states, as in `upstream_of`.
-        draw: of y.
-        weights: w [T] of each position in the row's price; the mean over tokens where not given.
-        scale: a power of two by which slopes are larger on their way back, for float16; undone in the result.
-
-    Returns:
-        float64 [L + 1, L + 1], at (a, b) of the segment [a, b); 0 elsewhere.
-
-    Raises:
-        ModelError: the dense predictions are not finite.
-    """
+    """The equation of this module for all segments, by one draw of y."""
     with torch.no_grad():
         embedded, calls = stack.enter(row)
         first = stack.layer(0, embedded, calls)
@@ -141,16 +118,7 @@ def foretold_of_row(
 
 @torch.no_grad()
 def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], most_bytes: int) -> torch.Tensor:
-    """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once.
-
-    Args:
-        states: h_0 … h_L [1, T, D].
-        slopes: v_1 … v_L [1, T, D].
-        most_bytes: of states in float32 that are there at once.
-
-    Returns:
-        float64 [L + 1, L + 1], at (a, b); 0 elsewhere.
-    """
+    """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once."""
     layers, tokens, width = len(slopes), *states[0].shape[1:]
     device = states[0].device  # layers may be on several
     sums = [torch.zeros(b, device=device) for b in range(1, layers + 1)]
@@ -172,22 +140,7 @@ def slope_at_end(
     draw: torch.Generator,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """v_L, by the head's backward pass on as many positions at a time as there is room for logits.
-
-    Args:
-        stack: the dense model.
-        last: what leaves its last layer [1, T, D].
-        row: token ids [1, T].
-        objective: what is compared.
-        draw: of y, or of signs.
-        weights: of each position's gradient [T].
-
-    Returns:
-        [1, T, D], in the dtype of `last`.
-
-    Raises:
-        ModelError: the dense predictions are not finite.
-    """
+    """v_L, by the head's backward pass on as many positions at a time as there is room for logits."""
     drawn, slope = draws(objective, last.shape, draw), torch.empty_like(last)
     tokens = len(weights)
     together = tokens if objective.reads == "hidden" else stack.budget.logit_tokens(stack.vocabulary)
@@ -200,16 +153,7 @@ def slope_at_end(
 
 
 def draws(objective: Objective, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
-    """What `upstream_of` draws by: uniform in [0, 1), [T], or random signs [T, D] where hidden states are compared.
-
-    Args:
-        objective: what is compared.
-        shape: of the last layer's output, (1, T, D).
-        draw: the generator.
-
-    Returns:
-        On the CPU, the same on any device.
-    """
+    """What `upstream_of` draws by: uniform in [0, 1), [T], or random signs [T, D] where hidden states are compared."""
     if objective.reads == "hidden":
         return torch.randint(2, shape, generator=draw)[0] * 2.0 - 1
     return torch.rand(shape[1], generator=draw)
@@ -222,19 +166,6 @@ def upstream_of(
 
     Of predictions, sum_t log p(y_t) with y_t drawn from p_t. Where the objective compares hidden states, of which the
     price is |h - h_dense|^2 / |h_dense|^2, sum_t e_t . h_t / |h_t| with random signs e, times the root of two.
-
-    Args:
-        stack: the dense model.
-        last: what leaves its last layer [1, T, D].
-        row: token ids [1, T].
-        objective: which of the two is compared.
-        drawn: by which y is chosen, or e: of `draws`, on any device; logits may be on another than hidden states.
-
-    Returns:
-        The logits [1, T, V] or `last`, and the gradient there, float32.
-
-    Raises:
-        ModelError: the dense predictions are not finite.
     """
     if objective.reads == "hidden":
         return last, 2**0.5 * drawn.to(last.device) / last.detach().float().norm(dim=-1, keepdim=True)
@@ -245,20 +176,7 @@ def upstream_of(
 
 
 def proposals(foretold: Foretold, limits: Restriction, count: int, most: int) -> list[Cuts]:
-    """The sets that the gate foretells to be the cheapest.
-
-    Args:
-        foretold: of every segment.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K, segments.
-        most: how many sets.
-
-    Returns:
-        The sets, from the cheapest.
-
-    Raises:
-        ConfigError: no cut is allowed.
-    """
+    """The sets that the gate foretells to be the cheapest."""
     singles = all_lengths(limits.length, len(limits.may))
     sums = cheapest_sums({one: foretold.of((one,)) for one in singles}, limits, count)
     if not sums:

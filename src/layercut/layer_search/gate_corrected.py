@@ -41,41 +41,14 @@ EXPECTED_SHARE = 0.3
 def proposals_of_each(
     foretold: Foretold, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
 ) -> list[list[Cuts]]:
-    """What a table proposes where tests count as much, less, and nothing.
-
-    Args:
-        foretold: what each segment costs.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K, segments.
-        asked: (what tests count, how many sets), of each kind.
-
-    Returns:
-        Sets of each kind, from the cheapest.
-
-    Raises:
-        ConfigError: no cut is allowed.
-    """
+    """What a table proposes where tests count as much, less, and nothing."""
     return [proposals(foretold.weighing(tests), limits, count, most) for tests, most in asked]
 
 
 def corrected_proposals(
     prices: Prices, foretold: Foretold, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
 ) -> list[list[Cuts]]:
-    """The same, with what real cuts of their segments say of the table, until all of these are known.
-
-    Args:
-        prices: of the calibration rows; a few of them are cut.
-        foretold: what the gate says that each segment costs.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K, segments.
-        asked: (what tests count, how many sets), of each kind.
-
-    Returns:
-        Sets of each kind, from the cheapest; after MOST_ROUNDS rounds segments of some may not have been cut.
-
-    Raises:
-        ConfigError: no cut is allowed.
-    """
+    """The same, with what real cuts of their segments say of the table, until all of these are known."""
     told, known = foretold, dict[Segment, tuple[float, float]]()
     for _ in range(MOST_ROUNDS):
         proposed = proposals_of_each(told, limits, count, asked)
@@ -93,13 +66,6 @@ def corrected(foretold: Foretold, known: dict[Segment, tuple[float, float]]) -> 
     """The gate's tables by the formula above.
 
     Every process does the same; the main one's are taken.
-
-    Args:
-        foretold: the gate's own.
-        known: real prices of some segments: of text and tests, and of text alone.
-
-    Returns:
-        Corrected ones of all other segments, and these as they are.
     """
     layers, priced = len(foretold.table) - 1, list(known)
     segments = all_lengths(layers, layers)
@@ -123,30 +89,14 @@ def places(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
 
 
 def shared_layers(ours: Sequence[Segment], theirs: Sequence[Segment]) -> torch.Tensor:
-    """What segments have in common: layers in both over layers in either.
-
-    Args:
-        ours: A segments.
-        theirs: B segments.
-
-    Returns:
-        float64 [A, B], 0 to 1.
-    """
+    """What segments have in common: layers in both over layers in either."""
     (starts, stops), (begins, ends) = (map(torch.tensor, places(some)) for some in (ours, theirs))
     both = (torch.minimum(stops[:, None], ends) - torch.maximum(starts[:, None], begins)).clamp_min(0).double()
     return both / ((stops - starts)[:, None] + (ends - begins) - both)
 
 
 def corrections_work(run: PlannedRun, rows: int) -> Work:
-    """The work of the real cuts, of which it is not known beforehand how many there are.
-
-    Args:
-        run: what is planned.
-        rows: that every segment is cut on.
-
-    Returns:
-        The work: one round at least.
-    """
+    """The work of the real cuts, of which it is not known beforehand how many there are."""
     layers = run.shape.layers
     every = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
     most = set_work(every, layers, rows) + (MOST_ROUNDS - 1) * layers * rows

@@ -13,16 +13,7 @@ from layercut.segments import Segment, joined_segments, layers_of
 
 
 def neighbours(cuts: Cuts, layers: int, count: int) -> list[Cuts]:
-    """All sets of `count` segments at most that differ by one move of a wall outward and one inward, sorted.
-
-    Args:
-        cuts: a set of segments.
-        layers: L.
-        count: K.
-
-    Returns:
-        Sets of as many layers, without `cuts` itself.
-    """
+    """All sets of `count` segments at most that differ by one move of a wall outward and one inward, sorted."""
     removed = {*layers_of(cuts)}
     closed = {i for s in cuts for i in (s.start - 1, s.stop) if 0 <= i < layers}
     opened = {i for s in cuts for i in (s.start, s.stop - 1)}
@@ -33,16 +24,7 @@ def neighbours(cuts: Cuts, layers: int, count: int) -> list[Cuts]:
 
 
 def all_sets(length: int, layers: int, count: int) -> list[Cuts]:
-    """Every set of `count` segments at most, `length` layers in all, that do not touch: `number_of_sets` of them.
-
-    Args:
-        length: n.
-        layers: L.
-        count: K.
-
-    Returns:
-        The sets.
-    """
+    """Every set of `count` segments at most, `length` layers in all, that do not touch: `number_of_sets` of them."""
 
     def below(start: int, left: int, segments: int) -> list[Cuts]:
         if left == 0:
@@ -60,14 +42,5 @@ def all_sets(length: int, layers: int, count: int) -> list[Cuts]:
 
 
 def number_of_sets(length: int, layers: int, count: int) -> int:
-    """sum_{k <= K} C(n - 1, k - 1) C(L - n + 1, k): n into k widths, times k places among the layers kept.
-
-    Args:
-        length: n.
-        layers: L.
-        count: K.
-
-    Returns:
-        How many sets `all_sets` gives.
-    """
+    """sum_{k <= K} C(n - 1, k - 1) C(L - n + 1, k): n into k widths, times k places among the layers kept."""
     return sum(comb(length - 1, k - 1) * comb(layers - length + 1, k) for k in range(1, count + 1))

@@ -40,17 +40,6 @@ def sleb(
     """Greedy (SLEB, 2402.09025): n times, remove the layer without which the next-token loss is lowest.
 
     The loss is that of the model without all layers removed so far, on all tokens, measured again each time.
-
-    Args:
-        stack: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added: `sleb_work` of them.
-        restriction: of the sets that may be chosen; not given: none.
-        advance: called with 1 after each removed layer.
-
-    Returns:
-        The n layers, as segments.
     """
     removed: set[int] = set()
     limits = restriction or Restriction.none(len(stack), length)
@@ -70,14 +59,6 @@ def sleb_work(length: int, layers: int, rows: int) -> int:
 
     With m layers left, the candidate at place p enters the m - 1 - p layers behind it, and the stream that they
     all fork from enters m - 1: (m - 1)(m + 2) / 2 a round and row.
-
-    Args:
-        length: n, layers to remove.
-        layers: L.
-        rows: N, calibration rows.
-
-    Returns:
-        Layer-forwards of one row [1, T] each.
     """
     return rows * sum((m - 1) * (m + 2) // 2 for m in range(layers - length + 1, layers + 1))
 
@@ -100,19 +81,6 @@ def evolution(
     steps on growing numbers of tokens, drawn again each time: the children on a few rows, then the best of them and
     the parent on more; the fittest is the next parent. The paper's programs run hundreds of generations of
     attention and MLP apart on up to 131,072 tokens; here a generation is begun only while all of it fits the budget.
-
-    Args:
-        stack: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        cost: to which the layer-forwards are added.
-        seed: of sets, mutations and rows.
-        budget: layer-forwards; what SLEB needs on the same tokens where not given.
-        restriction: of the sets that may be chosen; not given: none.
-        advance: called with the layer-forwards done, at the end with those that are left of the budget.
-
-    Returns:
-        The n layers of the last parent, as segments.
     """
     generator = torch.Generator().manual_seed(seed)
     layers, rows = len(stack), len(tokens)
@@ -145,16 +113,7 @@ def evolution(
 
 
 def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts]:
-    """Up to `wanted` different sets; fewer where ten times as many draws have no more.
-
-    Args:
-        draw: draws one set.
-        wanted: how many.
-        *besides: sets that are not wanted.
-
-    Returns:
-        The sets, in the order drawn.
-    """
+    """Up to `wanted` different sets; fewer where ten times as many draws have no more."""
     found: dict[Cuts, None] = {}
     for _ in range(10 * wanted):
         if len(found) < wanted and (drawn := draw()) not in besides:
@@ -163,17 +122,7 @@ def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts
 
 
 def level_switch(cuts: Cuts, layers: int, generator: torch.Generator, restriction: Restriction | None = None) -> Cuts:
-    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress.
-
-    Args:
-        cuts: the parent's segments.
-        layers: L.
-        generator: of the draws.
-        restriction: of the sets that may be chosen: what is kept of the parent is then completed at random.
-
-    Returns:
-        The child's segments, of as many layers.
-    """
+    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress."""
     removed = layers_of(cuts)
     kept = [i for i in range(layers) if i not in removed]
     wanted = int(torch.randint(1, 4, (2,), generator=generator).min())

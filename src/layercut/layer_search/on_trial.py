@@ -50,20 +50,7 @@ def tried(
     *,
     healed: Healing | None = None,
 ) -> SearchResult:
-    """Go on from a search's candidates by what each cut costs once it is folded, and then by healing the best.
-
-    Args:
-        result: of a search by plain cuts.
-        prices: plain ones, of which two rows of each kind propose; the choice is priced on all.
-        folded: the price of a cut after a quick fold; lower is better.
-        limits: the cuts that are allowed.
-        count: K, segments at most.
-        healed: the price of a cut after a short healing; None: the fold decides.
-
-    Returns:
-        The result with the choice first, and all that was `tried`; of its candidates those that were have the price
-        after the fold as their `score`.
-    """
+    """Go on from a search's candidates by what each cut costs once it is folded, and then by healing the best."""
     by_text = [result.by_text] if result.by_text else []
     begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number, *by_text]]
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
@@ -84,19 +71,7 @@ def tried(
 def climbed_(
     known: dict[Cuts, float], best: Cuts, prices: Prices, folded: Price, limits: Restriction, count: int
 ) -> Cuts:
-    """Where one-layer moves lead from a cut, each of which has to gain more than GAIN.
-
-    Args:
-        known: prices after a quick fold; those that are asked for on the way are added.
-        best: the cut to begin with.
-        prices: plain ones, by which the moves are picked that are priced.
-        folded: the price of a cut after a quick fold.
-        limits: the cuts that are allowed.
-        count: K, segments at most.
-
-    Returns:
-        The last cut.
-    """
+    """Where one-layer moves lead from a cut, each of which has to gain more than GAIN."""
     for _ in range(MOST_MOVES):
         moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
         nearest = prices.ranked(moves, min(prices.rows, 2 * prices.kinds))[:PROPOSED] if moves else []
@@ -117,16 +92,6 @@ def after_healing(
     round finds the places. Which of close ones is better after a short healing says little, since some cuts heal
     faster at first than others and no further; what both prices foretell took the one that found fewer keys
     twice (docs/log.md).
-
-    Args:
-        ordered: cuts of equally many layers, the most promising first.
-        healed: the price of a cut after healing; lower is better.
-        by_text: what is healed for a while whatever it promises: what tests cost and spare is told after healing.
-
-    Returns:
-        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of each of PLACES that
-        are CLOSE, as far as there are any; and after a longer one, of those CLOSE by then, FINALISTS at most, where
-        there are several.
     """
     short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, TRIED), *by_text])}
     for place in close_ones(short)[:PLACES]:
@@ -143,15 +108,7 @@ def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others.
-
-    Args:
-        ordered: cuts of equally many layers.
-        most: how many are wanted.
-
-    Returns:
-        These, in their order; the first always.
-    """
+    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others."""
     found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
         layers = {*layers_of(cuts)}
@@ -167,13 +124,6 @@ def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
     """How many cuts are priced after a fold, and the work of proposing moves and of pricing the choice.
 
     Two rounds of moves are expected, the second of which finds nothing better.
-
-    Args:
-        run: what is planned.
-        count: K, segments at most.
-
-    Returns:
-        Both.
     """
     moves, kept = 4 * count * count, run.shape.layers - run.length
     proposed, pool = min(PROPOSED, moves), POOL * run.kinds

@@ -42,37 +42,17 @@ def first_rows(rows: int) -> int:
 
 
 def few_rows(rows: int, kinds: int) -> int:
-    """Of N rows, those of the first, coarse pricing of sets.
-
-    Args:
-        rows: N.
-        kinds: of rows: text, or text and tests.
-
-    Returns:
-        How many of the first; two of each kind at least, as far as there are so many.
-    """
+    """Of N rows, those of the first, coarse pricing of sets."""
     return min(rows, max(first_rows(rows), 2 * kinds))
 
 
 def coarse_rows(rows: int, kinds: int) -> int:
-    """Of N rows, those that single segments are priced on where sums of their prices propose.
-
-    Args:
-        rows: N.
-        kinds: of rows: text, or text and tests.
-
-    Returns:
-        How many of the first; two of each kind where there are two, as far as there are so many.
-    """
+    """Of N rows, those that single segments are priced on where sums of their prices propose."""
     return min(rows, max(1 if kinds == 1 else 4, few_rows(rows, kinds) // 2))
 
 
 def as_objective(objective: str | Objective) -> Objective:
-    """An objective by its name in `layercut.objectives`, or itself.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+    """An objective by its name in `layercut.objectives`, or itself."""
     if isinstance(objective, Objective):
         return objective
     found = objectives.get(objective)
@@ -100,19 +80,7 @@ class Judge:
         weights: torch.Tensor | None = None,
         every: int = 1,
     ) -> None:
-        """Prepare what all that is judged shares.
-
-        Args:
-            objective: what is measured.
-            stack: whose head makes logits of hidden states.
-            dense: the dense model's hidden states h_L [B, T, D].
-            tokens: token ids [B, T].
-            weights: of each position [B, T]; not given, a row's mean.
-            every: only one of T / every positions or so goes through the head; of hidden states all are compared.
-
-        Raises:
-            ModelError: the objective needs the dense model's logits, and one is not finite.
-        """
+        """Prepare what all that is judged shares."""
         self.stack, self.reads = stack, objective.reads
         # what does not need the dense model compares with the next token, and the last position has none
         last = tokens.shape[1] - (not objective.needs_dense)
@@ -168,15 +136,7 @@ class Prices:
         objective: Objective | None = None,
         probes: ProbeRows | None = None,
     ) -> None:
-        """Nothing is measured before it is asked for.
-
-        Args:
-            stack: the dense model.
-            tokens: calibration token ids [N, T].
-            cost: to which the layer-forwards are added.
-            objective: what is measured; KL where not given.
-            probes: rows of generated tests, which are then priced among those of text (`weighted_rows`).
-        """
+        """Nothing is measured before it is asked for."""
         self.stack, self.cost, self.objective, self.probes = stack, cost, objective or KL(), probes
         self.text, self.weighted = tokens, weighted_rows(tokens, probes)
         self.tokens, self.weights = self.weighted.tokens, self.weighted.weights
@@ -185,15 +145,7 @@ class Prices:
 
     @contextmanager
     def shown(self, description: str, total: float) -> Iterator[Callable[[float], None]]:
-        """While open, a bar shows how many of the prices of single rows that are asked for are known.
-
-        Args:
-            description: of the work.
-            total: how many are asked for.
-
-        Yields:
-            What is told how many are known by now, those that were known before among them.
-        """
+        """While open, a bar shows how many of the prices of single rows that are asked for are known."""
         done = 0.0
         with bar(description, total) as advance:
 
@@ -224,14 +176,7 @@ class Prices:
         return few_rows(self.rows, self.kinds)
 
     def of_singles(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """What each segment costs alone, on the few rows that sums of single prices are made of (`coarse_rows`).
-
-        Args:
-            segments: S of them.
-
-        Returns:
-            float64 [S, rows], above what the dense model has where the objective is not 0 there; at most WORST.
-        """
+        """What each segment costs alone, on the few rows that sums of single prices are made of (`coarse_rows`)."""
         rows = coarse_rows(self.rows, self.kinds)
         with self.shown("pricing single segments", total := rows * (1 + len(segments))) as reached:
             found = self.of([DENSE, *((segment,) for segment in segments)], rows).clamp_max(WORST)
@@ -245,15 +190,7 @@ class Prices:
         return self.tokens.roll(-self.few, 0), self.weights.roll(-self.few, 0)
 
     def of(self, sets: Sequence[Cuts], rows: int) -> torch.Tensor:
-        """Prices on the first `rows` rows; those that are not known yet are measured now.
-
-        Args:
-            sets: C sets of segments, each removed together.
-            rows: how many of the N rows.
-
-        Returns:
-            float64 [C, rows], infinite where not finite.
-        """
+        """Prices on the first `rows` rows; those that are not known yet are measured now."""
         missing: dict[int, list[Cuts]] = {}
         for cuts in dict.fromkeys(sets):
             if (have := len(self.known.setdefault(cuts, []))) < rows:
@@ -306,16 +243,7 @@ class Prices:
         return torch.cat(found, dim=1).cpu().double()
 
     def ranked(self, sets: Iterable[Cuts], rows: int, *, text_only: bool = False) -> list[Cuts]:
-        """Sets from the cheapest on the first `rows` rows; the earlier of equals.
-
-        Args:
-            sets: C sets of segments.
-            rows: how many of the N rows.
-            text_only: go by the rows of text among them.
-
-        Returns:
-            The C sets, by their mean price.
-        """
+        """Sets from the cheapest on the first `rows` rows; the earlier of equals."""
         sets = sorted(sets)
         prices = self.of(sets, rows)
         some = prices[:, self.weighted.text_only(rows)].mean(-1) if text_only else self.weighted.mean(prices)
@@ -324,17 +252,7 @@ class Prices:
 
 
 def rounds(sets: int, rows: int, begin: int, finalists: int) -> Iterator[tuple[int, int]]:
-    """The rounds of successive halving.
-
-    Args:
-        sets: how many race.
-        rows: N.
-        begin: rows of the first round.
-        finalists: how many are priced on all rows, at least.
-
-    Yields:
-        Of each round, how many sets are in it, and on how many of the rows they are priced.
-    """
+    """The rounds of successive halving."""
     seen = min(rows, begin)
     while True:
         yield sets, seen
@@ -350,16 +268,6 @@ def halving(
 
     On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of 16 rows each, the race among all
     segments from two rows on found the best every time, for 0.36 of the sweep (docs/log.md).
-
-    Args:
-        prices: of the calibration rows.
-        sets: what races.
-        name: of the race, where it is shown how far it is.
-        begin: rows of the first round; one in FIRST_SHARE where not given.
-        finalists: how many are priced on all rows, at least.
-
-    Returns:
-        Those that reach the end, priced on all rows, from the cheapest.
     """
     alive = sorted(set(sets))
     schedule = list(rounds(len(alive), prices.rows, begin or prices.few, finalists))
@@ -376,13 +284,6 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
 
     The KL is that of the rows of text. Where the objective is not KL, it is measured beside it, which is not counted
     as a cost of the search.
-
-    Args:
-        prices: of the calibration rows.
-        sets: C sets of segments.
-
-    Returns:
-        C candidates; KL in nats per token, `score` and `damage` in the objective's unit.
     """
     found = prices.of(sets, prices.rows)
     means = prices.weighted.mean(found).tolist()
@@ -402,16 +303,7 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
 
 
 def beside_text(prices: Prices, found: list[Candidate], sets: Iterable[Cuts]) -> Candidate | None:
-    """The best by text alone, priced on all rows: what heeding generated tests costs, and spares.
-
-    Args:
-        prices: of the calibration rows.
-        found: what the search returns.
-        sets: among which, and among `found`, it is sought; priced on some rows at least.
-
-    Returns:
-        The candidate; None where no tests are among the rows.
-    """
+    """The best by text alone, priced on all rows: what heeding generated tests costs, and spares."""
     if prices.weights is None:
         return None
     every = {*sets, *(candidate.segments for candidate in found)}

@@ -28,15 +28,7 @@ class Restriction:
 
     @classmethod
     def none(cls, layers: int, length: int) -> Restriction:
-        """All cuts are allowed.
-
-        Args:
-            layers: L.
-            length: n, layers to remove.
-
-        Returns:
-            The restriction that is none.
-        """
+        """All cuts are allowed."""
         return cls(((True,) * (layers - length),) * layers)
 
     @property
@@ -50,28 +42,11 @@ class Restriction:
         return all(map(all, self.may))
 
     def keeps(self, start: int, stop: int, removed: int) -> bool:
-        """Whether layers start … stop - 1 may stay.
-
-        Args:
-            start: the first layer.
-            stop: the one after the last.
-            removed: how many layers before them go.
-
-        Returns:
-            Whether each may stand where it would.
-        """
+        """Whether layers start … stop - 1 may stay."""
         return all(self.may_keep(i, removed) for i in range(start, stop))
 
     def may_keep(self, layer: int, removed: int) -> bool:
-        """Whether a layer may stay.
-
-        Args:
-            layer: i.
-            removed: how many layers before it go.
-
-        Returns:
-            Whether it may stand at place i - removed.
-        """
+        """Whether a layer may stay."""
         return 0 <= layer - removed < len(self.may[0]) and self.may[layer][layer - removed]
 
     def allows(self, cuts: Iterable[Segment]) -> bool:
@@ -98,11 +73,7 @@ class Restriction:
         return [one for one in all_segments(self.length, len(self.may)) if self.allows((one,))]
 
     def needed_segments(self) -> list[Segment]:
-        """The same, for a criterion that takes no other cuts.
-
-        Raises:
-            ConfigError: there are none.
-        """
+        """The same, for a criterion that takes no other cuts."""
         if found := self.segments():
             return found
         raise ConfigError(
@@ -111,15 +82,7 @@ class Restriction:
         )
 
     def cheapest(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts | None:
-        """The allowed cut whose layers have the lowest sum of costs; the earlier of equals.
-
-        Args:
-            costs: of removing each layer [L].
-            must: layers that have to be among the removed ones.
-
-        Returns:
-            Its segments; None: there is no such cut.
-        """
+        """The allowed cut whose layers have the lowest sum of costs; the earlier of equals."""
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers removed so far
         for i, cost in enumerate(costs):
             new: dict[int, tuple[float, tuple[int, ...]]] = {}
@@ -133,18 +96,7 @@ class Restriction:
         return joined_segments(best[self.length][1]) if self.length in best else None
 
     def needed(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts:
-        """`cheapest`, where there has to be one.
-
-        Args:
-            costs: of removing each layer [L].
-            must: layers that have to be among the removed ones.
-
-        Returns:
-            Its segments.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """`cheapest`, where there has to be one."""
         if (cuts := self.cheapest(costs, must)) is None:
             raise ConfigError(
                 f"no cut of {self.length} layers is allowed: {self.why}", "give another --ratio, or leave out --for"
@@ -152,13 +104,5 @@ class Restriction:
         return cuts
 
     def drawn(self, generator: torch.Generator, must: Set[int] = frozenset()) -> Cuts:
-        """An allowed cut at random.
-
-        Args:
-            generator: of the draw.
-            must: layers of an allowed cut that have to be among the removed ones.
-
-        Returns:
-            Its segments.
-        """
+        """An allowed cut at random."""
         return self.needed(torch.rand(len(self.may), generator=generator).tolist(), must)

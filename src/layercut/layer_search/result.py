@@ -164,14 +164,6 @@ def merit(candidate: Candidate) -> tuple[float, tuple[Segment, ...]]:
 
 
 def regret(result: SearchResult, oracle: SearchResult) -> float:
-    """The price of the segments found over the lowest there is, as both searches priced them.
-
-    Args:
-        result: of the search that is judged.
-        oracle: of the exhaustive search on the same tokens.
-
-    Returns:
-        Their quotient: 1 is the optimum; infinite where the lowest price is not above 0.
-    """
+    """The price of the segments found over the lowest there is, as both searches priced them."""
     found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
     return 1.0 if found == best else found / best if best > 0 else math.inf

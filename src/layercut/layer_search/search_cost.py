@@ -27,16 +27,7 @@ SeveralCost = Callable[[PlannedRun, int], Spent]
 def costs(
     cost: CostFunction, *, prices_itself: bool = False, several: SeveralCost | None = None
 ) -> Callable[[Function], Function]:
-    """A decorator by which a criterion says what it costs.
-
-    Args:
-        cost: what it computes and holds.
-        prices_itself: whether the pricing of its pick is in that.
-        several: the same of a search for K segments, which is not `cost`'s; not given: unknown.
-
-    Returns:
-        The decorator, which gives the criterion back.
-    """
+    """A decorator by which a criterion says what it costs."""
 
     def say(criterion: Function) -> Function:
         criterion.__dict__.update(planned_cost=cost, prices_itself=prices_itself, planned_several=several)
@@ -52,15 +43,7 @@ def all_segments_cost(run: PlannedRun) -> Spent:
 
 
 def measured_once(forwards: int, backwards: int = 0) -> CostFunction:
-    """The cost of passes through the whole dense model; its memory is taken as that of all segments' pricing.
-
-    Args:
-        forwards: passes.
-        backwards: passes backwards, into its weights.
-
-    Returns:
-        A function for `costs`.
-    """
+    """The cost of passes through the whole dense model; its memory is taken as that of all segments' pricing."""
 
     def cost(run: PlannedRun) -> Spent:
         there, back = (n * run.shape.layers * run.calibration for n in (forwards, backwards))

@@ -63,13 +63,6 @@ def common_rows(texts: Sequence[torch.Tensor], turns: Sequence[int]) -> list[tor
     """The common set, one block of rows for each part of a mix.
 
     Each seed gives as many rows of a part as any other; together they are as many as one search saw, or a few more.
-
-    Args:
-        texts: token ids [N, T] of each seed's search.
-        turns: of which part the rows are, over and over (`data.sources.turns`).
-
-    Returns:
-        A block [M, T] for each part, as large as its share of the mix.
     """
     of = [turns[row % len(turns)] for row in range(len(texts[0]))]
     found = []
@@ -80,31 +73,12 @@ def common_rows(texts: Sequence[torch.Tensor], turns: Sequence[int]) -> list[tor
 
 
 def rivals(choices: Sequence[Cuts], length: int, layers: int) -> list[Cuts]:
-    """What is priced: every segment of this length, and the choices that are no single segment.
-
-    Args:
-        choices: what each seed chose.
-        length: n, layers of each choice.
-        layers: L.
-
-    Returns:
-        The sets, without repetition.
-    """
+    """What is priced: every segment of this length, and the choices that are no single segment."""
     return list(dict.fromkeys([*((segment,) for segment in all_segments(length, layers)), *choices]))
 
 
 def stability_work(choices: Sequence[Cuts], length: int, layers: int, rows: int) -> int:
-    """Layer-forwards of `judge`: one sweep over the common set.
-
-    Args:
-        choices: what each seed chose.
-        length: n, layers of each choice.
-        layers: L.
-        rows: of the common set.
-
-    Returns:
-        Layer-forwards of one row [1, T] each.
-    """
+    """Layer-forwards of `judge`: one sweep over the common set."""
     return set_work([DENSE, *rivals(choices, length, layers)], layers, rows)
 
 
@@ -116,18 +90,7 @@ def judge(
     *,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Stability:
-    """What each seed's choice costs on the common set, and which segment of this length is the best there.
-
-    Args:
-        stack: the dense model.
-        blocks: source -> rows of the common set [N, T] that come from it.
-        choices: what each seed chose.
-        length: n, layers of each choice.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        The choices and the best segment, priced on all rows and source by source.
-    """
+    """What each seed's choice costs on the common set, and which segment of this length is the best there."""
     cost, sets = Cost(), rivals(choices, length, len(stack))
     priced = {
         source: {found.segments: found.kl for found in set_costs(stack, rows, sets, cost, advance=advance)}
@@ -161,15 +124,7 @@ def cheapest(kls: dict[Cuts, float]) -> Cuts:
 
 
 def relative(kl: float, best: float) -> float:
-    """A KL over the best one; 1 where both are zero within `ROUNDING`.
-
-    Args:
-        kl: KL(p || q), nats per token.
-        best: the lowest KL, nats per token.
-
-    Returns:
-        The quotient, at least 1; infinite where only the best is zero.
-    """
+    """A KL over the best one; 1 where both are zero within `ROUNDING`."""
     if kl == best:
         return 1.0
     return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else math.inf

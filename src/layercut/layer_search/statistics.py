@@ -39,17 +39,7 @@ class Similarity:
 def similarity(
     stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, *, advance: Callable[[int], None] = lambda rows: None
 ) -> Similarity:
-    """Both matrices from one pass through the dense model: L layer-forwards a row.
-
-    Args:
-        stack: the dense model.
-        tokens: calibration token ids [N, T].
-        cost: to which the layer-forwards are added.
-        advance: called with the rows done.
-
-    Returns:
-        The similarities, mean over tokens and over rows.
-    """
+    """Both matrices from one pass through the dense model: L layer-forwards a row."""
     depth = len(stack) + 1
     cosine = torch.zeros(depth, depth, dtype=torch.float64)
     angular = torch.zeros(depth, depth, dtype=torch.float64)
@@ -113,19 +103,6 @@ def taylor_scores(
     goes layer by layer, each recomputed from its input; gradients, summed over rows, are in float32. 2 L layer-
     forwards and L layer-backwards a row; every process computes all of it, since the sums are as large as the model.
     Layers on disk are read twice, and all rows go in one pass.
-
-    Args:
-        stack: the dense model.
-        tokens: calibration token ids [N, T].
-        cost: to which the layer passes are added.
-        rows: rows per batch.
-        advance: called with the rows done.
-
-    Returns:
-        Scores [L], float64.
-
-    Raises:
-        ModelError: the layers are on disk, and the hidden states of all rows do not fit in memory.
     """
     scores = torch.zeros(len(stack), dtype=torch.float64)
     sums: list[list[torch.Tensor]] = [[] for _ in range(len(stack))]

@@ -40,19 +40,7 @@ def segment_costs(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q) of each segment cut out alone: `set_costs` of sets of one.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [N, T].
-        segments: what is priced.
-        cost: to which the layer-forwards are added.
-        rows: rows per batch; not given, as many as the budget allows.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        Candidates with their KL, mean over all tokens in nats; from the cheapest.
-    """
+    """KL(p || q) of each segment cut out alone: `set_costs` of sets of one."""
     return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
 
 
@@ -66,23 +54,7 @@ def set_costs(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q) of each set of segments cut out together.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [N, T].
-        sets: what is priced.
-        cost: to which the layer-forwards are added.
-        rows: rows of tokens that go through a layer together: one sweep for each such batch, or, where the layers are
-            on disk, one for all. Not given: as many as the budget allows.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        Candidates with their KL, mean over all tokens in nats, infinite where it is not finite; from the cheapest.
-
-    Raises:
-        ModelError: the dense predictions are not finite.
-    """
+    """KL(p || q) of each set of segments cut out together."""
     totals, spent = dict.fromkeys(sets, 0.0), Cost()
     wanted, tokens = [DENSE, *totals], stack.place(tokens)
     queue = stack.parts("search", _passes(stack, tokens, rows, wanted))
@@ -114,19 +86,7 @@ def set_losses(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, float]:
-    """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [N, T].
-        sets: what is priced.
-        cost: to which the layer-forwards are added.
-        rows: rows per batch, as of `set_costs`.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        The loss of each set, mean over the N (T - 1) predictions in nats, infinite where it is not finite.
-    """
+    """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork."""
     totals, tokens, spent = dict.fromkeys(sets, 0.0), stack.place(tokens), Cost()
     queue = stack.parts("search", _passes(stack, tokens, rows, list(totals)))
     for one in queue:
@@ -167,28 +127,12 @@ def _add(totals: dict[Cuts, float], found: list[torch.Tensor], own: Cost, counts
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
-    """The L - n + 1 segments of one length.
-
-    Args:
-        length: n.
-        layers: L.
-
-    Returns:
-        From the earliest start.
-    """
+    """The L - n + 1 segments of one length."""
     return [Segment(start, start + length) for start in range(layers - length + 1)]
 
 
 def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
-    """What it takes to price sets of segments on the rows that are searched on (`set_costs`).
-
-    Args:
-        run: what is planned.
-        sets: all that is priced, `DENSE` among it.
-
-    Returns:
-        Hidden states, and one layer at work or a chunk of logits; the layer-forwards.
-    """
+    """What it takes to price sets of segments on the rows that are searched on (`set_costs`)."""
     shape, rows = run.shape, run.searched
     batch = min(rows, run.budget.swept_rows(shape.window, shape.stream(1), len(sets)))
     logits = compared_bytes(shape.chunk_logits(batch, run.budget), shape.itemsize)
@@ -198,43 +142,17 @@ def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
 
 
 def all_lengths(longest: int, layers: int) -> list[Segment]:
-    """The triangle: every segment of 1 … `longest` layers. One `segment_costs` prices them all.
-
-    Args:
-        longest: layers of the longest segments.
-        layers: L.
-
-    Returns:
-        longest * (2 L - longest + 1) / 2 segments, by length, then by start.
-    """
+    """The triangle: every segment of 1 … `longest` layers. One `segment_costs` prices them all."""
     return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
 
 
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
-    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows.
-
-    Args:
-        segments: what is priced.
-        layers: L.
-        rows: N.
-
-    Returns:
-        Layer-forwards of one row [1, T] each.
-    """
+    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows."""
     return set_work([DENSE, *((segment,) for segment in segments)], layers, rows)
 
 
 def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:
-    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more.
-
-    Args:
-        sets: what is priced; with DENSE where the dense model's predictions are needed.
-        layers: L.
-        rows: N.
-
-    Returns:
-        Layer-forwards of one row [1, T] each.
-    """
+    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more."""
     reach = _reach(sets, layers)
     return rows * sum(max(0, stop - _entry(cuts)) for cuts, stop in reach.items())
 
@@ -250,16 +168,6 @@ def sweep(
 
     Layers outermost: each is entered once, for all batches. A stream is named by the segments it has jumped over
     so far, and freed when no set needs it any more.
-
-    Args:
-        stack: the dense model.
-        batches: token ids [B, T] each.
-        sets: what is skipped; DENSE for the dense model itself.
-        cost: to which the layer-forwards are added.
-        advance: called with the layer-forwards done.
-
-    Returns:
-        For each set the hidden states [B, T, D] of each batch.
     """
     wanted, reach = set(sets), _reach(sets, len(stack))
     # hidden states [B, T, D] of each batch, by the segments that the stream has jumped over
@@ -289,13 +197,6 @@ def streams_held(sets: Iterable[Cuts], layers: int) -> int:
     """The most hidden states of all tokens that `sweep` holds at once: one a stream, one more while it is replaced.
 
     Streams that wait to land after jumps from the same place hold one and the same state.
-
-    Args:
-        sets: what is priced.
-        layers: L.
-
-    Returns:
-        How many tensors [N, T, D].
     """
     wanted = set(sets)
     reach = _reach(wanted, layers)
@@ -324,14 +225,6 @@ def _entry(cuts: Cuts) -> int:
 
 
 def row_chunks(stack: DecoderRunner, tokens: torch.Tensor) -> list[tuple[slice, bool]]:
-    """Rows whose logits are computed together, so that [rows, T, V] fits in memory.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [B, T].
-
-    Returns:
-        Slices of the rows, each with whether it counts: see `sharding.in_step`.
-    """
+    """Rows whose logits are computed together, so that [rows, T, V] fits in memory."""
     rows = stack.budget.logit_rows(tokens.shape[1], stack.vocabulary)
     return sharding.in_step(stack.model, list(slices(len(tokens), rows)), slice(0, 1))

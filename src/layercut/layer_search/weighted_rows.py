@@ -36,28 +36,12 @@ class WeightedRows:
     """What the damage counts in the mean."""
 
     def part(self, prices: torch.Tensor, *, text: bool) -> torch.Tensor:
-        """The share of the mean price that text has, KL_text, or that tests have, mean_c D_c, each in its own unit.
-
-        Args:
-            prices: of all rows [C, N].
-            text: which of the two.
-
-        Returns:
-            [C], nats per token of text, or per answer token.
-        """
+        """The share of the mean price that text has, KL_text, or that tests have, mean_c D_c, each in its own unit."""
         share = prices[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
         return share if text else share / self.probe_weight
 
     def mean(self, prices: torch.Tensor, tests: float = 1.0) -> torch.Tensor:
-        """J as the first rows tell it: of each kind its share of all rows times its mean over those that are there.
-
-        Args:
-            prices: of the first rows [C, n].
-            tests: what the share of the tests counts; 0: text alone.
-
-        Returns:
-            [C]; over all rows the plain mean.
-        """
+        """J as the first rows tell it: of each kind its share of all rows times its mean over those that are there."""
         is_text, total = self.is_text[: prices.shape[1]], len(self.is_text)
         found = torch.zeros(len(prices), dtype=prices.dtype)
         for kind in (True, False):
@@ -82,15 +66,7 @@ def tests_alone(probes: ProbeRows) -> WeightedRows:
 
 
 def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
-    """Rows of text and of tests, in turn.
-
-    Args:
-        text: token ids [N, T], in the order in which a race takes them.
-        probes: M rows of tests; None, or without any that count: text alone.
-
-    Returns:
-        N + M rows, or the N of text. Of different lengths the shorter are filled up behind, with weight 0.
-    """
+    """Rows of text and of tests, in turn."""
     if probes is None or not probes.names or probes.weight == 0:
         return WeightedRows(text, None, torch.ones(len(text), dtype=torch.bool))
     texts, tests = len(text), len(probes.tokens)
@@ -108,16 +84,7 @@ def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
 
 
 def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
-    """Refuse calibration tokens, and tests, that the model cannot run on.
-
-    Args:
-        runner: the dense model.
-        *texts: what should be token ids [N, T], N >= 1, T >= 2, each.
-
-    Raises:
-        DataError: another shape or dtype, or T exceeds the model's positions.
-        ModelError: an id lies beyond the vocabulary.
-    """
+    """Refuse calibration tokens, and tests, that the model cannot run on."""
     config = runner.model.config
     for tokens in texts:
         if not isinstance(tokens, torch.Tensor):

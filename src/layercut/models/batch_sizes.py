@@ -71,14 +71,7 @@ class Budget:
 
     @classmethod
     def of_cpu(cls, threads: int | None = None) -> Budget:
-        """That of a CPU, by what its caches and the C library's allocator bear, measured (docs/log.md).
-
-        Args:
-            threads: of torch; asked where not given.
-
-        Returns:
-            The same on any CPU, so that results are too, but for the threads.
-        """
+        """That of a CPU, by what its caches and the C library's allocator bear, measured (docs/log.md)."""
         return cls(
             logits=CHUNK_BYTES, piece=PIECE_BYTES, inner=INNER_BYTES * (threads or torch.get_num_threads()),
             streams=STREAM_BYTES, kept=0, rows=SWEPT_ROWS, swept_tokens=sys.maxsize,
@@ -87,14 +80,7 @@ class Budget:
 
     @classmethod
     def of_accelerator(cls, free: int) -> Budget:
-        """That of an accelerator: shares of its free memory, which leave room for what is made of them. Guesses.
-
-        Args:
-            free: bytes that the weights leave.
-
-        Returns:
-            Powers of two, so that a little more or less free memory changes nothing.
-        """
+        """That of an accelerator: shares of its free memory, which leave room for what is made of them. Guesses."""
         tokens = min(MOST_TOKENS, max(256, _power_of_two(free // TOKEN_BYTES)))
         share = _power_of_two(free)  # between free / 2 and free
         return cls(
@@ -103,15 +89,7 @@ class Budget:
         )  # fmt: skip
 
     def divided(self, by: int, most_rows: int = sys.maxsize) -> Budget:
-        """A smaller one.
-
-        Args:
-            by: that each of its figures is divided by.
-            most_rows: of anything at once.
-
-        Returns:
-            Its figures 1 at least.
-        """
+        """A smaller one."""
         smaller = {name: max(1, value // by) for name, value in vars(self).items()}
         return replace(self, **smaller | {"most_rows": most_rows})
 
@@ -120,100 +98,38 @@ class Budget:
         return replace(self, **{name: min(value, getattr(other, name)) for name, value in vars(self).items()})
 
     def logit_rows(self, window: int, vocabulary: int) -> int:
-        """Rows whose logits are had at once in float32: [rows, T, V] tensors are the largest there are.
-
-        Args:
-            window: T; or, for rows of one token each, 1.
-            vocabulary: V.
-
-        Returns:
-            At least 1.
-        """
+        """Rows whose logits are had at once in float32: [rows, T, V] tensors are the largest there are."""
         return max(1, min(self.most_rows, self.logits // (window * vocabulary * 4)))
 
     def logit_tokens(self, vocabulary: int) -> int:
-        """Positions of a row whose logits are had at once in float32.
-
-        Args:
-            vocabulary: V.
-
-        Returns:
-            At least 1.
-        """
+        """Positions of a row whose logits are had at once in float32."""
         return max(1, self.logits // (4 * vocabulary))
 
     def logit_pieces(self, rows: int, window: int, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit.
-
-        Args:
-            rows: N.
-            window: T.
-            bytes_per_token: of the logits of one token.
-
-        Yields:
-            Slices of the rows and of the positions.
-        """
+        """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit."""
         tokens = max(1, self.piece // bytes_per_token)
         for part in slices(rows, max(1, tokens // window)):
             for columns in slices(window, min(window, tokens)):
                 yield part, columns
 
     def float_tokens(self, vocabulary: int) -> int:
-        """Tokens whose logits are in float32 at a time, within a piece.
-
-        Args:
-            vocabulary: V.
-
-        Returns:
-            At least 1.
-        """
+        """Tokens whose logits are in float32 at a time, within a piece."""
         return max(1, self.inner // (4 * vocabulary))
 
     def swept_rows(self, window: int, stream_bytes: int, streams: int) -> int:
-        """Rows per batch of a sweep, which at its end holds one hidden state for each set.
-
-        Args:
-            window: T.
-            stream_bytes: bytes of a row's hidden state.
-            streams: hidden states.
-
-        Returns:
-            At least 1.
-        """
+        """Rows per batch of a sweep, which at its end holds one hidden state for each set."""
         return max(1, min(self.layer_rows(window), self.streams // (stream_bytes * streams)))
 
     def layer_rows(self, window: int) -> int:
-        """Rows that go through a layer together, without gradients.
-
-        Args:
-            window: T.
-
-        Returns:
-            At least 1.
-        """
+        """Rows that go through a layer together, without gradients."""
         return max(1, min(self.rows, self.most_rows, self.swept_tokens // window))
 
     def recorded_rows(self, window: int) -> int:
-        """Rows that go through a layer together where its inputs are recorded.
-
-        Args:
-            window: T.
-
-        Returns:
-            At least 1.
-        """
+        """Rows that go through a layer together where its inputs are recorded."""
         return max(1, min(self.most_rows, self.tokens // window))
 
     def pass_rows(self, window: int, kept_bytes: int) -> int:
-        """Rows in one forward and backward pass.
-
-        Args:
-            window: T.
-            kept_bytes: that a token leaves for the way back.
-
-        Returns:
-            At least 1.
-        """
+        """Rows in one forward and backward pass."""
         tokens = max(self.pass_tokens, min(self.tokens, self.kept // max(1, kept_bytes)))
         return max(1, min(self.most_rows, tokens // window))
 
@@ -227,27 +143,12 @@ def kept_bytes(weights: Sequence[torch.Size], itemsize: int) -> int:
     """Bytes that a layer keeps of a token for a backward pass, told from its weights: twice what they read and write.
 
     Of experts' weights, stacked, up to eight are reckoned. On the safe side: of Llama 3 8B 2.5 times what was kept.
-
-    Args:
-        weights: shapes of the parameters; those of one dimension count nothing.
-        itemsize: bytes of a number.
-
-    Returns:
-        Bytes.
     """
     widths = [sum(shape[-2:]) * min(8, shape[:-2].numel()) for shape in weights if len(shape) > 1]
     return 2 * sum(widths) * itemsize
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """range(length) in runs of `step`.
-
-    Args:
-        length: how many in all.
-        step: how many in a run, the last one excepted.
-
-    Yields:
-        Slices, in order.
-    """
+    """range(length) in runs of `step`."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))

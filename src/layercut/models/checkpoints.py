@@ -59,16 +59,7 @@ class Checkpoint:
         return str(self.file.absolute()) if self.gguf else None
 
     def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
-        """Hash of the content of all files that a model is read from: equal for copies, changed by any edit.
-
-        Args:
-            memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the
-                same (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
-            advance: called with the bytes done.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Hash of the content of all files that a model is read from: equal for copies, changed by any edit."""
         known = _remembered(memo)
         noted: dict[str, Any] = {}
         for path in self.files():
@@ -124,20 +115,7 @@ def _remembered(memo: Path | None) -> dict[str, list[Any]]:
 
 
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
-    """Turn MODEL into files on this machine; downloads where needed.
-
-    Args:
-        name: a Hub id; OWNER/NAME:FILE.gguf, a file of a Hub repository; a folder, one that holds but a .gguf file
-            too; or a .gguf file.
-        allow_pickle: whether pickled weights (*.bin) are accepted.
-        weights: False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
-
-    Returns:
-        The checkpoint, checked.
-
-    Raises:
-        ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
-    """
+    """Turn MODEL into files on this machine; downloads where needed."""
     path = Path(name).expanduser()
     try:
         is_file, is_dir = path.is_file(), path.is_dir()
@@ -314,15 +292,7 @@ def _hub_answers(name: str) -> bool:
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
-    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it.
-
-    Args:
-        folder: of the model.
-        allow_pickle: whether pickled weights (*.bin) are accepted.
-
-    Raises:
-        ModelError: what is wrong with it.
-    """
+    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
     check_config(folder)
     for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():

@@ -38,29 +38,12 @@ class CompiledFunctions:
     """Functions compiled for one run, by what they are called with."""
 
     def __init__(self, backend: str = "inductor") -> None:
-        """Nothing is compiled yet.
-
-        Args:
-            backend: of torch.compile.
-        """
+        """Nothing is compiled yet."""
         self.backend = backend
         self._known: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def call(self, function: Callable[..., Found], first: Any, *more: Any) -> Found:
-        """The function's result, by compiled code.
-
-        Args:
-            function: pure, of a module's top level.
-            first: its first argument; for each class of these there is other code.
-            *more: the others.
-
-        Returns:
-            Tensors within rounding of the plain function's.
-
-        Raises:
-            ConfigError: there is no compiler for the device.
-            ModelError: it cannot be compiled whole, or what was compiled computes something else.
-        """
+        """The function's result, by compiled code."""
         key = (function, type(first), torch.is_grad_enabled())
         known = key in self._known
         try:
@@ -137,14 +120,7 @@ def opened() -> CompiledFunctions | None:
 
 
 def fused(function: Callable[..., Found]) -> Callable[..., Found]:
-    """A function: as compiled code where `compiled` is open, else itself.
-
-    Args:
-        function: pure, of a module's top level. Numbers among its arguments are constants of the code, tensors are not.
-
-    Returns:
-        What takes the same arguments and gives the same.
-    """
+    """A function: as compiled code where `compiled` is open, else itself."""
     if torch.compiler.is_compiling():  # one within another is part of it
         return function
     functions = _open.get()
@@ -157,14 +133,7 @@ def failed(error: Exception) -> ModelError:
 
 
 def need_compiler(device: torch.device) -> None:
-    """See whether torch has what it compiles with.
-
-    Args:
-        device: that computes.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """See whether torch has what it compiles with."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -189,27 +158,12 @@ def most_rounding(expected: torch.Tensor) -> float:
     """By how much a result may differ where it is computed in another order.
 
     2^10 units of its largest number's last bit, and a twentieth of that number at most.
-
-    Args:
-        expected: of any shape.
-
-    Returns:
-        A bound on the difference.
     """
     return min(2**10 * torch.finfo(expected.dtype).eps, 0.05) * expected.float().nan_to_num().abs().max().item()
 
 
 def check_same(expected: Any, got: Any, name: str) -> None:
-    """Compare what compiled code returned with what the plain function does.
-
-    Args:
-        expected: tensors, or a structure of them.
-        got: the same.
-        name: of what was compiled, for the message.
-
-    Raises:
-        ModelError: they differ by more than rounding.
-    """
+    """Compare what compiled code returned with what the plain function does."""
     for one, other in zip(tree_leaves(expected), tree_leaves(got), strict=True):
         if not isinstance(one, torch.Tensor) or not one.is_floating_point() or not one.numel():
             continue

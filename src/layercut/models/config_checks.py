@@ -41,15 +41,7 @@ OPEN = ("quantization_config", "compression_config", "per_layer_config")
 
 
 def check_config(config: Any, name: str) -> None:
-    """Refuse a config.json that is none, or that no class should be built from.
-
-    Args:
-        config: the file's JSON value.
-        name: the file, for the message.
-
-    Raises:
-        ModelError: which key holds what, and what is allowed.
-    """
+    """Refuse a config.json that is none, or that no class should be built from."""
     if not isinstance(config, dict):
         raise ModelError(f"{name} does not hold an object", "use the model's own config.json")
     if config.get("transformers_weights") is not None:
@@ -144,15 +136,7 @@ def _implementations(what: str) -> set[str]:
 
 
 def check_tokenizer_config(content: Any, name: str) -> None:
-    """Refuse a tokenizer_config.json whose values are of another kind than any tokenizer's.
-
-    Args:
-        content: the file's JSON value.
-        name: the file, for the message.
-
-    Raises:
-        ModelError: which key holds what, and what is allowed.
-    """
+    """Refuse a tokenizer_config.json whose values are of another kind than any tokenizer's."""
     if not isinstance(content, dict):
         raise ModelError(f"{name} does not hold an object", "use the model's own tokenizer_config.json")
     most = content.get("model_max_length")
@@ -177,29 +161,13 @@ def check_tokenizer_config(content: Any, name: str) -> None:
 
 
 def check_object(content: Any, name: str) -> None:
-    """Refuse what is no JSON object.
-
-    Args:
-        content: the file's JSON value.
-        name: the file, for the message.
-
-    Raises:
-        ModelError: it is something else.
-    """
+    """Refuse what is no JSON object."""
     if not isinstance(content, dict):
         raise ModelError(f"{name} does not hold an object", "fetch this file again, or remove it")
 
 
 def check_index(content: Any, name: str) -> None:
-    """Refuse an index of shards whose weight_map is none, or that names files outside its own folder.
-
-    Args:
-        content: the file's JSON value.
-        name: the file, for the message.
-
-    Raises:
-        ModelError: what is wrong with it.
-    """
+    """Refuse an index of shards whose weight_map is none, or that names files outside its own folder."""
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelError(f"{name} has no weight_map", "fetch the checkpoint's index again")

@@ -119,15 +119,7 @@ class Shape:
         return rows * self.window * self.hidden * self.itemsize
 
     def chunk_logits(self, rows: int, budget: Budget) -> int:
-        """Numbers in one chunk of the logits.
-
-        Args:
-            rows: of which there are logits.
-            budget: of the device.
-
-        Returns:
-            How many.
-        """
+        """Numbers in one chunk of the logits."""
         return min(rows, budget.logit_rows(self.window, self.vocabulary)) * self.window * self.vocabulary
 
 
@@ -188,19 +180,7 @@ class Work:
         trained: float = 0,
         **more: Any,
     ) -> Work:
-        """Work of layers and head.
-
-        Args:
-            shape: of the model.
-            forwards: layers applied to rows; their operations are those of the mean layer.
-            backwards: backward passes of a layer for a row.
-            heads: rows of logits, and those of which a gradient is taken once more.
-            trained: of the backward passes, those that give the weights a gradient too.
-            more: further fields.
-
-        Returns:
-            The work, its operations counted.
-        """
+        """Work of layers and head."""
         there, back = (n if isinstance(n, Bounds) else Bounds.exactly(n) for n in (forwards, backwards))
         flops = (there.expected + back.expected + trained) * shape.mean("flops") + heads * shape.head_flops
         return cls(layer_forwards=there, layer_backwards=back, head_rows=heads, flops=flops, **more)

@@ -24,15 +24,7 @@ def _has_float64(kind: str) -> bool:
 
 
 def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; from the CPU's memory to a GPU's by way of pinned memory, for which nothing waits.
-
-    Args:
-        tensor: anywhere.
-        device: where it is wanted.
-
-    Returns:
-        Itself where it is there already.
-    """
+    """A tensor on a device; from the CPU's memory to a GPU's by way of pinned memory, for which nothing waits."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

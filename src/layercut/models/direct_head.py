@@ -31,15 +31,7 @@ class DirectHead:
     """Of the decoder, with an empty hidden state in it."""
 
     def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of every position.
-
-        Args:
-            hidden: h_L [B, T, D].
-            tokens: token ids [B, T], of which nothing is read.
-
-        Returns:
-            [B, T, V].
-        """
+        """Logits of every position."""
 
         def decoded(*_: Any, **__: Any) -> Any:
             h = hidden
@@ -69,18 +61,7 @@ def find_direct_head(
     hidden: torch.Tensor,
     tokens: torch.Tensor,
 ) -> DirectHead | None:
-    """See which modules turn a hidden state into logits.
-
-    Args:
-        model: a causal LM.
-        layers: its decoder layers.
-        exit_whole: makes logits of the next two by a run of the whole model, of which the last layer puts out h_L.
-        hidden: h_L [B, T, D].
-        tokens: token ids [B, T].
-
-    Returns:
-        They; None where something else than modules is between the last layer and the head, as that cannot be seen.
-    """
+    """See which modules turn a hidden state into logits."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     calls: list[tuple[nn.Module, Any, Any]] = []  # as they end: a module after those inside it
     with ExitStack() as hooks:

@@ -21,15 +21,7 @@ SLACK = 2
 
 
 def correct_(config: Any, header: Header) -> None:
-    """Write into a config what llama.cpp makes of the file: which layers slide, and how attention is scaled.
-
-    Args:
-        config: transformers' config of the file, changed in place.
-        header: of the file.
-
-    Raises:
-        ModelError: the file's facts contradict each other or the config.
-    """
+    """Write into a config what llama.cpp makes of the file: which layers slide, and how attention is scaled."""
     facts, layers = header.facts(), header.layers
     if getattr(config, "num_hidden_layers", layers) != layers:
         raise corrupt(header.file, f"transformers reads {config.num_hidden_layers} layers of it, it has {layers}")
@@ -49,14 +41,6 @@ def check_size(config: Any, header: Header, auto: Any) -> None:
     """Refuse a config that calls for more weights than the file holds, before room for them is made.
 
     The model is built on the meta device, without data.
-
-    Args:
-        config: transformers' config of the file.
-        header: of the file.
-        auto: transformers' automatic class for it.
-
-    Raises:
-        ModelError: the config calls for more than `SLACK` times the weights in the file.
     """
     numbers = [value for value in config.to_dict().values() if isinstance(value, int)]
     if any(abs(value) > max(1 << 31, header.elements) for value in numbers):

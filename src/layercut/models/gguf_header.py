@@ -82,28 +82,13 @@ class Header:
         return {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
 
     def text(self, key: str) -> str:
-        """A metadata value that is text.
-
-        Raises:
-            ModelError: it is missing, or something else.
-        """
+        """A metadata value that is text."""
         if not isinstance(value := self._value(key), str):
             raise corrupt(self.file, f"{key} is no text")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A metadata value that is a whole number of 0 or more.
-
-        Args:
-            key: of the metadata.
-            default: where the key is missing; None: it must be there.
-
-        Returns:
-            The number.
-
-        Raises:
-            ModelError: it is missing, or something else.
-        """
+        """A metadata value that is a whole number of 0 or more."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise corrupt(self.file, f"{key} is no whole number of 0 or more")
@@ -117,18 +102,7 @@ class Header:
 
 
 def read_header(file: Path, texts: Container[str] = ()) -> Header:
-    """The header of a GGUF file.
-
-    Args:
-        file: a .gguf file.
-        texts: keys of arrays of text to keep, such as those of the vocabulary.
-
-    Returns:
-        What stands in front of the weights.
-
-    Raises:
-        ModelError: it is damaged, promises more than the file holds, or lacks tensors.
-    """
+    """The header of a GGUF file."""
     try:
         header = _HeaderParser(file, texts).header()
         check_blocks(header)
@@ -140,19 +114,7 @@ def read_header(file: Path, texts: Container[str] = ()) -> Header:
 
 
 def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
-    """A file's header and a `gguf.GGUFReader` of it.
-
-    Args:
-        file: a .gguf file.
-        as_loaded: whether both leave out a head that is the embeddings once more, as the model is loaded
-            (`models/gguf_twins.py`).
-
-    Returns:
-        The two.
-
-    Raises:
-        ModelError: as of `read_header`.
-    """
+    """A file's header and a `gguf.GGUFReader` of it."""
     header = read_header(file)
     from gguf import GGUFReader
 
@@ -167,15 +129,7 @@ def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
 
 
 def corrupt(file: Path, why: str) -> ModelError:
-    """The error for a file that is no sound GGUF file.
-
-    Args:
-        file: the file.
-        why: what is wrong with it.
-
-    Returns:
-        The error, to be raised.
-    """
+    """The error for a file that is no sound GGUF file."""
     return ModelError(f"{file} is corrupt, truncated or no GGUF file: {why}", FETCH)
 
 

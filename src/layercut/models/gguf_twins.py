@@ -43,18 +43,7 @@ class TensorPlace(NamedTuple):
 def finer_twin(
     file: Path, stamp: tuple[int, ...], architecture: str, embedding: TensorPlace | None, head: TensorPlace | None
 ) -> str | None:
-    """Which of embeddings and head keeps more bits of a matrix that both hold, row for row.
-
-    Args:
-        file: a .gguf file.
-        stamp: of its content; the answer is kept until it is another.
-        architecture: general.architecture.
-        embedding: the embeddings [D, V] in the file.
-        head: the head; None where there is none.
-
-    Returns:
-        The name of the finer; None where they are two matrices, or the file has but one.
-    """
+    """Which of embeddings and head keeps more bits of a matrix that both hold, row for row."""
     from gguf import GGMLQuantizationType
 
     if embedding is None or head is None or architecture not in TIED_WITHOUT_HEAD or embedding.shape != head.shape:
@@ -88,23 +77,13 @@ def _plain(file: Path, stored: TensorPlace, rows: slice) -> np.ndarray:
 
 
 def read_as_one_(reader: Any, finer: str) -> None:
-    """Have a reader's list of tensors show embeddings that are stored twice once.
-
-    Args:
-        reader: a `gguf.GGUFReader`; its `tensors` are changed in place.
-        finer: of the two, the one that is kept.
-    """
+    """Have a reader's list of tensors show embeddings that are stored twice once."""
     kept = next(tensor for tensor in reader.tensors if tensor.name == finer)._replace(name=EMBEDDING)
     reader.tensors[:] = [kept if t.name == EMBEDDING else t for t in reader.tensors if t.name != HEAD]
 
 
 def tie_(model: Any, finer: str) -> None:
-    """Tie embeddings and head of a model into which both copies were read.
-
-    Args:
-        model: a causal LM of transformers, changed in place.
-        finer: of the two, the one that both are afterwards.
-    """
+    """Tie embeddings and head of a model into which both copies were read."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding.weight = head.weight = (head if finer == HEAD else embedding).weight
     model.config.tie_word_embeddings = True

@@ -104,17 +104,7 @@ def known(architecture: str) -> bool:
 
 
 def broken_by_count(architecture: str, facts: dict[str, Any], before: int, after: int) -> str:
-    """What a change of the number of layers would change in llama.cpp, in words.
-
-    Args:
-        architecture: llama.cpp's name.
-        facts: the file's metadata under the architecture's name, without that name.
-        before: L of the dense model.
-        after: L of the cut one.
-
-    Returns:
-        A sentence for the error; empty where nothing changes.
-    """
+    """What a change of the number of layers would change in llama.cpp, in words."""
     if architecture in SCALED_BY_COUNT and before != after:
         return f"llama.cpp {SCALED_BY_COUNT[architecture]}"
     for rule in COUNTED.get(architecture, ()):
@@ -128,14 +118,6 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
     """Which layers attend to everything, as llama.cpp makes them of a file's metadata.
 
     The sliding window of EXAONE 4 is not applied but at 64 layers, whatever the file says.
-
-    Args:
-        architecture: llama.cpp's name.
-        facts: the file's metadata under the architecture's name, without that name.
-        layers: L.
-
-    Returns:
-        For each layer whether it attends to everything; None where all are of one kind.
     """
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if rule and rule.window_only and not facts.get("attention.sliding_window"):
@@ -156,15 +138,7 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
 
 
 def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
-    """Periods by which llama.cpp distinguishes layers, where no array overrides them.
-
-    Args:
-        architecture: llama.cpp's name.
-        facts: the file's metadata under the architecture's name, without that name.
-
-    Returns:
-        Each period in layers, with its reason in words.
-    """
+    """Periods by which llama.cpp distinguishes layers, where no array overrides them."""
     found = []
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if _is_number(pattern) and pattern > 1:
@@ -184,15 +158,7 @@ def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
 
 
 def off_period(period: int, kept: Sequence[int]) -> list[int]:
-    """The kept layers whose new index the period makes another kind of layer.
-
-    Args:
-        period: in layers; the last of each is special.
-        kept: old indices of the kept layers, in order.
-
-    Returns:
-        Old indices of those whose old and new index differ in kind.
-    """
+    """The kept layers whose new index the period makes another kind of layer."""
     return [i for new, i in enumerate(kept) if (i % period == period - 1) != (new % period == period - 1)]
 
 
@@ -203,18 +169,7 @@ def ordinal(number: int) -> str:
 
 
 def attention_scale(architecture: str, width: int, heads: int, head_width: int, layers: int) -> float | None:
-    """The number whose inverse root llama.cpp scales attention by, where it differs from the head's width by a rule.
-
-    Args:
-        architecture: llama.cpp's name.
-        width: D, the hidden size.
-        heads: of attention.
-        head_width: of one head.
-        layers: L.
-
-    Returns:
-        The number; None for architectures without such a rule.
-    """
+    """The number whose inverse root llama.cpp scales attention by, where it differs from the head's width by a rule."""
     if architecture not in ("gemma2", "gemma3"):
         return None
     return width / heads if any(layers in rule.at for rule in COUNTED[architecture]) else head_width

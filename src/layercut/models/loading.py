@@ -73,18 +73,7 @@ class LanguageModel:
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint, refused unless it is a decoder-only language model's.
-
-    Args:
-        checkpoint: the files.
-        trust_remote_code: whether modelling code from the folder may run.
-
-    Returns:
-        transformers' config.
-
-    Raises:
-        ModelError: it cannot be read, needs remote code, or is of another kind of model.
-    """
+    """The config of a checkpoint, refused unless it is a decoder-only language model's."""
     from transformers import AutoConfig
 
     if not checkpoint.gguf:
@@ -138,16 +127,7 @@ def _refuse_remote_code(folder: Path) -> None:
 
 
 def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
-    """Accept only decoder-only language models, and vision-language models whose text part is one.
-
-    Args:
-        config: transformers' config.
-        name: of the model, for the message.
-        trust_remote_code: whether a class of the folder's own code counts.
-
-    Raises:
-        ModelError: an encoder-decoder model, or one without a language-modelling head.
-    """
+    """Accept only decoder-only language models, and vision-language models whose text part is one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if getattr(config, "is_encoder_decoder", False):
@@ -188,23 +168,7 @@ def load(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> LanguageModel:
-    """Load weights, and the tokenizer where it is not given.
-
-    Args:
-        checkpoint: the files.
-        dtype: "auto": the checkpoint's own, bfloat16 for GGUF files; computed in float32 where the CPU has no
-            instructions for it, and saved in it all the same (`as_stored`). Any other: computed and saved in that one.
-        device: "auto": the first accelerator torch sees, else the CPU.
-        trust_remote_code: whether modelling code from the folder may run.
-        allow_pickle: whether pickled weights are read.
-        tokenizer: one that is loaded already.
-
-    Returns:
-        The model in eval mode, without gradients, fit to be saved.
-
-    Raises:
-        ModelError: the checkpoint is incomplete, of another kind, or does not fit its config; no such device or dtype.
-    """
+    """Load weights, and the tokenizer where it is not given."""
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     place = pick_device(device)
     stored = pick_dtype(dtype, config, checkpoint)
@@ -246,14 +210,6 @@ def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
 
     transformers fills what is missing or of another shape with random numbers, however many, and reports it afterwards
     (`check_loading`). Quantized and pickled weights, and GGUF, are not counted.
-
-    Args:
-        config: transformers' config.
-        checkpoint: the files.
-        trust_remote_code: whether modelling code from the folder may run.
-
-    Raises:
-        ModelError: it calls for more than twice what is stored, and `SLACK`.
     """
     if checkpoint.gguf or _is_quantized(config) or not checkpoints.weight_files(checkpoint.folder):
         return
@@ -274,16 +230,7 @@ def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
 
 
 def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Args:
-        tokens: token ids of any shape.
-        config: transformers' config.
-        name: of the model, for the message.
-
-    Raises:
-        ModelError: an id is negative or not below the vocabulary's size.
-    """
+    """Refuse tokens that the model has no embedding for."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         worst = int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min())
@@ -294,15 +241,7 @@ def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
 
 
 def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """transformers' automatic class for a config: of language models, or of vision-language models.
-
-    Args:
-        config: transformers' config.
-        trust_remote_code: whether a class of the folder's own code counts.
-
-    Returns:
-        `AutoModelForCausalLM` or `AutoModelForImageTextToText`.
-    """
+    """transformers' automatic class for a config: of language models, or of vision-language models."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     # transformers names remote code in its own mapping only; a known config takes its stock class
@@ -312,18 +251,7 @@ def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:
-    """The stock class of a config with initial weights, in eval mode, on torch's default device.
-
-    Args:
-        config: transformers' config.
-        dtype: of the parameters.
-
-    Returns:
-        The model, without gradients.
-
-    Raises:
-        ModelError: transformers cannot build it.
-    """
+    """The stock class of a config with initial weights, in eval mode, on torch's default device."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -338,15 +266,7 @@ def build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model without memory, on the meta device.
-
-    Args:
-        config: transformers' config.
-        dtype: of the parameters.
-
-    Returns:
-        As `build`.
-    """
+    """The model without memory, on the meta device."""
     with torch.device("meta"):
         return build(config, dtype)
 
@@ -441,28 +361,13 @@ def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert a model's parameters to a dtype, in place.
 
     Never model.to(dtype): that would round the rotary frequencies too, a buffer which a reload keeps in float32.
-
-    Args:
-        model: changed in place.
-        dtype: of the parameters afterwards.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, tried on a line of text; of a GGUF file its own, where that can be read.
-
-    Args:
-        checkpoint: the files.
-        trust_remote_code: whether code from the folder may run.
-
-    Returns:
-        transformers' tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot read a line of text.
-    """
+    """The tokenizer of a checkpoint, tried on a line of text; of a GGUF file its own, where that can be read."""
     if not checkpoint.gguf:
         check_tokenizer_files(checkpoint.folder)
         return _tokenizer_in(checkpoint.folder, checkpoint, trust_remote_code)
@@ -518,11 +423,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of a name; "auto" takes the first accelerator that torch sees, else the CPU.
-
-    Raises:
-        ModelError: torch does not know it, or this machine does not have it.
-    """
+    """The device of a name; "auto" takes the first accelerator that torch sees, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
         place = accelerator or torch.device("cpu")
@@ -544,19 +445,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the weights are saved in; see `load` for what "auto" means.
-
-    Args:
-        dtype: "auto" or a name in `DTYPES`.
-        config: transformers' config.
-        checkpoint: the files.
-
-    Returns:
-        torch's dtype.
-
-    Raises:
-        ModelError: the name is unknown.
-    """
+    """The dtype that the weights are saved in; see `load` for what "auto" means."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ModelError(f"--dtype {dtype!r} is unknown", f"allowed are auto, {', '.join(DTYPES)}")
@@ -572,14 +461,6 @@ def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> to
     """The dtype to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
 
     Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2, docs/log.md).
-
-    Args:
-        dtype: as the user gave it.
-        stored: that the weights are saved in.
-        device: that computes.
-
-    Returns:
-        torch's dtype.
     """
     if dtype != "auto" or device.type != "cpu" or stored not in INSTRUCTIONS:
         return stored
@@ -593,15 +474,7 @@ def cpu_has(feature: str) -> bool:
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:
-    """Refuse missing or mismatched weights, which transformers fills with random numbers and only warns of.
-
-    Args:
-        info: transformers' `output_loading_info`.
-        name: of the model, for the message.
-
-    Raises:
-        ModelError: a weight is missing or of another shape.
-    """
+    """Refuse missing or mismatched weights, which transformers fills with random numbers and only warns of."""
     missing = sorted(info.get("missing_keys") or [])
     mismatched = sorted(info.get("mismatched_keys") or [])
     if missing:
@@ -681,9 +554,6 @@ def find_decoder(model: Any) -> Decoder:
     """The ModuleList of decoder layers of any architecture, and the config that counts them.
 
     Searched inside the text model only, so that vision or audio towers never match.
-
-    Raises:
-        ModelError: no list is as long as the config says.
     """
     config = model.config.get_text_config(decoder=True)
     counts = {value for name in COUNTS if isinstance(value := getattr(config, name, None), int)}
@@ -721,10 +591,6 @@ def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
     Cutting or retraining layers of the clone leaves the original as it is, and memory is used once.
-
-    Raises:
-        ModelError: the model's layers are on disk (`offload/layer_reader.py`); such a model is copied by
-            `offload/weight_sharing.py`.
     """
     if getattr(model, "layers_on_disk", None):
         raise ModelError(STREAMED, STREAMED_HINT)
@@ -738,12 +604,7 @@ def copied(model: Any) -> Any:
 
 
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay.
-
-    Args:
-        model: changed in place.
-        weights: tensors by parameter name, of the same shapes.
-    """
+    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
     everywhere = list(model.named_parameters(remove_duplicate=False))
     resident = next(parameter.device for _, parameter in everywhere if not parameter.is_meta)
     for name, weight in weights.items():
@@ -765,15 +626,7 @@ def stored_dtype(model: Any) -> torch.dtype:
 
 
 def weight_as_stored(weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """A weight in the dtype that its model is saved in, or itself where it has values that this one does not hold.
-
-    Args:
-        weight: as it is computed with.
-        stored: the dtype that its model is saved in.
-
-    Returns:
-        The same values.
-    """
+    """A weight in the dtype that its model is saved in, or itself where it has values that this one does not hold."""
     narrow = weight.to(stored)
     return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
 
@@ -798,15 +651,7 @@ def as_stored(model: Any) -> Any:
 
 
 def parameter_bytes(model: nn.Module, stored: torch.dtype | None = None) -> int:
-    """Bytes of the weights as saved, tied ones counted once.
-
-    Args:
-        model: a model, or a part of one.
-        stored: the dtype it is saved in, where a part of a model is given, which does not know it.
-
-    Returns:
-        Bytes.
-    """
+    """Bytes of the weights as saved, tied ones counted once."""
     number = stored or getattr(model, "stored_dtype", None)
     return sum(p.numel() * min(p.itemsize, number.itemsize if number else p.itemsize) for p in model.parameters())
 
@@ -839,12 +684,6 @@ def as_just_loaded(model: Any) -> Iterator[None]:
 
     Of rows that are not contiguous, as the last token's of a prompt, torch multiplies each by a copy of a weight that
     takes no gradients: with 512 tokens of SmolLM2-135M in bfloat16 on a CPU that was an eighth of the prefill.
-
-    Args:
-        model: a causal LM of transformers.
-
-    Yields:
-        Nothing.
     """
     weight = getattr(model.get_output_embeddings(), "weight", None)
     weights = [weight] if isinstance(weight, nn.Parameter) and weight.is_floating_point() else []
@@ -854,15 +693,7 @@ def as_just_loaded(model: Any) -> Iterator[None]:
 
 @contextmanager
 def taking_gradients(weights: Sequence[nn.Parameter], flag: bool) -> Iterator[None]:
-    """While open, the weights take gradients, or none does; afterwards those do that did before.
-
-    Args:
-        weights: parameters.
-        flag: whether they take them.
-
-    Yields:
-        Nothing.
-    """
+    """While open, the weights take gradients, or none does; afterwards those do that did before."""
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

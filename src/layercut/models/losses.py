@@ -26,13 +26,6 @@ def as_price(value: float, least: float = -math.inf) -> float:
 
     NaN compares as neither more nor less than anything, so that max(0.0, nan) is 0.0 and min may return it: whatever
     is compared passes through here first.
-
-    Args:
-        value: as computed.
-        least: what a finite value is raised to, 0 for a divergence, which is negative only by rounding.
-
-    Returns:
-        A number that is not NaN.
     """
     return max(least, value) if math.isfinite(value) else math.inf
 
@@ -68,15 +61,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """d ln p(v) / d logits = 1_v - p of tokens v drawn from p: its mean square is the Fisher information of the logits.
-
-    Args:
-        p: of each token [..., V]; overwritten.
-        drawn: v [...].
-
-    Returns:
-        [..., V], in the place of p.
-    """
+    """d ln p(v) / d logits = 1_v - p of tokens v drawn from p: its mean square is the Fisher information of the logits."""
     return p.neg_().scatter_add_(-1, drawn[..., None], torch.ones_like(drawn[..., None], dtype=p.dtype))
 
 
@@ -84,14 +69,6 @@ def compared_bytes(logits: int, itemsize: int, kept: int = 1) -> int:
     """Bytes that one KL takes: p, and what is made of the student's logits.
 
     That is a float32 copy, which a float32 model does not need, and the exponentials that logsumexp makes of it.
-
-    Args:
-        logits: numbers in a set of logits.
-        itemsize: bytes of a number in the model's format.
-        kept: sets of logits in that format that are there.
-
-    Returns:
-        Bytes, those logits included.
     """
     return logits * (kept * itemsize + 4 * (3 if itemsize < 4 else 2))
 
@@ -114,41 +91,17 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per token.
-
-    Args:
-        p_logits: of the dense model [..., V].
-        q_logits: of the cut model [..., V].
-
-    Returns:
-        [...], in nats; differentiable in q_logits.
-    """
+    """KL(p || q) per token."""
     return Teacher(p_logits).kl(q_logits)
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token.
-
-    Args:
-        logits: [B, T, V].
-        tokens: token ids [B, T].
-
-    Returns:
-        [B, T - 1], in nats.
-    """
+    """Cross entropy of each next token."""
     return token_loss(logits[:, :-1], tokens[:, 1:])
 
 
 def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each token, a few of them in float32 at a time.
-
-    Args:
-        logits: [B, T, V].
-        tokens: token ids [B, T] that they predict.
-
-    Returns:
-        [B, T], in nats.
-    """
+    """Cross entropy of each token, a few of them in float32 at a time."""
     z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), budget(logits.device).float_tokens(logits.shape[-1]))
     losses = [fused(_nll)(z[part], targets[part]) for part in parts]

@@ -58,14 +58,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def accelerator_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated on an accelerator, what torch keeps for reuse counted as free.
-
-    Args:
-        device: not the CPU.
-
-    Returns:
-        Within what `memory_limit` allows; None where the device does not say, whose memory is taken as the machine's.
-    """
+    """Memory that can still be allocated on an accelerator, what torch keeps for reuse counted as free."""
     try:
         used, kept = torch.accelerator.memory_allocated(device), torch.accelerator.memory_reserved(device)
         free = torch.accelerator.get_memory_info(device)[0] + kept - used
@@ -102,12 +95,6 @@ def whole_bytes(device: torch.device) -> int | None:
     """All memory that a device has, used or not, within a container's limit and what `memory_limit` allows.
 
     Unlike what is available it is the same whenever it is asked.
-
-    Args:
-        device: the CPU's is the machine's.
-
-    Returns:
-        Bytes; None where the system does not say.
     """
     found = [each for each in (memory_bytes(), most_bytes()) if each is not None]
     with contextlib.suppress(OSError, ValueError):
@@ -193,13 +180,6 @@ def budget(device: torch.device, free: int | None = None) -> Budget:
 
     That of a CPU is the same whatever is free, so that results are, unless a limit is given; both are halved for each
     time that memory ran out.
-
-    Args:
-        device: that computes.
-        free: bytes; asked now where not given.
-
-    Returns:
-        The budget.
     """
     limits = _limits.get()
     if device.type != "cpu":
@@ -224,18 +204,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def halve_(error: BaseException, stage: str, device: torch.device, rows: int) -> None:
-    """After an error that says so: halve the budget for what follows, and say it. Any other error is raised again.
-
-    Args:
-        error: what was caught.
-        stage: for the message.
-        device: that ran out of memory; what torch keeps for reuse on it is freed.
-        rows: that were done at once: from now on half of them, at most.
-
-    Raises:
-        BaseException: `error`, where it is another one or no `memory_limit` is open to remember it.
-        ModelError: it was halved too often.
-    """
+    """After an error that says so: halve the budget for what follows, and say it. Any other error is raised again."""
     limits = _limits.get()
     if not ran_out(error) or limits is None:
         raise error
@@ -261,15 +230,7 @@ class ShrinkingParts(Generic[Part]):
     """Work in parts; one that runs out of memory is taken again as two halves, by half the budget."""
 
     def __init__(self, stage: str, parts: Iterable[Part], device: torch.device, *, alone: bool = True) -> None:
-        """Nothing is done yet.
-
-        Args:
-            stage: for the message.
-            parts: slices or tensors of rows, or what has a length and `split` as these have, numbers of rows; lists of
-                these, or tuples that begin with one of them.
-            device: that computes.
-            alone: whether no other process waits for this one's parts: else an error is raised.
-        """
+        """Nothing is done yet."""
         self.stage, self.device, self.alone = stage, device, alone
         self.left = deque(parts)
 
@@ -279,14 +240,7 @@ class ShrinkingParts(Generic[Part]):
 
     @contextlib.contextmanager
     def trying(self, part: Part) -> Iterator[None]:
-        """While open, work on a part, to whose results nothing was added yet when it fails.
-
-        Args:
-            part: that was given last.
-
-        Yields:
-            Nothing.
-        """
+        """While open, work on a part, to whose results nothing was added yet when it fails."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:

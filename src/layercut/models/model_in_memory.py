@@ -18,11 +18,7 @@ from layercut.models.runner import DecoderRunner
 
 
 def model_of(given: Any) -> Any:
-    """The model that a caller gives, itself or in a `DecoderRunner`.
-
-    Raises:
-        ModelError: it is none of transformers, or adapters stand around it.
-    """
+    """The model that a caller gives, itself or in a `DecoderRunner`."""
     if isinstance(given, DecoderRunner):
         return given.at_rest
     if hasattr(given, "merge_and_unload"):
@@ -44,15 +40,6 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
 
     On exit, also after an error, every module has its training mode and every parameter, by name, its
     `requires_grad` again: also one that was put in meanwhile in the place of another.
-
-    Args:
-        models: of transformers, or `DecoderRunner`s of such.
-
-    Yields:
-        A runner for each.
-
-    Raises:
-        ModelError: one is no model of transformers, or its layers exchange more than the hidden state.
     """
     at_rest = [model_of(model) for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]

@@ -312,18 +312,7 @@ def weighted(terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple
 
 
 def objective_of(given: str | Objective | type[Objective], **options: Any) -> Objective:
-    """An objective from its name or class, with options of its constructor; an instance is returned as it is.
-
-    Args:
-        given: a name in `layercut.objectives`, a class or an instance.
-        **options: of the constructor; an instance has its own.
-
-    Returns:
-        The objective.
-
-    Raises:
-        ConfigError: unknown, not an `Objective`, or it takes no such options.
-    """
+    """An objective from its name or class, with options of its constructor; an instance is returned as it is."""
     if isinstance(given, Objective):
         return given
     kind = objectives.get(given) if isinstance(given, str) else given

@@ -112,16 +112,7 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def period_of(model_type: str | None, kinds: Sequence[str] | None, given: Any = None) -> int | None:
-    """The number by which mlx-lm and older configs say which layers attend to everything: the last of every so many.
-
-    Args:
-        model_type: of the text model.
-        kinds: its `layer_types`.
-        given: the number that its config has, which is preferred.
-
-    Returns:
-        The number; None: no period says it, or the model type has no such key.
-    """
+    """The number by which mlx-lm and older configs say which layers attend to everything: the last of every so many."""
     usual = PERIODS.get(model_type or "", ("", None))[1]
     known = {"sliding_attention", "linear_attention", "full_attention"}
     if usual is None or not isinstance(kinds, list) or not {*kinds} <= known:

@@ -53,13 +53,6 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
 
     Only `forward` of each instance is replaced, so that types, attributes and hooks stay what the model's loop
     expects. The layers are as they were on exit, also after an error.
-
-    Args:
-        layers: whose forward is replaced.
-        forward: what is computed instead.
-
-    Yields:
-        Nothing.
     """
     own = [layer.__dict__.get("forward") for layer in layers]
 
@@ -97,30 +90,12 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 def layer_output(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden state that a layer puts out.
-
-    Args:
-        layer: that is run.
-        hidden: what it takes [B, T, D].
-        args: its further arguments.
-        kwargs: and those by name.
-
-    Returns:
-        [B, T, D].
-    """
+    """The hidden state that a layer puts out."""
     return hidden_of(layer(hidden, *args, **kwargs))
 
 
 def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    """A layer's output with another hidden state in it.
-
-    Args:
-        output: of a layer, a tensor or a tuple that starts with one.
-        hidden: [B, T, D].
-
-    Returns:
-        Of the same structure as `output`.
-    """
+    """A layer's output with another hidden state in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -142,15 +117,7 @@ class _Entered(Exception):
 
 
 def same_values(one: Any, other: Any) -> bool:
-    """Whether two layers' arguments are equal: of tensors, plain values, and tuples, lists and dicts of these alone.
-
-    Args:
-        one: arguments, or a part of them.
-        other: the same of other tokens.
-
-    Returns:
-        False also where they hold anything else.
-    """
+    """Whether two layers' arguments are equal: of tensors, plain values, and tuples, lists and dicts of these alone."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if type(one) is not type(other):
@@ -168,13 +135,6 @@ def logits_at(model: Any, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     As an index, not as a number: that would take a slice, and a product with rows that are not contiguous copies the
     head's weight once for every row (measured: 8 rows and a vocabulary of 152k took 2.2 GB; in bfloat16 16 rows took
     15 seconds of a processor where they take 0.03).
-
-    Args:
-        model: that takes it.
-        positions: in the window [P], on the device where tokens go in.
-
-    Returns:
-        Keyword arguments of the model; none where its head is elsewhere.
     """
     head = model.get_output_embeddings()
     # a model's hook brings all that it is given to one device, and what is taken from is where the head is
@@ -514,15 +474,6 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
 
     So a gradient passes through a model of which one layer is in memory at a time; on disk, layer i is read again
     in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
-
-    Args:
-        stack: the model.
-        i: the layer.
-        hidden: h_i [B, T, D].
-        calls: the layers' further arguments.
-
-    Returns:
-        h_{i+1} [B, T, D].
     """
     functions = compiling.opened()  # a backward pass may run in a thread of its own, which does not know
     return checkpoint(
@@ -540,15 +491,6 @@ def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) 
     In memory a batch is a pass, since another pass costs nothing. On disk all batches go in one pass, so that each
     layer is read once; where the hidden states of all rows would not fit, in as few as possible. What they take is
     logged.
-
-    Args:
-        stack: the model.
-        tokens: token ids [N, T].
-        rows: rows of a batch at most.
-        streams: hidden states of all rows of a pass that are held at once.
-
-    Returns:
-        Passes, each a list of batches [B, T]; none where there are no rows.
     """
     if not len(tokens):
         return []
@@ -563,44 +505,18 @@ def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) 
 def passes_in_step(
     stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int
 ) -> list[tuple[list[torch.Tensor], bool]]:
-    """`passes` of this process's share of the rows, as many on every process.
-
-    Args:
-        stack: the model.
-        tokens: token ids [N, T].
-        rows: rows of a batch at most.
-        streams: hidden states of all rows of a pass that are held at once.
-
-    Returns:
-        Passes, each with whether it counts: see `sharding.in_step`.
-    """
+    """`passes` of this process's share of the rows, as many on every process."""
     mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
     return sharding.in_step(stack.model, mine, [tokens[:1]])
 
 
 def rows_at_once(stack: DecoderRunner, window: int, streams: int) -> int:
-    """Rows of tokens whose hidden states fit in memory.
-
-    Args:
-        stack: the model.
-        window: T.
-        streams: hidden states of each row that are held at once.
-
-    Returns:
-        At least 1.
-    """
+    """Rows of tokens whose hidden states fit in memory."""
     return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
 
 
 def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> None:
-    """Say what the hidden states of one pass take, and how often layers on disk are read.
-
-    Args:
-        stack: the model; nothing is said of one in memory.
-        tokens: in a pass.
-        streams: hidden states of them that are held at once.
-        times: how many passes.
-    """
+    """Say what the hidden states of one pass take, and how often layers on disk are read."""
     if stack.on_disk:
         taken = size(streams * stack.stream_bytes(tokens))
         often = f"layers are read {times} time{'s'[: times > 1]}"
@@ -608,17 +524,7 @@ def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> N
 
 
 def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
-    """This process's batches of rows, as slices; grouped by pass as in `passes`.
-
-    Args:
-        stack: the model.
-        tokens: token ids [N, T].
-        rows: rows of a batch at most.
-        streams: hidden states of all rows of a pass that are held at once.
-
-    Returns:
-        Passes, each a list of slices of the N rows.
-    """
+    """This process's batches of rows, as slices; grouped by pass as in `passes`."""
     parts = processes.share_of_batches(len(tokens), rows)
     if not stack.on_disk:
         return [[part] for part in parts]
@@ -630,15 +536,7 @@ def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams
 
 
 def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
-    """`DecoderRunner.enter` of several batches.
-
-    Args:
-        stack: the model.
-        batches: token ids [B, T] each.
-
-    Returns:
-        Their embeddings [B, T, D], and the layers' further arguments for each.
-    """
+    """`DecoderRunner.enter` of several batches."""
     hidden: list[torch.Tensor] = []
     calls: list[Calls] = []
     for batch in batches:
@@ -649,15 +547,7 @@ def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[li
 
 
 def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
-    """Replace h_start of several batches by h_stop; layers outermost: each is entered once for all.
-
-    Args:
-        stack: the model.
-        hidden: h_start [B, T, D] of each batch, replaced in the list.
-        calls: the layers' further arguments for each.
-        start: the first layer.
-        stop: the layer after the last.
-    """
+    """Replace h_start of several batches by h_stop; layers outermost: each is entered once for all."""
     for i in range(start, stop):
         for b, arguments in enumerate(calls):
             hidden[b] = stack.layer(i, hidden[b], arguments)
@@ -668,13 +558,6 @@ def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
 
     Found by identity, since after several rounds of cutting and healing no position shows it: below a new cut there
     may be layers that were trained at an old one.
-
-    Args:
-        dense: the dense model.
-        student: the cut one.
-
-    Returns:
-        The number; 0 where the embeddings, norms or heads differ.
     """
 
     def weights(module: nn.Module) -> list[int]:
@@ -696,52 +579,18 @@ def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
 def common_prefix(
     dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int
 ) -> tuple[torch.Tensor, Calls, Calls]:
-    """h_prefix of two models whose layers below `prefix` are the same, computed once.
-
-    Args:
-        dense: the dense model.
-        student: the cut one.
-        tokens: token ids [B, T].
-        prefix: the first layer that differs.
-
-    Returns:
-        h_prefix [B, T, D], and both models' layer arguments.
-    """
+    """h_prefix of two models whose layers below `prefix` are the same, computed once."""
     hidden, calls = dense.enter(tokens)
     return dense.run(hidden, calls, 0, prefix), calls, student.arguments(tokens)
 
 
 def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
-    """The dense model's predictions, prepared for comparison with any number of students.
-
-    Args:
-        stack: the dense model.
-        hidden: what leaves its last layer [B, T, D].
-        tokens: token ids [B, T].
-
-    Returns:
-        p of each token.
-
-    Raises:
-        ModelError: a logit is not finite: nothing can be compared with such predictions.
-    """
+    """The dense model's predictions, prepared for comparison with any number of students."""
     return Teacher(dense_logits(stack, hidden, tokens))
 
 
 def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's logits, checked.
-
-    Args:
-        stack: the dense model.
-        hidden: what leaves its last layer [B, T, D].
-        tokens: token ids [B, T].
-
-    Returns:
-        Logits [B, T, V].
-
-    Raises:
-        ModelError: one is not finite: nothing can be compared with such predictions.
-    """
+    """The dense model's logits, checked."""
     logits = stack.exit(hidden, tokens)
     finite = logits.isfinite().all(-1)
     if not finite.all():
@@ -756,13 +605,6 @@ def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
     Names the weights that hold NaN or Inf, if any do, else the first layer whose output is not finite. Of weights
     that are sharded over several processes only this process's part is examined, and no layer is run, which would need
     all.
-
-    Args:
-        stack: the model.
-        row: token ids [1, T].
-
-    Returns:
-        The error, to be raised.
     """
     number = str(stack.model.dtype).removeprefix("torch.")
     what = f"the model's predictions are not finite (computed in {number})"
@@ -799,20 +641,7 @@ def _all_finite(parameter: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int = 0) -> float:
-    """KL(p || q) of the student's predictions. Of several processes each takes a share of the rows.
-
-    Args:
-        dense: the dense model, p.
-        student: the cut one, q.
-        tokens: token ids [N, T].
-        prefix: layers below it are shared and run once.
-
-    Returns:
-        Nats per token, mean over all tokens; infinite where it is not finite.
-
-    Raises:
-        ModelError: the dense predictions are not finite.
-    """
+    """KL(p || q) of the student's predictions. Of several processes each takes a share of the rows."""
     total, tokens = 0.0, dense.place(tokens)
     mine = shared_passes(dense, tokens, dense.budget.logit_rows(tokens.shape[1], dense.vocabulary), streams=3)
     queue = dense.parts("kl", sharding.in_step(dense.model, mine, [slice(0, 1)]))

@@ -58,11 +58,7 @@ class SourceCard:
 
 
 def source_card(model: str) -> SourceCard:
-    """What the files of a model on this machine, or its page on the Hub, say of it.
-
-    Args:
-        model: a Hub id, a folder or a .gguf file, as a command takes it; it need not be there any more.
-    """
+    """What the files of a model on this machine, or its page on the Hub, say of it."""
     path = Path(model).expanduser()
     cached = CACHED.search(str(path))
     hub_id = f"{cached[1]}/{cached[2]}" if cached else None

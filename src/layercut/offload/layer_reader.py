@@ -33,15 +33,7 @@ IN_MEMORY = "load it in memory instead: --stream off"
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a model under the names, and in the pieces, in which its class saves them.
-
-    Args:
-        model: of transformers.
-        tensors: weights by name in memory.
-
-    Returns:
-        Tensors by name on disk.
-    """
+    """Weights of a model under the names, and in the pieces, in which its class saves them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
@@ -68,15 +60,7 @@ class Stored:
         return self
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of this shape without data, for transformers' loader.
-
-        Args:
-            device: not used; the result is on the meta device.
-            dtype: of the result.
-
-        Returns:
-            An empty tensor.
-        """
+        """A tensor of this shape without data, for transformers' loader."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
@@ -115,23 +99,7 @@ def open_on_disk(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> loading.LanguageModel:
-    """Open a safetensors folder with its decoder layers left on disk.
-
-    Args:
-        checkpoint: the files.
-        dtype: as `loading.load`.
-        device: as `loading.load`.
-        trust_remote_code: as `loading.load`; such code is refused here in any case.
-        allow_pickle: not used; pickled weights are refused here in any case.
-        tokenizer: one that is loaded already.
-
-    Returns:
-        The model, whose layers are read when they are called.
-
-    Raises:
-        ModelError: GGUF, pickled or quantized weights, modelling code of its own, weights that several layers share,
-            and all that `loading.load` refuses.
-    """
+    """Open a safetensors folder with its decoder layers left on disk."""
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)
     place = loading.pick_device(device)
@@ -183,15 +151,7 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
 
 
 def read_by_layer(checkpoint: checkpoints.Checkpoint, config: Any) -> bool:
-    """Whether a checkpoint is of a kind that is read layer by layer.
-
-    Args:
-        checkpoint: the files.
-        config: transformers' config.
-
-    Returns:
-        False for GGUF, pickled or quantized weights, and for modelling code of its own.
-    """
+    """Whether a checkpoint is of a kind that is read layer by layer."""
     try:
         _refuse(checkpoint, config)
     except ModelError:
@@ -265,14 +225,7 @@ def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
 
 
 class LayersOnDisk:
-    """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took.
-
-    Args:
-        model: its layers have weights without data.
-        stored: what each layer is made of.
-        dtype: of the weights in memory.
-        device: of the weights in memory.
-    """
+    """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took."""
 
     def __init__(self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.device, self.dtype = model, device, dtype
@@ -327,13 +280,6 @@ class LayersOnDisk:
         """Load layer i's weights, drop those of the layer before, and begin to read the one after.
 
         After is upwards, or downwards where the last step went down, as in a backward pass.
-
-        Args:
-            i: the layer.
-            ahead: layers to read next, one or none, where the model being run does not have all layers.
-
-        Raises:
-            ModelError: a file has changed since it was opened, or the model changes its weights as it runs.
         """
         if i == self.resident:
             return
@@ -359,11 +305,7 @@ class LayersOnDisk:
             self._ahead = j, self._reader.submit(self._read, j)
 
     def leave_(self) -> None:
-        """Drop the weights of the layer that is in memory.
-
-        Raises:
-            ModelError: they were changed there.
-        """
+        """Drop the weights of the layer that is in memory."""
         if self.resident is not None and self._random is None:
             self._refuse_changed(self.resident)
         self._drop_()

@@ -38,21 +38,6 @@ def load(
     "auto": where the weights would take more than `FITS` of the memory that is available, they are sharded if there are
     several processes that have room for a part each; placed over several accelerators if one process has them and they
     have room for it; else left on disk.
-
-    Args:
-        checkpoint: the files.
-        stream: whether layers are left on disk.
-        shard: whether weights are sharded.
-        max_memory: what the device may hold; not given, that of an open `memory_limit`, or what is free.
-        device_map: whether layers are placed over several accelerators.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: `shard` is "on" and there is one process, or `device_map` is, and there is one accelerator.
-        ModelError: as `loading.load`.
     """
     with memory_limit(max_memory):
         if spread(checkpoint, stream=stream, shard=shard, **how):
@@ -71,20 +56,7 @@ def over_devices(
     device_map: DeviceMapMode = "auto",
     **how: Any,
 ) -> bool:
-    """Whether `load` in one process would place the layers over several accelerators. Reads headers only.
-
-    Args:
-        checkpoint: the files.
-        stream: whether layers are left on disk.
-        device_map: whether layers are placed over several accelerators.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        True where it would.
-
-    Raises:
-        ConfigError: `device_map` is "on" and there is one accelerator, or none.
-    """
+    """Whether `load` in one process would place the layers over several accelerators. Reads headers only."""
     if device_map == "off" or (device_map == "auto" and (stream == "on" or processes.on_this_machine() > 1)):
         return False
     devices = accelerators(loading.pick_device(how.get("device", "auto")))
@@ -104,17 +76,7 @@ def over_devices(
 def load_over_devices(
     checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`loading.load`, of which each accelerator has some layers (`offload/several_devices.py`).
-
-    Args:
-        checkpoint: the files.
-        dtype: as `loading.load`.
-        device: as `loading.load`.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        The model; its device is that of what is no layer.
-    """
+    """`loading.load`, of which each accelerator has some layers (`offload/several_devices.py`)."""
     place = loading.pick_device(device)
     loaded = loading.load(checkpoint, dtype=_fixed_dtype(checkpoint, dtype, place, **how), device="cpu", **how)
     devices = accelerators(place)
@@ -136,17 +98,7 @@ def wanted(
     device_map: DeviceMapMode = "auto",
     **how: Any,
 ) -> bool:
-    """Whether `load` in one process would leave the layers on disk. Reads headers only.
-
-    Args:
-        checkpoint: the files.
-        stream: whether layers are left on disk.
-        device_map: whether layers are placed over several accelerators.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        True where it would.
-    """
+    """Whether `load` in one process would leave the layers on disk. Reads headers only."""
     if stream != "auto":
         return stream == "on"
     if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
@@ -157,20 +109,7 @@ def wanted(
 def spread(
     checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> bool:
-    """Whether `load` would shard the weights over the processes, all of which must call this. Reads headers only.
-
-    Args:
-        checkpoint: the files.
-        stream: whether layers are left on disk.
-        shard: whether weights are sharded.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        True where it would.
-
-    Raises:
-        ConfigError: `shard` is "on" and there is one process.
-    """
+    """Whether `load` would shard the weights over the processes, all of which must call this. Reads headers only."""
     count = processes.world()
     if shard == "on" and not processes.launched():
         raise ConfigError(
@@ -184,15 +123,7 @@ def spread(
 
 
 def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
-    """Bytes of the weights over those that this process has; 0 of what can only be loaded at once.
-
-    Args:
-        checkpoint: the files.
-        **how: the arguments of `loading.load`.
-
-    Returns:
-        A share; above 1 where the weights do not fit.
-    """
+    """Bytes of the weights over those that this process has; 0 of what can only be loaded at once."""
     device = loading.pick_device(how.get("device", "auto"))
     with memory_limit(how.get("max_memory")):  # they pass through the machine's memory
         room = min(available_bytes(place) for place in (device, torch.device("cpu")))
@@ -200,15 +131,7 @@ def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
 
 
 def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:
-    """Bytes that the weights take once they are loaded; 0 of what can only be loaded at once.
-
-    Args:
-        checkpoint: the files.
-        **how: the arguments of `loading.load`.
-
-    Returns:
-        Bytes, by the headers of the files.
-    """
+    """Bytes that the weights take once they are loaded; 0 of what can only be loaded at once."""
     if checkpoint.gguf or not checkpoints.weight_files(checkpoint.folder):
         return 0
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
@@ -228,15 +151,6 @@ def load_spread(
     A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
     at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the
     machine's memory, by one process after the other.
-
-    Args:
-        checkpoint: the files.
-        dtype: as `loading.load`.
-        device: as `loading.load`.
-        **how: the other arguments of `loading.load`.
-
-    Returns:
-        The model, with this process's shards.
     """
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if read_by_layer(checkpoint, config):
@@ -257,15 +171,7 @@ def load_spread(
 
 
 def weights_peak(shape: Shape, on_disk: bool) -> Peak:
-    """What of the dense model's weights is in memory in any stage.
-
-    Args:
-        shape: of the model.
-        on_disk: whether its layers are: one is at work, and one is read ahead.
-
-    Returns:
-        Bytes.
-    """
+    """What of the dense model's weights is in memory in any stage."""
     if not on_disk:
         return {"weights": shape.dense.total * shape.itemsize}
     two = 2 * max(shape.dense.layers) * shape.itemsize
@@ -280,16 +186,6 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, st
     tensor is dequantized to float32 before the first is rounded, which takes most of its time and is not counted. Of
     layers on disk one of random weights is made to try the model's structure; of the rest, what was read is there
     beside what it is converted to.
-
-    Args:
-        run: what is planned.
-        files: bytes of the files.
-        on_cpu: whether the CPU's memory is asked for; else the accelerator's, to which the weights are moved.
-        gguf: of a GGUF file, how many weights it holds; None: no such file.
-        stored: bytes of a number in the files, where that is not the format that is computed in.
-
-    Returns:
-        The cost.
     """
     shape, size = run.shape, run.shape.dense.total * run.shape.itemsize
     peak = {"weights, mapped": 0} if on_cpu and not stored else {"weights": size}
@@ -303,16 +199,7 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, st
 
 
 def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
-    """A stage over layers that are placed over several devices (`offload/several_devices.py`), of the fullest.
-
-    Args:
-        peak: of one device that holds everything.
-        shape: of the model.
-        devices: how many.
-
-    Returns:
-        What that one holds.
-    """
+    """A stage over layers that are placed over several devices (`offload/several_devices.py`), of the fullest."""
     layers = [layer * shape.itemsize for layer in shape.dense.layers]
     return {**peak, "weights": fullest(layers, shape.outside * shape.itemsize, devices)}
 
@@ -323,14 +210,6 @@ def spread_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
     Each has a part of the weights and of the trained layers' state. Gathered on top are two layers, one that runs and
     one ahead of it, each in the buffer that the devices fill and in the weights made of it, or so what is no layer;
     backwards, the whole gradient of a trained layer, in the model's format and in float32.
-
-    Args:
-        peak: of one device that holds everything.
-        shape: of the model.
-        devices: how many.
-
-    Returns:
-        What each of them holds.
     """
     layer, parted = max(shape.dense.layers), ("weights", "trained state", "healed weights")
     parts = {name: size // devices if name in parted else size for name, size in peak.items()}

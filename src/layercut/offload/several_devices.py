@@ -30,16 +30,7 @@ def accelerators(kind: torch.device) -> list[torch.device]:
 
 
 def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> list[int] | None:
-    """Which device each layer goes to: in order, and so that the fullest device is as empty as can be.
-
-    Args:
-        layers: bytes of each.
-        rest: bytes of what is no layer, which is on the first device.
-        room: bytes that each device has.
-
-    Returns:
-        Numbers of devices, ascending; None where the model does not fit them.
-    """
+    """Which device each layer goes to: in order, and so that the fullest device is as empty as can be."""
 
     def within(share: float) -> list[int] | None:
         places, device, left = [], 0, room[0] * share - rest
@@ -60,16 +51,7 @@ def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> list[
 
 
 def fullest(layers: Sequence[int], rest: int, devices: int) -> int:
-    """Bytes of weights on the fullest of so many equal devices.
-
-    Args:
-        layers: bytes of each layer.
-        rest: bytes of what is no layer.
-        devices: how many.
-
-    Returns:
-        Bytes.
-    """
+    """Bytes of weights on the fullest of so many equal devices."""
     places = place_layers(layers, rest, [sum(layers) + rest] * devices)
     assert places is not None  # one device has room for all
     held = [rest] + [0] * (devices - 1)
@@ -79,15 +61,7 @@ def fullest(layers: Sequence[int], rest: int, devices: int) -> int:
 
 
 def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
-    """Move a model's weights to several devices and have its modules' inputs follow them.
-
-    Args:
-        model: a causal LM of transformers, on the CPU; changed in place.
-        room: bytes of weights that each device may take; the first has what is no layer.
-
-    Raises:
-        ModelError: it does not fit them.
-    """
+    """Move a model's weights to several devices and have its modules' inputs follow them."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     decoder, devices = find_decoder(model), list(room)

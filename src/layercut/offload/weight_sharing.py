@@ -42,11 +42,6 @@ class SharedLayers:
     """The layers of a clone, whose weights the original's reader loads: what `LayersOnDisk` is for the original.
 
     Entering a layer raises ModelError where a cut has given it other weights than the original has there.
-
-    Args:
-        source: the original's reader.
-        model: the clone.
-        numbers: which of the original's layers each is.
     """
 
     def __init__(self, source: LayersOnDisk, model: Any, numbers: Sequence[int]) -> None:

@@ -68,19 +68,7 @@ TRIANGLE_ROWS = 2
 
 
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
-    """Run every method on a model and measure what it removes.
-
-    Args:
-        model: a Hub id, a folder, or a .gguf file.
-        config: every option.
-        own_process: as of `journey.compress`.
-
-    Returns:
-        The run folder, with compare.json in it.
-
-    Raises:
-        LayercutError: wrong input; the hint says how to correct it.
-    """
+    """Run every method on a model and measure what it removes."""
     processes.start()
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
@@ -110,14 +98,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
 
 
 def compare_methods(work: RunContext, model: str, config: MethodsConfig, length: int) -> None:
-    """Search by every method, measure every cut, and write compare.json with its plots and page.
-
-    Args:
-        work: of the run.
-        model: as it was named.
-        config: the methods.
-        length: n, layers to remove.
-    """
+    """Search by every method, measure every cut, and write compare.json with its plots and page."""
     run, layers = work.run, work.layers
     judged: list[Use] = ["heldout", "tuning"] if work.config.heal.tune_tokens else []
     draw_all(work, ["calibration", *judged, "evaluation"])
@@ -152,12 +133,7 @@ def compare_methods(work: RunContext, model: str, config: MethodsConfig, length:
 
 
 def draw_and_write(found: dict[str, Any], folder: Path) -> None:
-    """The plots and the page of a comparison.
-
-    Args:
-        found: compare.json.
-        folder: of the run.
-    """
+    """The plots and the page of a comparison."""
     draw_picks(found, folder / "compare.svg")
     (folder / SURVIVAL).unlink(missing_ok=True)  # of what was asked for before
     if found["judged_dense"]:
@@ -166,16 +142,7 @@ def draw_and_write(found: dict[str, Any], folder: Path) -> None:
 
 
 def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
-    """Refuse what no method can search for, before anything is loaded.
-
-    Args:
-        config: names the methods.
-        layers: L.
-        length: n, layers to remove.
-
-    Raises:
-        ConfigError: a capability is unknown, or given segments do not have n layers.
-    """
+    """Refuse what no method can search for, before anything is loaded."""
     for name in config.names:
         search = config.search(name)
         capability_names(search.preserve)
@@ -193,18 +160,7 @@ def measured(
     states: Sequence[str],
     judge: CutJudge,
 ) -> list[ComparedMethod]:
-    """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest.
-
-    Args:
-        work: of the run.
-        choices: what each method removes.
-        dense: the dense model's perplexity.
-        states: that are measured by tasks and probes; LoRA is trained where it is among them.
-        judge: measures by these; it has the dense model's.
-
-    Returns:
-        The rows.
-    """
+    """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest."""
     rows = [cut_row(work, chosen, dense.losses) for chosen in choices]
     trained = {"tuned", *states}.intersection(TRAINED_STATES) if work.config.heal.tune_tokens else set[str]()
     for state in COMPARED_STATES:
@@ -216,17 +172,7 @@ def measured(
 
 
 def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: str) -> ComparedMethod:
-    """The row with what its cut still does in a state, where it has that state.
-
-    Args:
-        work: of the run.
-        judge: measures.
-        row: of a method.
-        state: of `COMPARED_STATES`.
-
-    Returns:
-        The row.
-    """
+    """The row with what its cut still does in a state, where it has that state."""
     if row.perplexity.get(state) is None:
         return row
     segments = segments_of(row.segments)
@@ -239,17 +185,7 @@ def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: st
 
 
 def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) -> MethodChoice:
-    """What one method removes, its KL on the calibration tokens, and what finding it took.
-
-    Args:
-        work: of the run.
-        asked: says how a method searches.
-        method: one of its names.
-        length: n, layers to remove.
-
-    Returns:
-        The method's choice.
-    """
+    """What one method removes, its KL on the calibration tokens, and what finding it took."""
     config, seed = asked.search(method), work.config.text.seed
     heeds = config.preserve != "none"
     inputs = [work.source, work.text["calibration"], seed, method, length]
@@ -277,15 +213,7 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
 
 
 def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
-    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep.
-
-    Args:
-        work: of the run.
-        length: layers of the longest segments.
-
-    Returns:
-        The artefact.
-    """
+    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep."""
     inputs = [work.source, work.text["calibration"], length]
     with work.run.stage(CompareTriangleArtefact, "compare-triangle", inputs, together=True) as stage:
         if stage.open:

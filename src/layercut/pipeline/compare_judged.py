@@ -57,16 +57,7 @@ class CutJudge:
         return probes_for(self.work.tokenizer, self.work.architecture, seed=self.work.config.text.seed)
 
     def judge(self, name: str, model: Callable[[], Any], after: Sequence[str] = ()) -> JudgedState:
-        """Everything that is asked for, of one model.
-
-        Args:
-            name: what its artefacts begin with.
-            model: makes it, where something is not measured yet.
-            after: the stage that made it.
-
-        Returns:
-            The figures, but for those that need other models' records.
-        """
+        """Everything that is asked for, of one model."""
         the_model = cache(model)  # made when first needed, once
         asked, found = self.work.config.tasks, JudgedState()
         if asked.probes:
@@ -135,14 +126,7 @@ def score_of(record: Mapping[str, Any]) -> float:
 
 
 def asked_tasks(records: Mapping[str, Any]) -> dict[str, ComparedTask]:
-    """The tasks, as all models were asked them.
-
-    Args:
-        records: the dense model's.
-
-    Returns:
-        By task.
-    """
+    """The tasks, as all models were asked them."""
     found = {}
     for task, record in records.items():
         row = compare_records(record, record)
@@ -153,15 +137,7 @@ def asked_tasks(records: Mapping[str, Any]) -> dict[str, ComparedTask]:
 
 
 def with_retention(rows: Sequence[ComparedMethod], judge: CutJudge) -> list[ComparedMethod]:
-    """The rows with what each retains of the dense model's task scores, beside the first row in the same state.
-
-    Args:
-        rows: of the methods.
-        judge: has the records.
-
-    Returns:
-        The rows.
-    """
+    """The rows with what each retains of the dense model's task scores, beside the first row in the same state."""
     dense, states = judge.records(DENSE), {state for row in rows for state in row.judged}
     found = {row.method: dict(row.judged) for row in rows}
     for state in states:

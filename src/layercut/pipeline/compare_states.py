@@ -45,16 +45,7 @@ WINDOWS = "losses of each window"
 
 
 def cut_row(work: RunContext, chosen: MethodChoice, dense: list[float]) -> ComparedMethod:
-    """A method's row, cut and folded: the same stages, so the same figures, for all methods that remove the same.
-
-    Args:
-        work: of the run.
-        chosen: what the method removes.
-        dense: the dense model's mean loss of each window, with which the standard errors are paired.
-
-    Returns:
-        The row.
-    """
+    """A method's row, cut and folded: the same stages, so the same figures, for all methods that remove the same."""
     segments, at = segments_of(chosen.segments), stem(segments_of(chosen.segments))
     inputs = cut_inputs(work, chosen)
     with work.run.stage(CompareCutArtefact, f"{at}-cut", inputs, together=True) as cutting:
@@ -73,30 +64,12 @@ def cut_row(work: RunContext, chosen: MethodChoice, dense: list[float]) -> Compa
 
 
 def cut_inputs(work: RunContext, chosen: MethodChoice) -> list[Any]:
-    """What a cut and its fold depend on.
-
-    Args:
-        work: of the run.
-        chosen: what is removed.
-
-    Returns:
-        JSON values.
-    """
+    """What a cut and its fold depend on."""
     return [work.source, work.text["calibration"], work.text["evaluation"], chosen.segments, WINDOWS]
 
 
 def trained_row(work: RunContext, row: ComparedMethod, dense: list[float], state: str) -> ComparedMethod:
-    """A method's row with what training did.
-
-    Args:
-        work: of the run.
-        row: cut and folded.
-        dense: the dense model's mean loss of each window.
-        state: of `TRAINED_STATES`.
-
-    Returns:
-        The row.
-    """
+    """A method's row with what training did."""
     segments, at = segments_of(row.segments), stem(segments_of(row.segments))
     inputs = [*cut_inputs(work, row), keyed(work.config.heal), work.text["tuning"], work.text["heldout"]]
     inputs += [*taught(work), *(lora.RECIPE if state == "lora" else [])]
@@ -116,16 +89,7 @@ def trained_row(work: RunContext, row: ComparedMethod, dense: list[float], state
 
 
 def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> CompareCutArtefact:
-    """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-        name: of the file of folded weights.
-
-    Returns:
-        The artefact; of a cut that cannot be expressed, the reason.
-    """
+    """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
     try:
         student = cut(work.dense.model, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
@@ -148,17 +112,7 @@ def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> Co
 
 
 def train(work: RunContext, segments: Sequence[Segment], folded: list[str], state: str) -> CompareTunedArtefact:
-    """Train as the journey does it, or by LoRA on the same rows: from the fold where that helps on the held-out rows.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-        folded: the file of folded weights, or nothing.
-        state: of `TRAINED_STATES`.
-
-    Returns:
-        The artefact.
-    """
+    """Train as the journey does it, or by LoRA on the same rows: from the fold where that helps on the held-out rows."""
     student, kept = start_of(work, segments, folded)
     if work.own_process:
         memory.reuse_freed()
@@ -184,16 +138,7 @@ def train(work: RunContext, segments: Sequence[Segment], folded: list[str], stat
 
 
 def start_of(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> tuple[Any, bool]:
-    """What training starts from.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-        folded: the file of folded weights, or nothing.
-
-    Returns:
-        The cut model, and whether it is folded, as it is where that helps on the held-out rows.
-    """
+    """What training starts from."""
     stack, heldout = work.stack, work.blocks["heldout"]
     plain = cut(work.dense.model, segments)
     if folded:
@@ -205,16 +150,7 @@ def start_of(work: RunContext, segments: Sequence[Segment], folded: list[str]) -
 
 
 def trained_by(work: RunContext, student: Any, state: str) -> TuningResult:
-    """Train a cut model, in place.
-
-    Args:
-        work: of the run.
-        student: the model.
-        state: of `TRAINED_STATES`.
-
-    Returns:
-        How it went.
-    """
+    """Train a cut model, in place."""
     rows, settings = work.blocks["tuning"], tune_settings(work.config.heal)
     how: dict[str, Any] = {"heldout": work.blocks["heldout"], "files": TuningFiles(stopping=work.stopping)}
     how |= vars(tuning_treatment(work))
@@ -224,45 +160,20 @@ def trained_by(work: RunContext, student: Any, state: str) -> TuningResult:
 
 
 def window_losses(work: RunContext, model: Any) -> torch.Tensor:
-    """The mean loss of each window of the evaluation tokens.
-
-    Args:
-        work: of the run.
-        model: a causal LM of transformers.
-
-    Returns:
-        [N], float64, nats per token.
-    """
+    """The mean loss of each window of the evaluation tokens."""
     tokens = work.blocks["evaluation"]
     with bar("perplexity", len(tokens)) as advance:
         return evaluation.window_losses(model, tokens, advance=advance)
 
 
 def error_of(losses: list[float], dense: list[float]) -> float | None:
-    """Standard error of ln(perplexity / dense), paired over the windows.
-
-    Args:
-        losses: of each window, nats per token.
-        dense: the same of the dense model.
-
-    Returns:
-        Nats per token; None where it is not defined.
-    """
+    """Standard error of ln(perplexity / dense), paired over the windows."""
     of_model, of_dense = (torch.tensor(each, dtype=torch.float64) for each in (losses, dense))
     return evaluation.paired_error(of_model, of_dense)
 
 
 def in_state(work: RunContext, segments: Sequence[Segment], state: str) -> Any:
-    """The model without the segments, in a state whose weights the run folder has.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-        state: of `COMPARED_STATES`.
-
-    Returns:
-        A causal LM of transformers.
-    """
+    """The model without the segments, in a state whose weights the run folder has."""
     student = cut(work.dense.model, segments)
     if state != "cut":
         loading.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
@@ -275,15 +186,7 @@ def stem(segments: Sequence[Segment]) -> str:
 
 
 def by_text(work: RunContext, losses: Sequence[float]) -> dict[str, float]:
-    """Perplexity of each text, where the evaluation text is a mix of several.
-
-    Args:
-        work: of the run.
-        losses: of each window, in the order of the mix.
-
-    Returns:
-        By the text's name; empty where there is one.
-    """
+    """Perplexity of each text, where the evaluation text is a mix of several."""
     text = work.text["evaluation"]
     named = split_mix(text.source)  # what streams are called; of files that is less telling than their names
     origins = named if len(named) == len(text.origins) else text.origins

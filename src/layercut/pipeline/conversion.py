@@ -35,17 +35,6 @@ def export(target: str, config: ExportConfig) -> Path:
     It takes its name only when the exporter has ended well, and GGUF and safetensors are read back, compared and
     measured again by then. Of a GGUF file the run's `gguf.json` holds what was found, the tensor types really written,
     and whether the file is broken; the report shows it.
-
-    Args:
-        target: a run folder, or a checkpoint folder.
-        config: format, and where to write.
-
-    Returns:
-        What was written.
-
-    Raises:
-        RunError: the run is not finished, or the file is there.
-        ConfigError: no such format, or an exporter that wrote nothing.
     """
     run, exporter, repo_id = Path(target), exporters.get(config.format), destination(config.hub)
     is_a_run = is_run(run)
@@ -99,11 +88,7 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
 
 
 def _say_who_misreads(model: Path, config: ExportConfig) -> None:
-    """Warn of consumers that would misread the model in this format; a package's own format is its own business.
-
-    Raises:
-        ConfigError: one that --for names would.
-    """
+    """Warn of consumers that would misread the model in this format; a package's own format is its own business."""
     if config.format in exporters.own:
         stock = loading.load_config(checkpoints.resolve(str(model)))
         written: consumers.Written = "gguf" if config.format == "gguf" else "float"

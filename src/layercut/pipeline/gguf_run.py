@@ -60,31 +60,12 @@ def file_of(config: RunConfig) -> Path | None:
 
 
 def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bool:
-    """Whether a run writes the .gguf file that its model was, without some layers.
-
-    Args:
-        config: every option.
-        checkpoint: the files of the model.
-
-    Returns:
-        False where the result is a checkpoint folder, or is converted from one.
-    """
+    """Whether a run writes the .gguf file that its model was, without some layers."""
     return checkpoint.gguf is not None and config.output.format != "safetensors"
 
 
 def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, chooses: bool = True) -> None:
-    """Refuse options that do not go with the format of the result.
-
-    Args:
-        config: every option.
-        checkpoint: the files of the model.
-        chooses: whether the command has flags for the format, for the hint.
-
-    Raises:
-        ConfigError: a flag that would be ignored, or a package that is missing.
-        ModelError: llama.cpp's converter does not know the model.
-        RunError: the file that --out names is there, and is no earlier result of this run.
-    """
+    """Refuse options that do not go with the format of the result."""
     output, file = config.output, file_of(config.run)
     gguf = keeps_gguf(config, checkpoint)
     if output.format == "gguf" and not (gguf or file):
@@ -133,15 +114,7 @@ def type_of_healed(config: CompressConfig) -> str:
 
 
 def check_own_types(file: Path, kind: str) -> None:
-    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes, without it.
-
-    Args:
-        file: the model.
-        kind: SAME or FINER.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
-    """
+    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes, without it."""
     tensors = open_gguf(file)[1].tensors
     within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
     if any(healed_type(kind, came) not in PLAIN for came in within):
@@ -149,16 +122,7 @@ def check_own_types(file: Path, kind: str) -> None:
 
 
 def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
-    """Refuse, before anything is healed, a file whose layers could not be written back once they are tuned.
-
-    Args:
-        config: every option.
-        checkpoint: the file.
-        architecture: transformers' config of it.
-
-    Raises:
-        ConfigError: a weight of a layer is stored in parts or joined, as experts are, or llama.cpp does not know it.
-    """
+    """Refuse, before anything is healed, a file whose layers could not be written back once they are tuned."""
     if not keeps_gguf(config, checkpoint) or not config.heal.tune_tokens:
         return
     kind, bare = architecture_of(checkpoint.file), loading.skeleton(architecture, torch.float32)
@@ -172,19 +136,7 @@ def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arch
 
 
 def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:
-    """Layers to remove for --target-size, counted from the tensors of the .gguf file.
-
-    Args:
-        config: every option.
-        checkpoint: the file.
-        target: bytes that may be left.
-
-    Returns:
-        n.
-
-    Raises:
-        ConfigError: no number of layers meets it.
-    """
+    """Layers to remove for --target-size, counted from the tensors of the .gguf file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header, reader = open_gguf(checkpoint.file, as_loaded=True)
@@ -218,15 +170,7 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
 
 
 def what_is_left(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
-    """The run's .gguf file without segments, and what healing changed.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        What `write_cut` writes.
-    """
+    """The run's .gguf file without segments, and what healing changed."""
     healed = work.changed(work.student(segments, "folded", "tuned"))
     return CutGguf(checkpoint=work.checkpoint, segments=[*segments], healed=healed)
 
@@ -264,15 +208,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """Compare the .gguf file with the healed student in transformers and llama.cpp, and put it into its place.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Compare the .gguf file with the healed student in transformers and llama.cpp, and put it into its place."""
     used, name = work.verified_on, file_name(work)
     with work.run.stage(ExportArtefact, "export", [work.text[used], name], after=["quantize"]) as stage:
         if stage.open:
@@ -302,12 +238,7 @@ def file_name(work: RunContext) -> str:
 
 
 def put(source: Path, target: Path) -> None:
-    """Have a file under a second name: the same bytes on disk where that can be, else a copy.
-
-    Args:
-        source: a file.
-        target: the other name; replaced where it is there.
-    """
+    """Have a file under a second name: the same bytes on disk where that can be, else a copy."""
     partial = partial_of(target)
     with writing(target):
         partial.unlink(missing_ok=True)
@@ -319,13 +250,5 @@ def put(source: Path, target: Path) -> None:
 
 
 def export_config(config: CompressConfig, out: Path) -> ExportConfig:
-    """How a run's checkpoint folder is converted to the file that --out names.
-
-    Args:
-        config: of the run.
-        out: the file.
-
-    Returns:
-        The options of the export.
-    """
+    """How a run's checkpoint folder is converted to the file that --out names."""
     return replace(ExportConfig(out=out, force=True), gguf_type=config.output.gguf_type)

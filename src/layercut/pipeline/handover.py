@@ -29,11 +29,7 @@ CARD = "README.md"
 
 
 def destination(config: HubConfig) -> str | None:
-    """Where the result is to be uploaded, checked before any work begins; None where it is not.
-
-    Raises:
-        ConfigError: it cannot be uploaded there.
-    """
+    """Where the result is to be uploaded, checked before any work begins; None where it is not."""
     return hub.check_destination(config.push_to_hub, private=config.private) if config.push_to_hub else None
 
 
@@ -50,13 +46,7 @@ def result_of(run: Path) -> Path:
 
 
 def describe_(written: Path, made: Made, run: Path | None = None) -> None:
-    """Write what goes with a checkpoint folder or a .gguf file.
-
-    Args:
-        written: the folder or the file.
-        made: what it is.
-        run: the folder of the finished run whose model it was made from.
-    """
+    """Write what goes with a checkpoint folder or a .gguf file."""
     made = replace(made, consumers=_consumers(written, made))
     for name, text in (_beside(written, made, run)).items():
         write_text(written.parent / name if made.gguf else written / name, text)
@@ -88,20 +78,7 @@ def _write_mergekit(folder: Path, made: Made) -> None:
 
 
 def push(target: str, name: str, *, private: bool = False) -> str:
-    """Upload a finished run's model, a checkpoint folder or a .gguf file.
-
-    Args:
-        target: the run's folder, the folder or the file.
-        name: of the repository: owner/name, or name.
-        private: whether the repository must not be public.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        ConfigError: it cannot be uploaded there.
-        RunError: the run is not finished, or there is nothing at `target`.
-    """
+    """Upload a finished run's model, a checkpoint folder or a .gguf file."""
     path = Path(target)
     if is_run(path):
         check_finished(path, "push")
@@ -114,19 +91,7 @@ def push(target: str, name: str, *, private: bool = False) -> str:
 
 
 def upload(path: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a checkpoint folder, or a .gguf file with what is beside it.
-
-    Args:
-        path: the folder or the file.
-        repo_id: owner/name, as `destination` returned it.
-        private: make the repository private, where it is made.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        ConfigError: the Hub refuses it, or cannot be reached.
-    """
+    """Upload a checkpoint folder, or a .gguf file with what is beside it."""
     files: dict[str, Path | bytes] = {}
     files |= hub.folder_files(path) if path.is_dir() else _gguf_files(path)
     card = files.get(CARD)

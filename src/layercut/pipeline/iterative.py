@@ -47,16 +47,6 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     With a budget of loss every round is measured after healing, and one that exceeds it is undone. With one of size
     as well, every round is measured at 16, 8 and 4 bits, and the first that meets both ends it; `frontier.json` has
     all that was measured.
-
-    Args:
-        work: of the run.
-        length: n, layers to remove in all; None where a budget decides.
-
-    Returns:
-        What is removed in all.
-
-    Raises:
-        ConfigError: the budgets cannot be met.
     """
     config, text, count = work.config, work.text, work.config.number_of_rounds
     budget = config.search.max_loss
@@ -101,16 +91,7 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
 
 
 def recipes(config: CompressConfig, bits: Sequence[Bits]) -> list[Any]:
-    """How weights of each of these bits are rounded, as an input of the stages that measure them.
-
-    Args:
-        config: every option.
-        bits: that are tried.
-
-    Returns:
-        `stages.quantize.how_rounded` of each, one after another, and what tells a quantizer of another package that
-        was edited; empty where none needs one.
-    """
+    """How weights of each of these bits are rounded, as an input of the stages that measure them."""
     asked = [replace(config.quantize, bits=each) for each in bits if each != 16]
     edited = quantizers.edition(config.quantize.quantizer) if asked else []
     return [*edited, *(how for each in asked for how in stages.quantize.how_rounded(config, each))]
@@ -134,15 +115,7 @@ def nothing_removed(work: RunContext) -> Removal:
 
 
 def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
-    """What all rounds together did, as the artefacts of one: every later stage continues from these.
-
-    Args:
-        work: of the run.
-        done: the rounds that were kept.
-
-    Returns:
-        What is removed in all.
-    """
+    """What all rounds together did, as the artefacts of one: every later stage continues from these."""
     run, removal = work.run, done[-1].removal if done else None
     removal = removal or Removal.first(())
     after = [part.name("heal") for part in done]
@@ -163,16 +136,7 @@ def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
 
 
 def rounds_searched(work: RunContext, done: Sequence[Round], removal: Removal) -> SearchArtefact:
-    """search.json of several rounds: all that they removed, priced as one cut, and what each chose.
-
-    Args:
-        work: of the run.
-        done: the rounds that were kept.
-        removal: what they removed in all.
-
-    Returns:
-        The artefact.
-    """
+    """search.json of several rounds: all that they removed, priced as one cut, and what each chose."""
     each = [work.run.artefact(SearchArtefact, part.name("search")) for part in done]
     found = layer_search.search(work.stack, work.blocks["calibration"], segments=removal.all)
     rounds = [
@@ -193,15 +157,7 @@ def rounds_searched(work: RunContext, done: Sequence[Round], removal: Removal) -
 
 
 def rounds_healed(work: RunContext, done: Sequence[Round]) -> HealArtefact:
-    """heal.json of several rounds: all weights that they changed, and the last round's tuning.
-
-    Args:
-        work: of the run.
-        done: the rounds that were kept.
-
-    Returns:
-        The artefact.
-    """
+    """heal.json of several rounds: all weights that they changed, and the last round's tuning."""
     each = [work.run.artefact(HealArtefact, part.name("heal")) for part in done]
     changed = Round(work).save_changes(done[-1].healed, "tuned") if done else []
     return HealArtefact(
@@ -214,16 +170,7 @@ def rounds_healed(work: RunContext, done: Sequence[Round]) -> HealArtefact:
 
 
 def round_lengths(length: int | None, layers: int, rounds: int) -> list[int]:
-    """Layers that each round removes: a length divided evenly; where a budget of loss decides, a tenth of them.
-
-    Args:
-        length: n, layers to remove in all, or None.
-        layers: L.
-        rounds: how many at most.
-
-    Returns:
-        One number for each round, none of them 0.
-    """
+    """Layers that each round removes: a length divided evenly; where a budget of loss decides, a tenth of them."""
     if length is None:
         step = max(1, round(ROUND_SHARE * layers))
         return [step] * min(rounds, (layers - 1) // step)
@@ -231,15 +178,7 @@ def round_lengths(length: int | None, layers: int, rounds: int) -> list[int]:
 
 
 def within_budgets(points: Sequence[FrontierRecord], config: CompressConfig) -> FrontierRecord | None:
-    """Of the points inside both budgets the one of least loss.
-
-    Args:
-        points: what was measured.
-        config: whose budgets count.
-
-    Returns:
-        The point; None where there is none, or only one budget.
-    """
+    """Of the points inside both budgets the one of least loss."""
     search = config.search
     if not search.two_budgets or search.max_loss is None:
         return None
@@ -253,15 +192,7 @@ def budgets(config: CompressConfig) -> dict[str, Any]:
 
 
 def out_of_budget(points: Sequence[FrontierRecord], config: CompressConfig) -> ConfigError:
-    """The error where no point is inside: it names the nearest on either side.
-
-    Args:
-        points: what was measured.
-        config: whose budgets count.
-
-    Returns:
-        The error, to be raised.
-    """
+    """The error where no point is inside: it names the nearest on either side."""
     search = config.search
     seen = "; ".join(describe_point(vars(point)) for point in points)
     if not search.two_budgets:

@@ -103,13 +103,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
 
 
 def write_file(run: Path, file: Path, config: CompressConfig) -> None:
-    """Put the .gguf file of a finished run where --out names it; the model of a folder's run is converted.
-
-    Args:
-        run: the run's folder.
-        file: where it goes.
-        config: of the run.
-    """
+    """Put the .gguf file of a finished run where --out names it; the model of a folder's run is converted."""
     found = result_of(run)
     if found.suffix == ".gguf":
         gguf_run.put(found, file)
@@ -118,13 +112,7 @@ def write_file(run: Path, file: Path, config: CompressConfig) -> None:
 
 
 def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[Segment]) -> None:
-    """Measure what survived, and write the checkpoint, the report, the model card and the summary.
-
-    Args:
-        work: of the run.
-        asked: the run as it was resolved.
-        segments: that are removed.
-    """
+    """Measure what survived, and write the checkpoint, the report, the model card and the summary."""
     tasks, long = work.config.tasks, work.config.long.long_context
     measured = Measured(
         eval=stages.evaluate.evaluate(work, segments),
@@ -163,18 +151,7 @@ def summarise(
     measured: Measured,
     exported: ExportArtefact,
 ) -> SummaryArtefact:
-    """summary.json, from the artefacts of the stages that were run.
-
-    Args:
-        work: of the run.
-        asked: the run as it was resolved.
-        segments: what was removed.
-        measured: what survived.
-        exported: the checkpoint.
-
-    Returns:
-        The artefact.
-    """
+    """summary.json, from the artefacts of the stages that were run."""
     run, source = work.run, checkpoints.weight_bytes(asked.checkpoint)
     evaluated = [name for name, found in vars(measured).items() if found is not None]
     after = [*(f"text-{use}" for use in work.text), "search", *evaluated, "export"]

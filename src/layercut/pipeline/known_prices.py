@@ -19,10 +19,6 @@ class KnownPrices:
     """Prices of cuts by kind, and what else is named, in a file that a stopped stage goes on from.
 
     Each with the seconds that it took, which the stage counts as its own where an earlier command spent them.
-
-    Args:
-        run: the folder.
-        stage: the one that needs them, which was begun; those of other inputs than its present ones are not read.
     """
 
     def __init__(self, run: Run, stage: str) -> None:
@@ -32,28 +28,11 @@ class KnownPrices:
         self.known = dict(self.found_before)
 
     def __call__(self, kind: str, cuts: Sequence[Segment], price: Callable[[], Any]) -> Any:
-        """A price that is known, or that is found now and kept; the main process's counts.
-
-        Args:
-            kind: of the price.
-            cuts: that it is of.
-            price: finds it.
-
-        Returns:
-            Nats per token, or what else is found of a cut.
-        """
+        """A price that is known, or that is found now and kept; the main process's counts."""
         return self.value(f"{kind} {'+'.join(map(str, cuts))}", price)
 
     def value(self, name: str, find: Callable[[], Any]) -> Any:
-        """The same for any JSON value.
-
-        Args:
-            name: of the value.
-            find: finds it.
-
-        Returns:
-            What was found.
-        """
+        """The same for any JSON value."""
         if name in self.found_before:
             self.run.took_before(self.found_before.pop(name)[1])
         elif name not in self.known:

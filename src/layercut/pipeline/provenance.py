@@ -58,15 +58,7 @@ def is_run(folder: Path) -> bool:
 
 
 def check_finished(run: Path, command: str) -> None:
-    """Refuse a run folder whose journey has not reached its end.
-
-    Args:
-        run: the folder.
-        command: what was to be done with it, for the hint.
-
-    Raises:
-        RunError: it has no summary, or none that can be read.
-    """
+    """Refuse a run folder whose journey has not reached its end."""
     hint = f"give its compress command again, then {command}"
     if not (run / "summary.json").is_file():
         raise RunError(f"the run in {run} is not finished", hint)
@@ -75,19 +67,7 @@ def check_finished(run: Path, command: str) -> None:
 
 
 def models_of(run: Path, command: str, *, allow_pickle: bool = False) -> dict[str, str]:
-    """The two models of a finished run: the one that it was made of, as it was then, and what it made of it.
-
-    Args:
-        run: the folder.
-        command: what is to be done with them, for the hint.
-        allow_pickle: whether weights may be pickled.
-
-    Returns:
-        A Hub id, folder or .gguf file each, by "dense" and "compressed".
-
-    Raises:
-        RunError: the run is not finished, or its model's files hold something else by now.
-    """
+    """The two models of a finished run: the one that it was made of, as it was then, and what it made of it."""
     check_finished(run, command)
     dense = _object(run / "summary.json")["model"]
     if checkpoints.resolve(dense, allow_pickle=allow_pickle).changed_since(run / checkpoints.DIGESTS):
@@ -116,13 +96,6 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     Both are empty where nothing that is finished would be lost: of a run that was stopped, of one with the same
     settings, and where new settings only measure more. A setting that the run does not know is of a newer layercut,
     and those that `config` does not know are of another command.
-
-    Args:
-        folder: of the run.
-        config: the new settings, flat.
-
-    Returns:
-        The differences in words, and names of files.
     """
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     changed = _changed(before, config)
@@ -140,15 +113,7 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
 
 
 def differences(folder: Path, config: Mapping[str, Any]) -> set[str]:
-    """The settings in which what the folder will hold is of others than what it holds.
-
-    Args:
-        folder: of the run.
-        config: the new settings, flat.
-
-    Returns:
-        Their names; all where the folder has none yet.
-    """
+    """The settings in which what the folder will hold is of others than what it holds."""
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     return {*_changed(before, config), *_changed(config, before)}
 
@@ -197,16 +162,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def described(folder: Path, processes: int, *, anew: bool) -> dict[str, Any]:
-    """env.json: of the command that began what the folder holds, and under "commands" of every one that was given.
-
-    Args:
-        folder: of the run.
-        processes: how many there are.
-        anew: whether this command begins it, with other settings or with --force.
-
-    Returns:
-        The JSON object.
-    """
+    """env.json: of the command that began what the folder holds, and under "commands" of every one that was given."""
     now, before = environment() | {"processes": processes}, _object(folder / "env.json")
     earlier = before.pop("commands", None)
     if not isinstance(earlier, list):

@@ -63,20 +63,7 @@ class ResolvedRun:
 
 
 def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
-    """Check a configuration against a model's config and headers.
-
-    Args:
-        model: a Hub id, a folder, or a .gguf file.
-        config: every option.
-        until: how far the run goes.
-
-    Returns:
-        The run, which can begin.
-
-    Raises:
-        ConfigError: options that do not go together, or not with this model.
-        ModelError: no such model, or one that cannot be used.
-    """
+    """Check a configuration against a model's config and headers."""
     config.check()
     capability_names(config.search.preserve)
     if until == "search" and config.number_of_rounds > 1:
@@ -115,18 +102,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
 
 
 def score_of(config: CompressConfig, *, heals: bool) -> Score:
-    """What --score auto means for a run: healed where the search weighs tests and enough is tuned on to spare some.
-
-    Args:
-        config: every option.
-        heals: whether the run heals what it cuts.
-
-    Returns:
-        Another than "auto"; what was given, where something else was.
-
-    Raises:
-        ConfigError: healed is asked for where nothing is healed.
-    """
+    """What --score auto means for a run: healed where the search weighs tests and enough is tuned on to spare some."""
     search, heal = config.search, config.heal
     heals = heals and heal.fold and heal.tune_tokens > 0
     if search.score == "healed" and not heals:
@@ -141,18 +117,7 @@ def score_of(config: CompressConfig, *, heals: bool) -> Score:
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:
-    """How many layers the user wants removed.
-
-    Args:
-        search: what to remove.
-        layers: L.
-
-    Returns:
-        n; None where that depends on the model's weights or on its loss.
-
-    Raises:
-        ConfigError: no such number is possible.
-    """
+    """How many layers the user wants removed."""
     if search.ratio is not None:
         return layers_to_remove(search.ratio, layers) if search.ratio else 0
     return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
@@ -163,14 +128,6 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
 
     With --max-loss the bits count as well, and it is known only when they have been tried. A class that cannot be built
     without its own code is counted when it is loaded.
-
-    Args:
-        config: every option.
-        checkpoint: the files.
-        architecture: transformers' config.
-
-    Raises:
-        ConfigError: nothing meets it.
     """
     if not config.search.target_bytes or config.search.two_budgets:
         return
@@ -194,19 +151,7 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
 
 
 def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype) -> int:
-    """Layers to remove for --target-size of a checkpoint folder, in the bits that it is saved in.
-
-    Args:
-        config: every option.
-        model: a causal LM of transformers, on any device.
-        dtype: that it is saved in, where it is not rounded.
-
-    Returns:
-        n, at least 1.
-
-    Raises:
-        ConfigError: no number of layers meets it, or the model is as small without a cut.
-    """
+    """Layers to remove for --target-size of a checkpoint folder, in the bits that it is saved in."""
     search, quantize, layers = config.search, config.quantize, len(loading.find_decoder(model))
     there = len(endpoints_of(model.config, layers))  # of earlier cuts
     saved, criterion = saved_bytes_of_any_cut(model, quantize, dtype), criteria.get(search.method)
@@ -223,18 +168,7 @@ def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype
 def check_consumers(
     config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None, *, gguf: bool
 ) -> None:
-    """Refuse what the consumers of --for would misread.
-
-    Args:
-        config: of the run.
-        architecture: the model's config.
-        wanted: segments given by hand.
-        length: n, layers to remove, where it is known.
-        gguf: whether the result is a GGUF file.
-
-    Raises:
-        ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
-    """
+    """Refuse what the consumers of --for would misread."""
     names = consumer_names(config.search.consumers)
     written: consumers.Written = "gguf" if gguf else consumers.written_by(config.quantize)
     consumers.check_cut(architecture, wanted, names, written)
@@ -243,15 +177,7 @@ def check_consumers(
 
 
 def check_sources(config: CompressConfig, until: Stage = "report") -> None:
-    """Refuse text that is reported on and also searched or tuned on; a run that ends before reports on nothing.
-
-    Args:
-        config: every option.
-        until: how far the run goes.
-
-    Raises:
-        ConfigError: a source serves both.
-    """
+    """Refuse text that is reported on and also searched or tuned on; a run that ends before reports on nothing."""
     if until != "report":
         return
     reported = what_is_read(config.evaluate.eval_data, reported=True)
@@ -283,15 +209,7 @@ def check_spread(config: CompressConfig) -> None:
 
 
 def check_streamed(config: CompressConfig, spread: bool) -> None:
-    """Refuse what a run cannot do whose layers are left on disk; before anything long is run.
-
-    Args:
-        config: every option.
-        spread: whether the weights are sharded over several processes; it is then about what the main one does alone.
-
-    Raises:
-        ConfigError: a flag needs the model in memory.
-    """
+    """Refuse what a run cannot do whose layers are left on disk; before anything long is run."""
     for flag in [*needing_memory(config), *(["--score healed"] if config.search.score == "healed" else [])]:
         raise needs_memory(flag)
     if processes.world() > 1 and not spread:
@@ -327,16 +245,7 @@ def needs_memory(flag: str) -> ConfigError:
 
 
 def check_window(flag: str, window: int, architecture: Any) -> None:
-    """Refuse rows of tokens that do not fit the positions that the model knows.
-
-    Args:
-        flag: that gives the length, for the message.
-        window: T.
-        architecture: transformers' config.
-
-    Raises:
-        ConfigError: T exceeds them.
-    """
+    """Refuse rows of tokens that do not fit the positions that the model knows."""
     limit = loading.positions(architecture)
     if limit and window > limit:
         raise ConfigError(
@@ -346,18 +255,7 @@ def check_window(flag: str, window: int, architecture: Any) -> None:
 
 
 def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
-    """The config with the windows that are tuned on and that perplexity is reported on filled in.
-
-    Args:
-        config: every option.
-        architecture: transformers' config.
-
-    Returns:
-        The new config.
-
-    Raises:
-        ConfigError: a window exceeds the model's positions, or rows to tune on are shorter than the others.
-    """
+    """The config with the windows that are tuned on and that perplexity is reported on filled in."""
     reported, heal = config.evaluate.eval_window or loading.reported_window(architecture), config.heal
     fits = (loading.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
     long = min(LONG_ROW, heal.batch_tokens) if fits else 0

@@ -77,15 +77,7 @@ class RunContext:
         return asked_to_stop if self.own_process else never_asked
 
     def trained(self, stage: str, report: TuningResult) -> TuningRecord:
-        """What an artefact has of a training, its losses put among the run's events.
-
-        Args:
-            stage: in which it was done.
-            report: how it went.
-
-        Returns:
-            The record.
-        """
+        """What an artefact has of a training, its losses put among the run's events."""
         for point in report.curve:
             self.run.event(stage, int(point["step"]), "loss", point["loss"], "nats/token")
         return TuningRecord(**vars(report), data=self.text["tuning"])
@@ -186,18 +178,7 @@ class RunContext:
         return not self.spread and not layer_reader_protocol.layers_on_disk(self.dense.model)
 
     def reader(self, source: str, *, seed: int | None = None) -> Reader:
-        """Draws blocks of a source for several uses, and skips those of others.
-
-        Args:
-            source: as the user named it.
-            seed: of their order; the run's where not given.
-
-        Returns:
-            The reader.
-
-        Raises:
-            ConfigError: text from the model itself, whose layers are on disk.
-        """
+        """Draws blocks of a source for several uses, and skips those of others."""
         text, model = self.config.text, self.dense.model if written_by_model(source) else None
         if model is not None and layer_reader_protocol.layers_on_disk(model):
             raise ConfigError(
@@ -233,52 +214,21 @@ class RunContext:
     # --- the student and its changed weights ---
 
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
-        """The dense model without some layers, over the same tensors, then with weights of earlier stages in it.
-
-        Args:
-            cut: segments that are removed.
-            *weights: what stages changed, in their order.
-
-        Returns:
-            A causal LM of transformers.
-        """
+        """The dense model without some layers, over the same tensors, then with weights of earlier stages in it."""
         return Round(self).student(cut, *weights)
 
     def compressed(self, cut: Sequence[Segment]) -> Any:
-        """The student with whatever all stages so far have changed.
-
-        Args:
-            cut: segments that are removed.
-
-        Returns:
-            A causal LM of transformers.
-        """
+        """The student with whatever all stages so far have changed."""
         return self.student(cut, "folded", "tuned", "quantized")
 
     def changed(self, student: Any, base: Any = None) -> dict[str, torch.Tensor]:
-        """The parameters that are no longer those of another model.
-
-        Args:
-            student: the cut model.
-            base: the other model; the dense one where not given.
-
-        Returns:
-            Whole tensors on the CPU, by name.
-        """
+        """The parameters that are no longer those of another model."""
         shared = {id(p) for p in (self.dense.model if base is None else base).parameters()}
         own = {n: p for n, p in student.named_parameters() if id(sharding.origin(p)) not in shared}
         return {n: sharding.whole(p.detach()).cpu() for n, p in own.items()}
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does.
-
-        Args:
-            tensors: by name.
-            name: of the file.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""
 
         def write() -> None:
             with write_atomically(self.run / f"{name}.safetensors") as partial:
@@ -342,15 +292,7 @@ class Round:
         return self.previous.removal.then(cut, self.work.layers)
 
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
-        """The model that is cut without some layers, over the same tensors, then with what stages have changed.
-
-        Args:
-            cut: segments that are removed, in this model's layers.
-            *weights: what stages changed, in their order.
-
-        Returns:
-            A causal LM of transformers.
-        """
+        """The model that is cut without some layers, over the same tensors, then with what stages have changed."""
         run, student = self.work.run, surgery.cut(self.before, cut)
         for each in weights:
             if each == "quantized":
@@ -372,15 +314,7 @@ class Round:
         return student
 
     def save_changes(self, student: Any, weights: Weights) -> list[str]:
-        """Write the parameters that are no longer those of the model that was cut.
-
-        Args:
-            student: the cut model, healed.
-            weights: what changed them; the file's name.
-
-        Returns:
-            Their names, sorted.
-        """
+        """Write the parameters that are no longer those of the model that was cut."""
         changed = self.work.changed(student, self.before)
         self.work.save(changed, self.name(weights))
         return sorted(changed)

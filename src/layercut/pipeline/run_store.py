@@ -70,12 +70,7 @@ class RunStage(Generic[Kind]):
 
 
 class Run:
-    """A run folder, created or resumed. Only one command at a time may hold it.
-
-    Args:
-        folder: of the run.
-        force: whether its stages are run again.
-    """
+    """A run folder, created or resumed. Only one command at a time may hold it."""
 
     def __init__(self, folder: Path | str, *, force: bool = False) -> None:
         self.folder = Path(folder)
@@ -128,17 +123,6 @@ class Run:
             cut = stage.artefact
 
         A stage within another is a part of it: its seconds are in the other's too, whenever it was run.
-
-        Args:
-            kind: what the stage leaves.
-            name: of its JSON file.
-            inputs: anything JSON can hold, and dataclasses: what the artefact depends on.
-            after: stages whose own inputs count as well.
-            together: several processes find it, each its share of the rows; else the main one does, and the others
-                wait.
-
-        Yields:
-            The stage, open or with its artefact.
         """
         self._after[name] = {earlier: self._hashes[earlier] for earlier in after}
         self._hashes[name] = digest([name, inputs, [*self._after[name].values()]])
@@ -175,29 +159,13 @@ class Run:
         self._within[-1] += seconds
 
     def artefact(self, kind: type[Kind], name: str) -> Kind:
-        """The artefact of a stage that was closed.
-
-        Args:
-            kind: its type.
-            name: of the stage.
-
-        Returns:
-            The artefact.
-        """
+        """The artefact of a stage that was closed."""
         found = self._artefacts[name]
         assert isinstance(found, kind)
         return found
 
     def earlier(self, kind: type[Kind], name: str) -> Kind | None:
-        """What a stage that this command does not ask for left of the same model, in an earlier command.
-
-        Args:
-            kind: its type.
-            name: of the stage, which counts as closed where there is an artefact.
-
-        Returns:
-            The artefact; None where there is none, or the stages that it was made after are others by now.
-        """
+        """What a stage that this command does not ask for left of the same model, in an earlier command."""
 
         def find() -> Kind | None:
             content = self.read(name) or {}
@@ -235,15 +203,7 @@ class Run:
         raise RunError(f"{self.folder} holds a finished run, and {why}", hint)
 
     def drawn(self, name: str, fingerprint: str) -> None:
-        """Called before what was drawn for a stage of text is written.
-
-        Args:
-            name: of the stage, which is open.
-            fingerprint: of the tokens.
-
-        Raises:
-            RunError: the folder holds a finished run that was made with others.
-        """
+        """Called before what was drawn for a stage of text is written."""
         earlier = self.read(name) if self._kept else None
         if earlier is not None and earlier.get("fingerprint") not in (None, fingerprint):
             self._refuse(f"its text is another by now ({name}.json)")
@@ -327,15 +287,7 @@ class Run:
     # --- provenance ---
 
     def describe(self, config: dict[str, Any], checkpoint: checkpoints.Checkpoint | None = None) -> None:
-        """Write config.yaml, with every default filled in, and env.json.
-
-        Args:
-            config: the settings, flat.
-            checkpoint: the model, which a finished run must have been made of; None: not looked at.
-
-        Raises:
-            RunError: the folder holds a finished run of other settings or of another model, which would be lost.
-        """
+        """Write config.yaml, with every default filled in, and env.json."""
 
         def write() -> None:
             changed, lost = provenance.would_be_lost(self.folder, config)
@@ -362,18 +314,7 @@ class Run:
         processes.on_main(write)
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
-        """Append one line to metrics.jsonl; of several processes the main one does.
-
-        Args:
-            stage: its name.
-            step: of the stage.
-            name: of the figure.
-            value: the figure.
-            unit: such as "s".
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Append one line to metrics.jsonl; of several processes the main one does."""
         if not processes.is_main():
             return
         now = round(time.time(), 3)

@@ -124,24 +124,7 @@ def quantize_(
     quantizer: str | Quantizer | None = None,
     target: int | None = None,
 ) -> Quantized:
-    """`quantize` in place: new parameters are put in, tensors that another model shares stay, ties are kept.
-
-    Args:
-        model: a causal LM of transformers in memory, changed in place.
-        tokens: calibration token ids [N, T], or None.
-        config: bits, group size and the like.
-        endpoints: layers beside a cut, by their place in `model`.
-        quantizer: in the place of `config.quantizer`.
-        target: bytes of the checkpoint's weights, at most, where bits are chosen.
-
-    Returns:
-        As `quantize`, of this model.
-
-    Raises:
-        ConfigError: as `quantize`.
-        DataError: as `quantize`.
-        ModelError: as `quantize`.
-    """
+    """`quantize` in place: new parameters are put in, tensors that another model shares stay, ties are kept."""
     require_library(one_width=config.one_width)
     if not isinstance(tokens, torch.Tensor | None):
         raise DataError(f"tokens are a {type(tokens).__name__}; allowed are token ids [N, T]", "torch.tensor(rows)")
@@ -229,13 +212,6 @@ def endpoints_of(config: Any, layers: int) -> list[int]:
 
     The index does not say how many layers there were. It is only there after a cut, so that one without a gap means a
     cut at the stack's end; a cut there beside another one does not show.
-
-    Args:
-        config: of the model.
-        layers: L of the cut model.
-
-    Returns:
-        Positions, sorted; empty for a model that was not cut.
     """
     index = original_layer_index(config)
     if not index or len(index) != layers:
@@ -294,11 +270,7 @@ def _quantize_weight(
     config: QuantizeConfig,
     quantizer: tuple[str, Quantizer],
 ) -> tuple[QuantizedWeight, dict[str, torch.Tensor], torch.Tensor]:
-    """Quantize one weight; a calibrated quantizer rounds what has no Hessian to nearest.
-
-    Returns:
-        Its line of the report, its packed tensors, and the weight that they encode.
-    """
+    """Quantize one weight; a calibrated quantizer rounds what has no Hessian to nearest."""
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")

@@ -44,20 +44,7 @@ class Assignment:
 
 
 def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
-    """Every weight that `config` asks to quantize, in the order the model uses them.
-
-    Args:
-        model: a causal LM of transformers.
-        config: bits, group size, whether embeddings and head are quantized too.
-        endpoints: decoder layers that take `config.endpoint_bits`.
-
-    Raises:
-        ModelError: no linear modules, or experts merged into one tensor.
-        ConfigError: endpoint bits without a cut, or a group size that does not divide the columns.
-
-    Returns:
-        The weights: embeddings, decoder layers, head.
-    """
+    """Every weight that `config` asks to quantize, in the order the model uses them."""
     decoder = find_decoder(model)
     merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
     if merged:  # seen with transformers 5.24: its loader then looks for packed experts, and fails
@@ -115,11 +102,7 @@ def _common_group_size(columns: Sequence[int]) -> int | None:
 
 
 def _ends(model: Any) -> list[tuple[str, int]]:
-    """Names and columns of the embeddings and the head.
-
-    Raises:
-        ModelError: they are no plain embedding and linear module.
-    """
+    """Names and columns of the embeddings and the head."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     ends = []
     for module, kind in ((first, nn.Embedding), (last, nn.Linear)):
@@ -135,19 +118,7 @@ def _ends(model: Any) -> list[tuple[str, int]]:
 
 
 def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
-    """The size asked for, or else the largest usual one that divides the columns.
-
-    Args:
-        name: of the weight, for the message.
-        columns: I.
-        config: whose `group_size` counts.
-
-    Returns:
-        Columns that share a scale.
-
-    Raises:
-        ConfigError: none does.
-    """
+    """The size asked for, or else the largest usual one that divides the columns."""
     for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
         if columns % size == 0:
             return size
@@ -159,15 +130,7 @@ def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
 
 
 def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions.
-
-    Args:
-        model: a causal LM of transformers.
-        targets: what is quantized.
-
-    Returns:
-        Names of parameters.
-    """
+    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
     decoder = find_decoder(model)
     done = {f"{target.name}.weight" for target in targets}
     names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
@@ -175,14 +138,6 @@ def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
 
 
 def linear_left(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head.
-
-    Args:
-        model: a causal LM of transformers.
-        targets: what is quantized.
-
-    Returns:
-        Names of modules.
-    """
+    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
     done = {target.name for target in targets}
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]

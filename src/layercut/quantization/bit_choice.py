@@ -56,15 +56,7 @@ class Storable:
         return self.targets[0].name
 
     def stored(self, way: Assignment | None, dtype: torch.dtype) -> int:
-        """Bytes in the file, its tensors' entries in the header included.
-
-        Args:
-            way: how it is stored; None: as it is.
-            dtype: that the model is saved in.
-
-        Returns:
-            Bytes.
-        """
+        """Bytes in the file, its tensors' entries in the header included."""
         if way is None:
             return self.shape[0] * self.shape[1] * dtype.itemsize + TENSOR_HEADER + len(self.name)
         parts = stored_bytes(way, self.shape, dtype)
@@ -112,20 +104,7 @@ class Mixture:
 
 
 def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int) -> Mixture:
-    """For each weight the width that, all together, cost least KL within a size.
-
-    Args:
-        model: a causal LM of transformers in memory, as it was on return.
-        tokens: calibration token ids [N, T].
-        config: which widths are allowed, and whether embeddings are among the weights.
-        target: bytes of the checkpoint's weights, at most.
-
-    Returns:
-        What to quantize.
-
-    Raises:
-        ConfigError: the target is below what is possible, or nothing needs to be quantized for it.
-    """
+    """For each weight the width that, all together, cost least KL within a size."""
     check_target(model, config, target)
     found = assigned(model, measured(model, tokens, config), config, target)
     assert found  # the target is possible
@@ -133,16 +112,7 @@ def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int
 
 
 def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
-    """What each weight costs in each way to store it that the config allows.
-
-    Args:
-        model: a causal LM of transformers in memory, as it was on return.
-        tokens: calibration token ids [N, T].
-        config: which widths are allowed, and whether embeddings are among the weights.
-
-    Returns:
-        Nats per token, by name of the module and width.
-    """
+    """What each weight costs in each way to store it that the config allows."""
     candidates = _candidates(model, config)
     formats = _formats(candidates, config)
     widths = {
@@ -154,17 +124,7 @@ def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
 
 
 def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> Mixture | None:
-    """The mixture of least cost within a size, from costs that are known. Needs no weights.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        costs: as `measured` gives them.
-        config: the same.
-        target: bytes of the checkpoint's weights, at most.
-
-    Returns:
-        What to quantize; None where no mixture is small enough.
-    """
+    """The mixture of least cost within a size, from costs that are known. Needs no weights."""
     dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
     rest = _rest(model, candidates, dtype)
     every = (_within(each, candidates, costs, target - rest, dtype) for each in _formats(candidates, config))
@@ -173,35 +133,14 @@ def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> M
 
 
 def costs_after(costs: Costs, model: Any, cut: Any, removed: Container[int], config: QuantizeConfig) -> Costs:
-    """Costs by the names that the weights have once layers are removed: those that stay keep their order.
-
-    Args:
-        costs: of the model as it was.
-        model: that one.
-        cut: the same without some layers.
-        removed: which.
-        config: as the costs were measured with.
-
-    Returns:
-        The costs of what is left, nats per token.
-    """
+    """Costs by the names that the weights have once layers are removed: those that stay keep their order."""
     before, after = ([part for each in _candidates(m, config) for part in each.targets] for m in (model, cut))
     stay = [part for part in before if part.layer is None or part.layer not in removed]
     return {now.name: costs[then.name] for now, then in zip(after, stay, strict=True)}
 
 
 def check_target(model: Any, config: QuantizeConfig, target: int, *, without: int = 0) -> None:
-    """Refuse a size that no choice of bits meets, or that the model has already. Needs no weights.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: which widths are allowed.
-        target: bytes of the checkpoint's weights, at most.
-        without: decoder layers that will be removed, whichever they are.
-
-    Raises:
-        ConfigError: it is below the least possible size, or above the size as it is.
-    """
+    """Refuse a size that no choice of bits meets, or that the model has already. Needs no weights."""
     least, has = _sizes_between(model, config)(without)
     if least > target:
         more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
@@ -235,19 +174,7 @@ def _sizes_between(model: Any, config: QuantizeConfig) -> Callable[[int], tuple[
 
 
 def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:
-    """Numbers of layers that leave something to choose: with some bits they meet the size, and without they do not.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: which widths are allowed.
-        target: bytes of the checkpoint's weights, at most.
-
-    Returns:
-        n, ascending.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Numbers of layers that leave something to choose: with some bits they meet the size, and without they do not."""
     layers = len(loading.find_decoder(model))
     ends = list(map(_sizes_between(model, config), range(layers)))
     found = [n for n, (least, whole) in enumerate(ends) if least <= target < whole]
@@ -384,14 +311,6 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     """The multiple-choice knapsack: of each row one choice, such that sizes sum to the budget at most, costs to least.
 
     By dynamic programming over units of size: exact where these are common divisors, else sizes are rounded up to them.
-
-    Args:
-        costs: of each choice, row by row; an infinite one is never chosen.
-        sizes: of the same.
-        budget: what the sizes may sum to.
-
-    Returns:
-        The number of the choice in each row; None where no choice fits.
     """
     import numpy as np
 

@@ -19,17 +19,7 @@ PASSES = 2
 
 
 def descended(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-    """Codes of which some are exchanged, one after another, for better ones.
-
-    Args:
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I]; damped as for GPTQ.
-        grid: of the codes; it stays.
-        codes: [O, I].
-
-    Returns:
-        Codes [O, I] int8, with no larger error at the output by the damped H.
-    """
+    """Codes of which some are exchanged, one after another, for better ones."""
     order = hessian.diagonal().argsort(descending=True)
     sorted_hessian = damped(hessian)[order][:, order].float()
     parts = slices(len(weight), ROWS)

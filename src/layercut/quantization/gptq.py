@@ -37,16 +37,7 @@ def with_ridge(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """||(w - w') X'||^2 of each row: (w - w') H (w - w')' / 2.
-
-    Args:
-        weight: w [O, I].
-        other: w' [O, I].
-        hessian: H = 2 X'X [I, I]; in float32, twice as fast, it tells the better one of two as well.
-
-    Returns:
-        [O], in H's dtype.
-    """
+    """||(w - w') X'||^2 of each row: (w - w') H (w - w')' / 2."""
     found = []
     for part in slices(len(weight), ROWS):
         delta = weight[part].to(hessian.dtype) - other[part].to(hessian.dtype)
@@ -55,16 +46,7 @@ def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tens
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The codes that GPTQ chooses (Frantar et al., 2210.17323, algorithm 1).
-
-    Args:
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I] in float32 or float64.
-        grid: fitted to `weight`.
-
-    Returns:
-        Codes [O, I] int8, row by row never worse at the output than rounding to nearest.
-    """
+    """The codes that GPTQ chooses (Frantar et al., 2210.17323, algorithm 1)."""
     order, factor = _factored(hessian)
     parts = slices(len(weight), ROWS)
     found = torch.cat([_compensated(weight[part], grid.rows(part), order, factor) for part in parts])

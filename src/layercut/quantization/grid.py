@@ -66,17 +66,6 @@ def fit_grid(
     Symmetric: s = max|w| / (2^b - 1) * 2, z = 0. Asymmetric: s = (max - min) / (2^b - 1), z = lowest - min / s. At
     `SEARCHED_BITS` and fewer, or with `counts`, the range is that of `SHARES` of it with the least squared error of
     the group.
-
-    Args:
-        weight: [O, I], of any dtype; computed in float32.
-        bits: b.
-        group_size: columns that share a scale; divides I.
-        asymmetric: with zero points.
-        dtype: of the scales, as they are stored.
-        counts: what the squared error of each column counts [I]; each alike where not given.
-
-    Returns:
-        Scales [O, I / group_size], and zero points of the same shape where asymmetric.
     """
     shares = SHARES if bits <= SEARCHED_BITS or counts is not None else []
     cover = partial(_covering, bits=bits, group_size=group_size, asymmetric=asymmetric, dtype=dtype)
@@ -125,15 +114,7 @@ def _covering(
 
 
 def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes of the nearest grid points: round to nearest (RTN).
-
-    Args:
-        weight: [O, I].
-        grid: fitted to it.
-
-    Returns:
-        Codes [O, I], int8.
-    """
+    """Codes of the nearest grid points: round to nearest (RTN)."""
     scaled = weight.float().unflatten(1, (-1, grid.group_size)) / grid.scale.float().unsqueeze(-1)
     if grid.zero is not None:
         scaled = scaled + grid.zero.float().unsqueeze(-1)
@@ -141,15 +122,7 @@ def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The weight that codes encode, (q - z) s, in the scale's dtype, by the arithmetic that loaders use.
-
-    Args:
-        codes: q [O, I], int8.
-        grid: scales and zero points.
-
-    Returns:
-        [O, I].
-    """
+    """The weight that codes encode, (q - z) s, in the scale's dtype, by the arithmetic that loaders use."""
     grouped = codes.unflatten(1, (-1, grid.group_size)).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)

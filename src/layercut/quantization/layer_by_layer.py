@@ -31,19 +31,7 @@ def each_with_hessian(
     advance: Callable[..., None],
     weights: Weights = MappingProxyType({}),
 ) -> Iterator[tuple[int, str, torch.Tensor | None]]:
-    """Weights with their Hessians; whoever takes one rounds it in the model before asking for the next.
-
-    Args:
-        stack: the layers, whose weights are replaced on the way.
-        tokens: calibration token ids [N, T].
-        wanted: names of linear modules, by layer.
-        advance: called after each layer.
-        weights: w [N, T] of the tokens, by module; each counts 1 where not given.
-
-    Yields:
-        Layer, module and H = 2 X' diag(w) X [I, I] of what goes into it; None where nothing did, as into an expert to
-        which no token was sent.
-    """
+    """Weights with their Hessians; whoever takes one rounds it in the model before asking for the next."""
     batches = _entered(stack, tokens)
     for i in range(max(wanted) + 1):
         if i in wanted:
@@ -56,16 +44,7 @@ def each_with_hessian(
 def hessian_of_head(
     stack: DecoderRunner, tokens: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """H = 2 X' diag(w) X [D, D] of what the head reads in the model as it is; None where its module is not called.
-
-    Args:
-        stack: the model, whose head is a linear module.
-        tokens: calibration token ids [N, T].
-        weights: w [N, T] of the tokens; each counts 1 where not given.
-
-    Returns:
-        H, in float64 where the device has it.
-    """
+    """H = 2 X' diag(w) X [D, D] of what the head reads in the model as it is; None where its module is not called."""
     head: nn.Linear = stack.model.get_output_embeddings()
     batches = _entered(stack, tokens)
     for i in range(len(stack)):

@@ -19,14 +19,7 @@ from layercut.quantization.grid import Grid
 
 
 def require_library(*, one_width: bool = False) -> None:
-    """Refuse to quantize where what is written could not be read.
-
-    Args:
-        one_width: whether transformers has to unpack the weights while loading.
-
-    Raises:
-        ConfigError: compressed-tensors is missing, or transformers cannot do that (5.24 can, 5.20 cannot; tried).
-    """
+    """Refuse to quantize where what is written could not be read."""
     try:
         import compressed_tensors  # noqa: F401
     except ImportError:
@@ -48,16 +41,7 @@ def unpacks_while_loading() -> bool:
 
 
 def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-    """A weight's tensors as they go into the checkpoint.
-
-    Args:
-        target: the weight.
-        codes: [O, I], int8.
-        grid: scales and zero points.
-
-    Returns:
-        Tensors on the CPU by their full names.
-    """
+    """A weight's tensors as they go into the checkpoint."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     stored = {"weight_scale": grid.scale.contiguous()}
@@ -74,16 +58,7 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
 
 
 def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each tensor that `pack` will make of a weight.
-
-    Args:
-        target: the weight, and how it is stored.
-        shape: [O, I].
-        dtype: of the scales.
-
-    Returns:
-        Bytes by the tensors' full names.
-    """
+    """Bytes of each tensor that `pack` will make of a weight."""
     rows, columns = shape
     groups = columns // target.group_size
     parts = {"weight_scale": rows * groups * dtype.itemsize}
@@ -98,18 +73,7 @@ def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype)
 
 
 def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights [O, I] that packed tensors encode, as any loader computes them.
-
-    Args:
-        packed: tensors by their full names, as `pack` gives them.
-        config: the `quantization_config` that describes them.
-
-    Returns:
-        Weights by parameter name.
-
-    Raises:
-        ConfigError: compressed-tensors is missing.
-    """
+    """The weights [O, I] that packed tensors encode, as any loader computes them."""
     require_library()
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
@@ -129,15 +93,7 @@ def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, A
 
 
 def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, Grid]]:
-    """Codes and grids that packed tensors hold: the inverse of `pack`.
-
-    Args:
-        packed: tensors by their full names.
-        config: the `quantization_config` that describes them.
-
-    Returns:
-        Codes [O, I] int8 and grid, by the module's name; of a head that reads the embedding's codes none.
-    """
+    """Codes and grids that packed tensors hold: the inverse of `pack`."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     found = {}
@@ -160,15 +116,7 @@ def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict
 def repacked(
     packed: Mapping[str, torch.Tensor], changed: Mapping[str, tuple[torch.Tensor, Grid]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of packed weights with other codes and scales.
-
-    Args:
-        packed: tensors by their full names, as `pack` gives them.
-        changed: codes [O, I] and grid, by the module's name.
-
-    Returns:
-        Those tensors that are changed, on the CPU.
-    """
+    """The tensors of packed weights with other codes and scales."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     found: dict[str, torch.Tensor] = {}
@@ -185,15 +133,6 @@ def quantization_config(
     """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
 
     vLLM fails where it finds a linear module that is neither in a group nor in `ignore`.
-
-    Args:
-        targets: what is quantized.
-        left: names of linear modules that are none of the targets.
-        one_width: unpack while loading: transformers 5.24 can load zero points and packed embeddings in no other way,
-            and this way takes the bits and the group size of the first group for all.
-
-    Returns:
-        `quantization_config`, as JSON values.
     """
     from compressed_tensors.quantization import (
         QuantizationArgs,

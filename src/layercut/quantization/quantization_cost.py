@@ -29,13 +29,6 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
     Of every calibration row each layer is run twice, to gather what its modules read and for the layer after it. Below
     8 bits the whole model runs forwards and backwards once before, for what each token counts, and scales are fitted by
     turns. Where bits are chosen, of the first rows forwards and backwards once more.
-
-    Args:
-        run: what is planned; its config says how many bits.
-        calibrated: whether the quantizer asks for Hessians.
-
-    Returns:
-        Its cost.
     """
     shape, layers, matrices, bits = run.shape, len(run.after.layers), run.after.matrices, run.config.quantize.bits
     small = calibrated and run.config.quantize.small

@@ -44,19 +44,7 @@ class Quantizer(Protocol):
     nearest."""
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        """The codes of a weight.
-
-        Args:
-            weight: [O, I] of a linear layer y = W x (an embedding: [V, D]), on the model's device, in its dtype.
-            hessian: H = 2 X' diag(w) X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute
-                them, of a head below 8 bits as the model did before, in float64 (float32 where the device has none);
-                below 8 bits w is what the token counts, and `RIDGE` of the mean diagonal is on the diagonal, else w
-                is 1. None where `needs_calibration` is False.
-            grid: scales and zero points: code q stands for (q - z) s.
-
-        Returns:
-            Whole numbers [O, I], of any dtype, from `grid.lowest` to `grid.highest`.
-        """
+        """The codes of a weight."""
         ...
 
 
@@ -93,11 +81,7 @@ class RoundToNearest:
 
 
 def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quantizer]:
-    """A quantizer and what reports call it, from a registered name, a class or a function.
-
-    Raises:
-        ConfigError: no such name, or no `needs_calibration`.
-    """
+    """A quantizer and what reports call it, from a registered name, a class or a function."""
     name = quantizer if isinstance(quantizer, str) else ""
     found: Any = quantizers.get(name) if name else quantizer
     if isinstance(found, type):
@@ -119,22 +103,7 @@ def codes(
     grid: Grid,
     before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a quantizer makes of a weight, checked.
-
-    Args:
-        name: of the quantizer, for the message.
-        quantizer: that chooses the codes.
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I], or None.
-        grid: fitted to the weight.
-        before: codes that there are [O, I], for a quantizer that begins with these.
-
-    Returns:
-        Codes [O, I], int8.
-
-    Raises:
-        ConfigError: another shape, fractions, or codes outside the grid.
-    """
+    """What a quantizer makes of a weight, checked."""
     again = None if before is None else getattr(quantizer, "again", None)
     found = again(weight, hessian, grid, before) if again else quantizer(weight, hessian, grid)
     wanted = f"wanted are whole numbers {list(weight.shape)} from {grid.lowest} to {grid.highest}"

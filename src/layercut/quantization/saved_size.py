@@ -25,33 +25,12 @@ class SavedBytes:
     """What a layer takes more where it stands beside a cut, the dearest first; empty where all have the same bits."""
 
     def beside(self, endpoints: int) -> int:
-        """Of all, where so many layers stand beside cuts: the dearest, so that it is no more.
-
-        Args:
-            endpoints: layers beside cuts, at most.
-
-        Returns:
-            Bytes.
-        """
+        """Of all, where so many layers stand beside cuts: the dearest, so that it is no more."""
         return self.total + sum(self.more[:endpoints])
 
 
 def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: Sequence[int] = ()) -> SavedBytes:
-    """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: bits, 16 included.
-        dtype: that the model is saved in.
-        endpoints: layers beside a cut, by their place in `model`.
-
-    Returns:
-        Bytes of each layer and of all.
-
-    Raises:
-        ConfigError: as `quantize_`.
-        ModelError: as `quantize_`.
-    """
+    """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size."""
     decoder = loading.find_decoder(model)
     targets = plan(model, config, endpoints) if config.rounds else []
     saved = [loading.parameter_bytes(layer, dtype) for layer in decoder.layers]
@@ -75,20 +54,7 @@ def _of_tied_head(target: Assignment, parts: dict[str, int]) -> int:
 
 
 def saved_bytes_of_any_cut(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> SavedBytes:
-    """The same where it is not known yet which layers stand beside a cut.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: bits, 16 included.
-        dtype: that the model is saved in.
-
-    Returns:
-        Bytes of each layer, as one that is not beside a cut, and of all; and what a layer beside one takes more.
-
-    Raises:
-        ConfigError: as `quantize_`.
-        ModelError: as `quantize_`.
-    """
+    """The same where it is not known yet which layers stand beside a cut."""
     layers = loading.find_decoder(model).layers
     plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])  # none of them
     if not (config.rounds and config.endpoint_bits):

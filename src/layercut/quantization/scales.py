@@ -37,17 +37,7 @@ def better_start(
     fit: Callable[[torch.Tensor], Grid],
     choose: Callable[[Grid], torch.Tensor],
 ) -> tuple[Grid, torch.Tensor]:
-    """Of two grids with codes on them the better one, row by row: fitted to all weights alike, and to those that count.
-
-    Args:
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I].
-        fit: the grid of the weight where the error of each column counts so much [I].
-        choose: codes [O, I] of the weight on a grid.
-
-    Returns:
-        The grid, and codes [O, I] int8.
-    """
+    """Of two grids with codes on them the better one, row by row: fitted to all weights alike, and to those that count."""
     alike = fit(torch.ones_like(hessian.diagonal()))
     kept = _Kept(weight, hessian, alike, choose(alike))
     counted = fit(hessian.diagonal())
@@ -63,20 +53,7 @@ def by_turns(
     again: Callable[[Grid, torch.Tensor], torch.Tensor],
     stored: Callable[[Grid], Grid] | None = lambda grid: grid,
 ) -> tuple[Grid, torch.Tensor]:
-    """A grid and codes on it that are nowhere worse at the output than those given.
-
-    Args:
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I].
-        grid: fitted to the weight.
-        codes: [O, I] on it.
-        again: codes [O, I] of the weight on another grid, from those that there are.
-        stored: the grid that a file keeps for one, where its scales and zero points are rounded further; None where
-            they stay.
-
-    Returns:
-        The grid, and codes [O, I] int8.
-    """
+    """A grid and codes on it that are nowhere worse at the output than those given."""
     kept = _Kept(weight, hessian, grid, codes)
     kept.or_(kept.grid, again(kept.grid, kept.codes))
     if stored is None:
@@ -116,15 +93,6 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes
     Of a row w, with v_g its codes less zero points in the columns of group g and 0 elsewhere: A s = b,
     A_gh = v_g H v_h', b_g = v_g H w'. A zero point that may be any number moves all that a group stands for by d_g,
     whose v is 1 in the columns of the group: as many unknowns more, the codes then less the middle one of the group.
-
-    Args:
-        weight: [O, I].
-        hessian: H = 2 X'X [I, I].
-        grid: of the codes.
-        codes: [O, I].
-
-    Returns:
-        The grid, with scales in the dtype that they are stored in.
     """
     hessian = hessian.float() / hessian.diagonal().mean().clamp(min=TINY)
     unknowns = (1 + _moves(grid)) * grid.scale.shape[1]
@@ -168,17 +136,7 @@ def _fitted(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.
 def _least_squares(
     terms: torch.Tensor, before: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
-    """How much of each term makes rows w [O, I] the nearest, held a little at what it was.
-
-    Args:
-        terms: v [P, O, G, I / G], each 0 outside its group.
-        before: what it was [P, O, G].
-        rows: w.
-        hessian: H [I, I].
-
-    Returns:
-        [P, O, G].
-    """
+    """How much of each term makes rows w [O, I] the nearest, held a little at what it was."""
     kinds, outputs, groups, size = terms.shape
     normal = terms.new_empty(outputs, kinds, groups, kinds, groups)  # A
     right = terms.new_empty(outputs, kinds, groups)  # b

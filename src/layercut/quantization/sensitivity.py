@@ -42,18 +42,7 @@ Result = TypeVar("Result")
 def measure(
     model: Any, tokens: torch.Tensor, widths: Mapping[str, Sequence[Width]], *, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, dict[Width, float]]:
-    """The rise of KL when one weight alone is rounded to nearest, for each weight and width.
-
-    Args:
-        model: a causal LM of transformers in memory; as it was on return.
-        tokens: calibration token ids [N, T]; the first rows of about `TOKENS` tokens are taken.
-        widths: by the name of a linear module or an embedding.
-        dtype: of the scales, as they are stored.
-        seed: of the tokens and rows drawn.
-
-    Returns:
-        Nats per token, by name and width; of a module that no token reached 0.
-    """
+    """The rise of KL when one weight alone is rounded to nearest, for each weight and width."""
     draw = torch.Generator().manual_seed(seed)
     tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
     sums = {name: dict.fromkeys(each, 0.0) for name, each in widths.items()}
@@ -75,15 +64,6 @@ def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, see
     The root of the mean over outputs of d^2, d as above, so that H = 2 X' diag(w) X counts an error most where it does
     most harm. To weigh by the gradient is GuidedQuant's idea (2505.07004). Here the root of d^2 is taken, as a few
     tokens count hundreds of times the others without it, all outputs count together, and v is drawn from p.
-
-    Args:
-        model: a causal LM of transformers in memory; as it was on return.
-        tokens: calibration token ids [N, T].
-        names: of linear modules.
-        seed: of the tokens drawn.
-
-    Returns:
-        Weights [N, T] in float32, of mean 1, by name; none of a module that does not see each token once, as an expert.
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
@@ -160,19 +140,7 @@ def rise(
     dtype: torch.dtype,
     draw: torch.Generator,
 ) -> list[float]:
-    """1/2 <dW, F dW> of one module, summed over tokens.
-
-    Args:
-        module: linear or an embedding, weight W [O, I].
-        x: its inputs [..., I], or token ids [...].
-        slope: d [..., O] at its outputs.
-        widths: that W is rounded to.
-        dtype: of the scales.
-        draw: of the rows.
-
-    Returns:
-        Nats, for each width.
-    """
+    """1/2 <dW, F dW> of one module, summed over tokens."""
     d: torch.Tensor = slope.flatten(0, -2).float()  # [N, O]
     if isinstance(module, nn.Embedding):
         ids, place = x.flatten().unique(return_inverse=True)

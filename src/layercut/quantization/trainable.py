@@ -242,15 +242,7 @@ class Trainable:
 
     @classmethod
     def of_(cls, found: Quantized, before: Any = None) -> Trainable:
-        """Have the model of `found` compute from codes and scales; tensors that another model shares stay.
-
-        Args:
-            found: what `quantize` returned; its model is changed in place.
-            before: the model before it was rounded, to train the rounding as well; None: the codes are frozen.
-
-        Returns:
-            The parts.
-        """
+        """Have the model of `found` compute from codes and scales; tensors that another model shares stay."""
         model, stored = found.model, stored_dtype(found.model)
         modules: dict[str, WeightOnGrid] = {}
         places: dict[str, Any] = {}
@@ -301,14 +293,7 @@ class Trainable:
         return ROUNDING_RATE if self.learns_rounding else RATE
 
     def rate_from(self, kl: float) -> float:
-        """The same by the KL to the model before that rounding left.
-
-        Args:
-            kl: nats per token.
-
-        Returns:
-            A share of each unit.
-        """
+        """The same by the KL to the model before that rounding left."""
         return min(ROUNDING_RATE, RATE_PER_NAT * kl) if self.learns_rounding else RATE
 
     @property

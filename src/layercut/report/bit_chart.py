@@ -27,14 +27,7 @@ def bits_outside(found: Json) -> list[tuple[str, int]]:
 
 
 def bit_chart(found: Json) -> str | None:
-    """The bits of each matrix in the decoder layers, as a map.
-
-    Args:
-        found: quantize.json.
-
-    Returns:
-        The chart; None where bits were not chosen.
-    """
+    """The bits of each matrix in the decoder layers, as a map."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
     from matplotlib.patches import Patch, Rectangle
 

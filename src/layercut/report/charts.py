@@ -49,34 +49,17 @@ class Drawing:
         self.titles: dict[str, str] = {}
 
     def tip(self, artist: Any, title: str) -> None:
-        """Give an artist a hover title.
-
-        Args:
-            artist: of matplotlib, drawn on these axes.
-            title: plain text.
-        """
+        """Give an artist a hover title."""
         artist.set_gid(f"tip{len(self.titles)}")
         self.titles[artist.get_gid()] = title
 
     def marks(self, points: Iterable[Point], name: str = "_", **style: Any) -> None:
-        """Draw a mark with a hover title at each point.
-
-        Args:
-            points: (x, y, title) each.
-            name: of all of them, for the legend.
-            style: as of matplotlib's `plot`.
-        """
+        """Draw a mark with a hover title at each point."""
         for number, (x, y, title) in enumerate(points):
             self.tip(self.axes.plot(x, y, ls="none", label="_" if number else name, **style)[0], title)
 
     def series(self, points: list[Point], name: str, colour: str) -> None:
-        """Draw a line with a mark and a hover title at each point.
-
-        Args:
-            points: (x, y, title) each.
-            name: for the legend.
-            colour: of line and marks.
-        """
+        """Draw a line with a mark and a hover title at each point."""
         self.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
         self.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
 
@@ -92,16 +75,7 @@ class Drawing:
 
 @contextmanager
 def drawing(name: str, description: str, **axes: Any) -> Iterator[Drawing]:
-    """Axes in the page's style, to be drawn on and finished inside the block.
-
-    Args:
-        name: of the chart, unique on the page.
-        description: what it shows, to be read aloud.
-        axes: properties of the axes, such as xlabel.
-
-    Yields:
-        The drawing.
-    """
+    """Axes in the page's style, to be drawn on and finished inside the block."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -110,17 +84,7 @@ def drawing(name: str, description: str, **axes: Any) -> Iterator[Drawing]:
 
 
 def inline(text: str, name: str, description: str, titles: dict[str, str] | None = None) -> str:
-    """An SVG document of matplotlib as an element without namespaces, style sheets, fixed ids or colours.
-
-    Args:
-        text: the document.
-        name: in front of every id, so that those of several charts on a page differ.
-        description: what it shows, to be read aloud.
-        titles: hover titles by id.
-
-    Returns:
-        The <svg> element.
-    """
+    """An SVG document of matplotlib as an element without namespaces, style sheets, fixed ids or colours."""
     root = ElementTree.fromstring(text)
     for parent in root.iter():
         parent.tag = parent.tag.rpartition("}")[2]
@@ -310,18 +274,7 @@ def _map_chart(
 
 
 def paint_prices(axes: Any, known: Prices, *, left: float, ink: str, **bar: Any) -> dict[tuple[int, int], Any]:
-    """A heat map of segments on axes: x the first layer, y the length, colour log KL.
-
-    Args:
-        axes: matplotlib Axes.
-        known: KL in nats by segment.
-        left: where a segment's cell begins, from its first layer.
-        ink: colour of the words at the colour bar.
-        bar: where that is, as for Figure.colorbar.
-
-    Returns:
-        Each segment's cell.
-    """
+    """A heat map of segments on axes: x the first layer, y the length, colour log KL."""
     from matplotlib.patches import Rectangle
 
     colours, norm = _loss_colours(known.values())
@@ -440,16 +393,7 @@ def _rise_axis(axes: Any, frontier: Frontier, rises: list[float]) -> None:
 
 
 def layer_stack(summary: Json, heal: Json) -> dict[str, Any] | None:
-    """What templates/stack.svg draws: the layers before and after, and bands that join the runs of layers that stay.
-
-    Args:
-        summary: summary.json.
-        heal: heal.json.
-
-    Returns:
-        "before": each layer {"old", "new" (None where removed), "at" in layers from the left, "folded", "tuned"};
-        "after": those that stay; "bands": left and right edge above, left and right edge below. None: not known.
-    """
+    """What templates/stack.svg draws: the layers before and after, and bands that join the runs of layers that stay."""
     layers = whole_number(summary.layers.before)
     if layers is None or not 0 < layers <= 2000:
         return None

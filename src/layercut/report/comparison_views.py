@@ -24,14 +24,7 @@ STATE_COLOURS = {"cut": "#b9b9c6", "folded": "#7d9ad0", "tuned": "#e07b28", "lor
 
 
 def measured_states(comparison: Any) -> list[str]:
-    """The states whose perplexity was measured, in the order in which a cut takes them.
-
-    Args:
-        comparison: compare.json.
-
-    Returns:
-        Of `config.COMPARED_STATES`.
-    """
+    """The states whose perplexity was measured, in the order in which a cut takes them."""
     comparison = Json(comparison)
     lora = any(formatting.finite(row.perplexity.lora) is not None for row in comparison.methods)
     return ["cut", "folded", *(["tuned"] if comparison.tuning else []), *(["lora"] if lora else [])]
@@ -81,15 +74,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 
 
 def error_beside(row: dict[str, Any], states: list[str]) -> str:
-    """Standard error of the last state's perplexity that was measured.
-
-    Args:
-        row: of a method.
-        states: in their order.
-
-    Returns:
-        As text; "-" where there is none.
-    """
+    """Standard error of the last state's perplexity that was measured."""
     known = [s for s in states if row["perplexity"].get(s) is not None]
     both = ("perplexity", "standard_error")
     value, error = (formatting.finite(row[key].get(known[-1])) if known else None for key in both)
@@ -100,10 +85,6 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
     """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
 
     Under it, on the same axis, the price of every segment where the triangle is known.
-
-    Args:
-        comparison: compare.json.
-        path: the file to write.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -142,14 +123,7 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
 
 
 def survivals(comparison: Any) -> Iterator[tuple[str, str, Json]]:
-    """(method, state, figures) of everything that was measured beyond perplexity; the dense model first.
-
-    Args:
-        comparison: compare.json.
-
-    Yields:
-        Each state of each method, in the methods' order.
-    """
+    """(method, state, figures) of everything that was measured beyond perplexity; the dense model first."""
     comparison = Json(comparison)
     if comparison.judged_dense:
         yield "dense", "", comparison.judged_dense
@@ -159,14 +133,7 @@ def survivals(comparison: Any) -> Iterator[tuple[str, str, Json]]:
 
 
 def by_text(comparison: Any) -> Iterator[tuple[str, str, Json]]:
-    """(method, state, perplexity of each text) of everything that was measured; the dense model first.
-
-    Args:
-        comparison: compare.json.
-
-    Yields:
-        Each state of each method, the cheapest cut first.
-    """
+    """(method, state, perplexity of each text) of everything that was measured; the dense model first."""
     comparison = Json(comparison)
     yield "dense", "", comparison.dense.texts
     for row in by_kl(comparison):
@@ -188,15 +155,7 @@ def found(grid: Json) -> str:
 
 
 def retention_words(judged: Json, key: str = "mean") -> str:
-    """A share of the dense model's scores with its standard error: 91.2 ± 0.8, in percent.
-
-    Args:
-        judged: of a state.
-        key: "mean", "above_chance" or "behind".
-
-    Returns:
-        "-" where it is not known; a star behind a difference that is significant.
-    """
+    """A share of the dense model's scores with its standard error: 91.2 ± 0.8, in percent."""
     kept = judged.retained
     value, error = (formatting.finite(kept[name]) for name in (key, "error" if key == "mean" else f"{key}_error"))
     if value is None:
@@ -213,16 +172,7 @@ def repeats(judged: Json) -> str:
 
 
 def answered(comparison: Any, state: str, judged: Json) -> str:
-    """The share of the generated tests' answers that greedy decoding gives, mean over capabilities.
-
-    Args:
-        comparison: compare.json.
-        state: of a cut; none: the dense model, which answered beside every cut.
-        judged: its figures.
-
-    Returns:
-        Per cent in words, "-" where it is not known.
-    """
+    """The share of the generated tests' answers that greedy decoding gives, mean over capabilities."""
     cuts = [judged] if state else [each for _, its_state, each in survivals(comparison) if its_state]
     of = (each.capabilities["hits" if state else "dense_hits"].entries() for each in cuts)
     shares = (formatting.finite(value) for _, value in next(filter(None, map(list, of)), []))
@@ -246,29 +196,13 @@ def own_figures(comparison: Any) -> list[tuple[str, str]]:
 
 
 def own_figure(judged: Json, name: str, metric: str) -> str:
-    """A figure of a package's evaluation; "-" where it is not known.
-
-    Args:
-        judged: of a state.
-        name: of the evaluation.
-        metric: of its figures.
-
-    Returns:
-        Words.
-    """
+    """A figure of a package's evaluation; "-" where it is not known."""
     value = formatting.finite(judged.evaluations[name][metric])
     return "-" if value is None else formatting.figure(value)
 
 
 def survival_table(comparison: Any) -> Table:
-    """What every cut still does, method by method and state by state, beside the dense model.
-
-    Args:
-        comparison: compare.json.
-
-    Returns:
-        The table.
-    """
+    """What every cut still does, method by method and state by state, beside the dense model."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
@@ -296,16 +230,7 @@ def survival_table(comparison: Any) -> Table:
 
 
 def retention_cells(comparison: Any, state: str, judged: Json) -> list[str]:
-    """What is kept of the tasks, what of it is above chance, and how far that is behind the first method.
-
-    Args:
-        comparison: compare.json.
-        state: of a cut; none: the dense model, which keeps all of itself where anything was counted.
-        judged: its figures.
-
-    Returns:
-        Three cells, per cent in words.
-    """
+    """What is kept of the tasks, what of it is above chance, and how far that is behind the first method."""
     keys = ("mean", "above_chance")
     if state:
         return [retention_words(judged, key) for key in (*keys, "behind")]
@@ -314,14 +239,7 @@ def retention_cells(comparison: Any, state: str, judged: Json) -> list[str]:
 
 
 def survival_caption(tasks: dict[str, Json]) -> str:
-    """What the columns of `survival_table` are.
-
-    Args:
-        tasks: of compare.json.
-
-    Returns:
-        Words.
-    """
+    """What the columns of `survival_table` are."""
     items = sorted({whole for task in tasks.values() if (whole := formatting.whole_number(task["items"])) is not None})
     about = " to ".join(f"{n:,}" for n in dict.fromkeys((items[0], items[-1]))) if items else "some"
     kept = (
@@ -342,12 +260,7 @@ Bar = tuple[float, float | None] | None
 
 
 def draw_survival(comparison: Any, path: Path) -> None:
-    """Retention of task scores and the share of keys and values found, by method and state, as an SVG file.
-
-    Args:
-        comparison: compare.json.
-        path: the file to write; removed where there is nothing to draw.
-    """
+    """Retention of task scores and the share of keys and values found, by method and state, as an SVG file."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -399,15 +312,7 @@ def share_bar(grid: Json) -> Bar:
 
 
 def draw_bar(axes: Any, place: tuple[float, float], bar: tuple[float, float | None], state: str, name: str) -> None:
-    """One bar with its error.
-
-    Args:
-        axes: to draw on.
-        place: its middle on the y axis, and its height.
-        bar: its length and error.
-        state: whose colour it has.
-        name: for the legend; "_" leaves it out.
-    """
+    """One bar with its error."""
     colour = STATE_COLOURS.get(state, "#444")
     y, height = place
     axes.barh(y, bar[0], height=height, color=colour, xerr=bar[1], ecolor="#444", capsize=2, label=name)

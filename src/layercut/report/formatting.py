@@ -151,29 +151,13 @@ def times(value: Any) -> str:
 
 
 def with_error(factor: float, error: float) -> str:
-    """A ratio with its standard error: 1.25, 0.008 -> 1.25× ± 0.01.
-
-    Args:
-        factor: the ratio.
-        error: the standard error of its logarithm.
-
-    Returns:
-        To four places where the error is below a hundredth.
-    """
+    """A ratio with its standard error: 1.25, 0.008 -> 1.25× ± 0.01."""
     absolute = factor * error
     return f"{times(factor)} ± {absolute:.2f}" if absolute >= 0.005 else f"{factor:.4f}× ± {absolute:.4f}"
 
 
 def change(before: Any, after: Any) -> str:
-    """Relative change, signed: 30, 24 -> −20.0%.
-
-    Args:
-        before: the number that it is relative to.
-        after: the number now.
-
-    Returns:
-        Nothing where one of them is not known, or the first is 0.
-    """
+    """Relative change, signed: 30, 24 -> −20.0%."""
     old, new = finite(before), finite(after)
     if not old or new is None:
         return ""

@@ -83,15 +83,7 @@ def model_card(run: Path) -> str:
 
 
 def checkpoint_card(made: Made, run: Path | None = None) -> str:
-    """README.md for anything else that was written.
-
-    Args:
-        made: what the card is of.
-        run: the folder of the finished run whose model it was made from.
-
-    Returns:
-        Front matter and Markdown.
-    """
+    """README.md for anything else that was written."""
     before = card_body(run, use="") if run else ""
     shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
     text = page("checkpoint_card.md", made=made, use=use(made), before=before, **shown)
@@ -129,18 +121,7 @@ def from_folder(folder: Path) -> Made:
 def layers_of(
     source: SourceCard, folder: Path, removed: Sequence[tuple[int, int]], index: Sequence[int], layers: int
 ) -> dict[str, Any]:
-    """The source and the layers of it that a model is made of: of the first model, where that is the source.
-
-    Args:
-        source: what the card names.
-        folder: that was written; its config says where layers stood in the first model of all.
-        removed: the segments, in the layers of what was given.
-        index: of each layer its place in what was given.
-        layers: L of what was given.
-
-    Returns:
-        `source`, `segments` and `original_layer_index` of `Made`.
-    """
+    """The source and the layers of it that a model is made of: of the first model, where that is the source."""
     if source.is_first and (first := _index_in(folder)):
         behind = layers - 1 - index[-1] if index else 0  # what else was gone behind the last is in no config
         index, removed = first, [*_gaps(first), *([(first[-1] + 1, first[-1] + 1 + behind)] if behind else [])]
@@ -177,16 +158,7 @@ def run_figures(run: RunFacts) -> list[Figure]:
 
 
 def perplexity_again(run: Path, value: float, tokens: int) -> Figure:
-    """Perplexity of a file or folder that was made from a run's model.
-
-    Args:
-        run: the run's folder.
-        value: the perplexity.
-        tokens: of the run's evaluation text, how many from the first on it was measured on.
-
-    Returns:
-        What the card says.
-    """
+    """Perplexity of a file or folder that was made from a run's model."""
     dataset = read_json(run / "summary.json").perplexity.dataset
     return Figure(metric="perplexity", value=value, dataset=str(dataset), words=f"the first {tokens} tokens")
 
@@ -257,13 +229,5 @@ def use(made: Made) -> str:
 
 
 def addressed(card: str, repo_id: str) -> str:
-    """A card whose commands name the model on the Hub.
-
-    Args:
-        card: the text, whose commands name the folder it stands in.
-        repo_id: OWNER/NAME.
-
-    Returns:
-        The card with the name in place of the folder.
-    """
+    """A card whose commands name the model on the Hub."""
     return card.replace(HERE, repo_id)

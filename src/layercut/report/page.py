@@ -60,18 +60,7 @@ def _write(target: Path, text: str) -> Path:
 
 
 def card_body(run: Path, use: str) -> str:
-    """What the model card of RUN's checkpoint says below its front matter.
-
-    Args:
-        run: the folder of a finished run.
-        use: how to load the checkpoint, as Markdown.
-
-    Returns:
-        Markdown.
-
-    Raises:
-        RunError: it is no finished run's folder.
-    """
+    """What the model card of RUN's checkpoint says below its front matter."""
     facts = _facts(read_run(run, place=None))
     return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **facts, use=use))
 
@@ -97,18 +86,7 @@ def _facts(run: RunFacts) -> dict[str, Any]:
 
 
 def closing(run: Path) -> tuple[Table, list[Text]]:
-    """What a run ends with in the terminal.
-
-    Args:
-        run: its folder.
-
-    Returns:
-        The table: dense against compressed, and what each stage did, as far as measured. A line for every verdict that
-        is a caution or a failure, and a last one that says what follows.
-
-    Raises:
-        RunError: it is no finished run's folder.
-    """
+    """What a run ends with in the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -132,14 +110,7 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
 
 
 def search_lines(search: Any) -> list[str]:
-    """What `layercut search` prints: the candidates from the best, by all that they are known by.
-
-    Args:
-        search: search.json.
-
-    Returns:
-        The lines, cells parted by tabs, with a heading.
-    """
+    """What `layercut search` prints: the candidates from the best, by all that they are known by."""
     candidates, heads = list(Json(search).candidates), {"kl": "KL, nats", "damage": "damage, nats", "score": "score"}
     known = [key for key in heads if any(number(each[key]) is not None for each in candidates)]
     rows = [[label(each.segments), *(figure(each[key]) for key in known)] for each in candidates]
@@ -147,14 +118,7 @@ def search_lines(search: Any) -> list[str]:
 
 
 def probe_lines(probes: Mapping[str, Any]) -> list[str]:
-    """What `layercut evaluate --probes` prints: what each model finds, and the damage beside the first of them.
-
-    Args:
-        probes: `evaluation.generated_probes.Probed` by the model's name.
-
-    Returns:
-        The lines, cells parted by tabs, with a heading; none where nothing was asked.
-    """
+    """What `layercut evaluate --probes` prints: what each model finds, and the damage beside the first of them."""
     if not probes:
         return []
     rows = [["", *map(printable, probes)]]
@@ -169,15 +133,6 @@ def probe_lines(probes: Mapping[str, Any]) -> list[str]:
 
 
 def score_lines(tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any]) -> list[str]:
-    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a heading.
-
-    Args:
-        tasks: scores by task, of a dense and a compressed model side by side, or of one model alone.
-        retained: what is retained of them; None of one model alone.
-        measured: figures of packages' evaluations by evaluation and metric, then by model.
-
-    Returns:
-        The lines; none of what was not asked for.
-    """
+    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a heading."""
     rows = lines("scores.txt", tasks=tasks, retained=retained, measured=measured)
     return ["\t".join(row) for row in rows if row]

@@ -63,18 +63,7 @@ class RunFacts:
 
 
 def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
-    """What is known of a run.
-
-    Args:
-        folder: of the run.
-        place: what it is called in commands that are named; None for a reader who has none.
-
-    Returns:
-        Its facts.
-
-    Raises:
-        RunError: summary.json is missing, or an artefact is not a JSON object.
-    """
+    """What is known of a run."""
     if not (folder / "summary.json").is_file():
         raise RunError(
             f"{folder} has no summary.json, so it is not the folder of a finished run",

@@ -71,14 +71,6 @@ def _with_chart(rows: Any, draw: Callable[[Any], str | None]) -> dict[str, Any]:
 
 
 def chapter(run: RunFacts, name: str) -> list[tuple[Section, dict[str, Any]]]:
-    """The sections of a chapter of which something is known.
-
-    Args:
-        run: its facts.
-        name: of the chapter, a key of CHAPTERS.
-
-    Returns:
-        Each section with the facts that its template shows.
-    """
+    """The sections of a chapter of which something is known."""
     found = [(section, section.facts(run)) for section in CHAPTERS[name]]
     return [(section, facts) for section, facts in found if any(facts.values())]

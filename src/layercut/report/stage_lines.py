@@ -52,15 +52,7 @@ def describe_quantized_tuning(tuning: dict[str, Any]) -> str:
 
 
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
-    """One line about the checkpoint that was written.
-
-    Args:
-        exported: export.json.
-        folder: where the checkpoint is.
-
-    Returns:
-        The line.
-    """
+    """One line about the checkpoint that was written."""
     return _say("export", exported, str(folder))
 
 

@@ -66,15 +66,7 @@ class StageRow:
 
 
 def ratio_words(factor: float | None, error: float | None) -> str:
-    """A ratio with its standard error, as far as known.
-
-    Args:
-        factor: the ratio.
-        error: the standard error of its logarithm.
-
-    Returns:
-        A dash where there is no ratio.
-    """
+    """A ratio with its standard error, as far as known."""
     return "–" if factor is None else times(factor) if error is None else with_error(factor, error)
 
 
@@ -244,15 +236,7 @@ def abilities(run: RunFacts) -> dict[str, Any]:
 
 
 def on_trial(search: Json, *cuts: Json) -> list[Json]:
-    """What was left of cuts on trial.
-
-    Args:
-        search: search.json.
-        cuts: what has `segments`.
-
-    Returns:
-        Of each the record in `tried`; an empty one where it was not on trial.
-    """
+    """What was left of cuts on trial."""
     of = {str(spans(one.segments)): one for one in search.tried}
     return [of.get(str(spans(each.segments)), Json()) for each in cuts]
 
@@ -421,15 +405,7 @@ def by_kl(comparison: Any) -> list[Any]:
 
 
 def last_over(row: Json, dense: Json) -> str:
-    """The last state of a method that was measured over the dense model's perplexity: 1.43× ± 0.01.
-
-    Args:
-        row: a method of `layercut compare`.
-        dense: the dense model's perplexity.
-
-    Returns:
-        A dash where one of them is not known.
-    """
+    """The last state of a method that was measured over the dense model's perplexity: 1.43× ± 0.01."""
     last = last_stage(row)
     factor = last[1] / base if last and math.isfinite(last[1]) and (base := finite(dense)) else None
     return ratio_words(factor, finite(row.standard_error[last[0]]) if last else None)

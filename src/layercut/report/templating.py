@@ -22,45 +22,19 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def words(file: str, macro: str, *values: Any, **facts: Any) -> str:
-    """One line that a template's macro says.
-
-    Args:
-        file: the template.
-        macro: the macro's name, in any case, with blanks for underscores.
-        values: its arguments.
-        facts: further arguments, by name.
-
-    Returns:
-        Plain text, not escaped.
-    """
+    """One line that a template's macro says."""
     said = getattr(_environment(escape=False).get_template(file).module, macro.lower().replace(" ", "_"))
     return " ".join(said(*values, **facts).split())
 
 
 def lines(file: str, **facts: Any) -> list[list[str]]:
-    """The cells of a table in plain text.
-
-    Args:
-        file: a template that gives a row a line, with | between the cells.
-        facts: what it is filled with.
-
-    Returns:
-        The rows; an empty line is a row without cells.
-    """
+    """The cells of a table in plain text."""
     text = _environment(escape=False).get_template(file).render(facts).strip()
     return [[cell.strip() for cell in line.split("|")] if line.strip() else [] for line in text.splitlines()]
 
 
 def page(file: str, **facts: Any) -> str:
-    """A document: HTML, in which everything is escaped, or Markdown.
-
-    Args:
-        file: the template.
-        facts: what it is filled with.
-
-    Returns:
-        Its text.
-    """
+    """A document: HTML, in which everything is escaped, or Markdown."""
     return _environment(escape=not file.endswith(".md")).get_template(file).render(facts)
 
 
@@ -89,15 +63,7 @@ def _environment(*, escape: bool) -> Environment:
 
 
 def plus_minus(score: Any, error: Any) -> str:
-    """A score and its standard error: 0.430 ± 0.050.
-
-    Args:
-        score: a mean over items.
-        error: its standard error, or None.
-
-    Returns:
-        The score alone where there is no error.
-    """
+    """A score and its standard error: 0.430 ± 0.050."""
     value, deviation = finite(score), finite(error)
     if value is None:
         return NOT_MEASURED
@@ -112,15 +78,7 @@ def probability(value: Any) -> str:
 
 
 def whole(value: Any, otherwise: str = NOT_MEASURED) -> str:
-    """A whole number: 1234567 -> 1,234,567.
-
-    Args:
-        value: the number.
-        otherwise: what stands where it is not known.
-
-    Returns:
-        The digits in groups of three.
-    """
+    """A whole number: 1234567 -> 1,234,567."""
     found = finite(value)
     return otherwise if found is None else f"{found:,.0f}"
 

@@ -376,15 +376,7 @@ def _lost(health: Json) -> str:
 
 
 def broken(summary: Any, scored: Json | None = None) -> str | None:
-    """In plain words, that the compressed model is ruined; None if it is not, or if that is not known.
-
-    Args:
-        summary: summary.json.
-        scored: who has the tasks, where that is not the summary.
-
-    Returns:
-        What is said at the top of the report; None.
-    """
+    """In plain words, that the compressed model is ruined; None if it is not, or if that is not known."""
     summary = Json(summary)
     last, found, factor = last_stage(summary), perplexities(summary), final_factor(summary)
     if last and (not math.isfinite(last[1]) or (factor is not None and factor > limits.BROKEN_FACTOR)):

@@ -65,22 +65,6 @@ def cut_checkpoint(
 
     Weights are copied as byte ranges (a tensor is read only where its values change), config and index rewritten,
     `COMPANIONS` copied. `out` appears at the end, whole; the source is only read.
-
-    Args:
-        folder: a checkpoint of safetensors.
-        segments: the layers to remove.
-        out: the new folder.
-        force: replace what is at `out`.
-        healed: weights of the cut model to store in the place of the source's, by the names they are saved under.
-        dtype: of the stored weights, where it is not the checkpoint's own.
-
-    Returns:
-        Names of files that were not copied, since they are no known part of a model.
-
-    Raises:
-        SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
-        ModelError: the source is incomplete or corrupt, or a companion is a link to a file outside of it.
-        RunError: `out` exists, cannot be written, or the disk is full.
     """
     folder, out = Path(folder).resolve(), Path(out)
     beside, left = companions(folder)
@@ -97,17 +81,7 @@ def cut_checkpoint(
 
 
 def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor]) -> None:
-    """Raise what `cut_checkpoint` would for this cut and weights of these names; no tensor is read.
-
-    Args:
-        folder: a checkpoint of safetensors.
-        segments: the layers to remove.
-        healed: weights of the cut model, by the names they are saved under; their shapes count.
-
-    Raises:
-        SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
-        ModelError: the source is incomplete or corrupt.
-    """
+    """Raise what `cut_checkpoint` would for this cut and weights of these names; no tensor is read."""
     _planned(folder, segments, healed, None)
 
 
@@ -136,11 +110,7 @@ def _planned(
 
 
 def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
-    """Have config.json name this dtype.
-
-    Returns:
-        Whether it is another than the checkpoint's.
-    """
+    """Have config.json name this dtype."""
     text = config.get_text_config()
     stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
     name = str(dtype).removeprefix("torch.")
@@ -422,18 +392,7 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
 
 
 def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
-    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config aside.
-
-    Args:
-        folder: a checkpoint.
-        patterns: of the names of those to copy.
-
-    Returns:
-        Both.
-
-    Raises:
-        ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
-    """
+    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config aside."""
     wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     for path in wanted:
         if not _belongs(path, folder):
@@ -467,14 +426,6 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
 
     Facts that the source left to rules or defaults are written out. Where the patched file would not read as
     planned (an old rule in it wins over the new list), the whole config is written instead.
-
-    Args:
-        raw: the source's config.json.
-        old: transformers' reading of it.
-        plan: of the cut.
-
-    Returns:
-        The new config.json, as JSON values.
     """
     wanted = config_cut.reread(plan.config).to_dict()
     patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))

@@ -103,29 +103,13 @@ def parts(config: Any) -> list[Any]:
 
 
 def count_names(text_config: Any, layers: int) -> list[str]:
-    """The attributes that count the decoder layers and would have to change with them.
-
-    Args:
-        text_config: the part of the config that describes the decoder.
-        layers: L.
-
-    Returns:
-        Names.
-    """
+    """The attributes that count the decoder layers and would have to change with them."""
     stored = vars(text_config)
     return [name for name in COUNTS if isinstance(stored.get(name), int) and stored[name] == layers]
 
 
 def facts_by_layer(text_config: Any, layers: int) -> dict[str, list[Any]]:
-    """Every list with one value per layer that the config holds or derives.
-
-    Args:
-        text_config: the part of the config that describes the decoder.
-        layers: L.
-
-    Returns:
-        Lists by name.
-    """
+    """Every list with one value per layer that the config holds or derives."""
     found = {}
     for name in BY_LAYER:
         value = getattr(text_config, name, None)
@@ -135,20 +119,7 @@ def facts_by_layer(text_config: Any, layers: int) -> dict[str, list[Any]]:
 
 
 def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) -> Any:
-    """The config of the model that keeps only some layers; the argument is left as it is.
-
-    Args:
-        config: the whole config.
-        text_config: the part of it (or itself) that describes the decoder.
-        kept: the layers that stay.
-        layers: how many there are.
-
-    Raises:
-        SurgeryError: no config of this class describes the layers that stay.
-
-    Returns:
-        The new config, with `original_layer_index`.
-    """
+    """The config of the model that keeps only some layers; the argument is left as it is."""
     memo: dict[int, Any] = {}
     new = copy.deepcopy(config, memo)
     text: Any = memo.get(id(text_config), new)
@@ -162,19 +133,7 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
 
 
 def original_layer_index(config: Any, kept: Sequence[int], layers: int) -> list[int]:
-    """Where the kept layers stood in the model this one was cut from, through all earlier cuts.
-
-    Args:
-        config: the whole config, before the cut.
-        kept: the layers that stay.
-        layers: L before the cut.
-
-    Returns:
-        One index for each kept layer.
-
-    Raises:
-        SurgeryError: the config's own index is of another number of layers.
-    """
+    """Where the kept layers stood in the model this one was cut from, through all earlier cuts."""
     before = getattr(config, "original_layer_index", None)
     if before and len(before) != layers:
         raise SurgeryError(
@@ -185,17 +144,7 @@ def original_layer_index(config: Any, kept: Sequence[int], layers: int) -> list[
 
 
 def cut_value(name: str, value: Any, kept: Sequence[int], layers: int) -> Any:
-    """A value of a config.json after the cut, by its name alone.
-
-    Args:
-        name: of the key.
-        value: of it.
-        kept: the layers that stay.
-        layers: L before the cut.
-
-    Returns:
-        The new value; the same one where the name says nothing of the decoder's layers.
-    """
+    """A value of a config.json after the cut, by its name alone."""
     if name in COUNTS and value == layers:
         return len(kept)
     if name in COUNTED_FROM_FRONT and isinstance(value, int) and 0 <= value < layers:
@@ -299,15 +248,7 @@ def _period_and_offset(text: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def solve_period(wanted: Sequence[bool], period: int) -> tuple[int, int] | None:
-    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to the old period.
-
-    Args:
-        wanted: of each kept layer, whether it is one of those that the rule names.
-        period: of the dense model.
-
-    Returns:
-        Both; None if there are none.
-    """
+    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to the old period."""
     fits = [
         (p, o)
         for p in range(1, max(len(wanted), period) + 2)
@@ -413,18 +354,7 @@ def reread(config: Any) -> Any:
 
 
 def read_as(cls: type, text: str) -> Any:
-    """A config class's reading of a config.json.
-
-    Args:
-        cls: the class.
-        text: the JSON text.
-
-    Returns:
-        The config.
-
-    Raises:
-        SurgeryError: the class refuses the facts in it.
-    """
+    """A config class's reading of a config.json."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(text, encoding="utf-8")

@@ -45,16 +45,7 @@ class CutPlan:
 
 
 def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
-    """Renumber the layer in a dotted name.
-
-    Args:
-        name: of a module or tensor in memory.
-        stacks: dotted names of the lists with one entry per layer.
-        kept: the layers that stay.
-
-    Returns:
-        The new name, unchanged outside the stacks; None for a removed layer.
-    """
+    """Renumber the layer in a dotted name."""
     for stack in stacks:
         if name.startswith(stack + "."):
             index, dot, rest = name[len(stack) + 1 :].partition(".")

@@ -33,24 +33,7 @@ def cut_gguf(
     full: Sequence[bool] | None = None,
     as_loaded: bool = False,
 ) -> None:
-    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte.
-
-    Args:
-        file: a GGUF file, whole.
-        segments: the layers to remove; none: the file as it is, but for what is replaced.
-        out: NAME.gguf.
-        force: replace what is at `out`.
-        replaced: (data, GGML type) to store in the place of the source's, by the names in the cut file.
-        full: of each layer of the cut file, whether it attends to all tokens; written as an array of sliding layers.
-            None: as the source has it.
-        as_loaded: whether embeddings that the source keeps twice are written once (`models/gguf_twins.py`).
-
-    Raises:
-        SurgeryError: llama.cpp has no key or rule that describes what is left.
-        ModelError: not a readable GGUF file, incomplete, or it has no tensor of a replaced name.
-        ConfigError: `out` is not named *.gguf.
-        RunError: `out` exists, cannot be written, or the disk is full.
-    """
+    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte."""
     file, out = Path(file), Path(out)
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} is not named as a GGUF file", f"--out {out.with_suffix('.gguf')}")

@@ -27,19 +27,7 @@ Entry = tuple[Any, Any, Any]
 def general_entries(
     fields: Mapping[str, Any], writer: Any, *, layers: int, left: int, replaced: bool, tied: bool = False
 ) -> dict[str, Entry | None]:
-    """What has to stand in a file that was made from another.
-
-    Args:
-        fields: the source's metadata, of a `gguf.GGUFReader`.
-        writer: the `gguf.GGUFWriter` that knows all tensors of the new file.
-        layers: how many there were.
-        left: how many there are.
-        replaced: whether tensors were written anew.
-        tied: whether a head that is the embeddings once more was left out.
-
-    Returns:
-        By key: the value and its types, or None for a key that is left out.
-    """
+    """What has to stand in a file that was made from another."""
     found: dict[str, Entry | None] = {}
     if left < layers:
         found |= _another_model(fields, layers, left)

@@ -29,21 +29,7 @@ def write_gguf(
     changes: Mapping[str, Any],
     replaced: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Write the file: the source's metadata, adapted to the layers that stay, and their tensors byte for byte.
-
-    Args:
-        reader: of the source file.
-        out: the file to write.
-        name: the architecture, by which its keys begin.
-        kept: the layers that stay, by their number in the source.
-        layers: L, how many there were.
-        blocks: L and those that follow the decoder (next-token prediction).
-        changes: keys of the architecture with other values.
-        replaced: tensors that healing changed, by name after the cut: data and type.
-
-    Raises:
-        ModelError: `replaced` names a tensor that the file does not have.
-    """
+    """Write the file: the source's metadata, adapted to the layers that stay, and their tensors byte for byte."""
     from gguf import GGUFWriter
 
     kept_blocks = kept + list(range(layers, blocks))
@@ -130,15 +116,7 @@ def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], la
 
 
 def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
-    """What the tensors that stay are called once segments are cut out of a file.
-
-    Args:
-        header: of the source file.
-        segments: the layers to remove.
-
-    Returns:
-        The new name by the old one.
-    """
+    """What the tensors that stay are called once segments are cut out of a file."""
     kept = kept_layers(segments, header.layers)
     place = {old: new for new, old in enumerate([*kept, *range(header.layers, header.blocks)])}
     return {name: new for name in header.tensors if (new := _renamed(name, place)) is not None}

@@ -50,14 +50,6 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     config follow; tensors that must change are replaced, never written to, so a model that shares them stays
     as it was.
     `model.config.original_layer_index` says where the kept layers stood in the first model of all.
-
-    Args:
-        model: a causal LM of transformers, changed in place.
-        segments: the layers to remove.
-
-    Raises:
-        ConfigError: a segment outside the stack, overlapping ones, or all layers.
-        SurgeryError: stock transformers cannot express what would be left; nothing is changed then.
     """
     plan = plan_cut(model.config, type(model), segments)
     _check_same(model, plan)

@@ -47,14 +47,7 @@ class Difference:
 
 
 def differences(plan: CutPlan) -> Iterator[Difference]:
-    """Everything in which the model after the cut differs from the one before, at the same layer.
-
-    Args:
-        plan: of the cut, as far as it is made.
-
-    Yields:
-        The differences: modules, tensors' shapes, plain attributes.
-    """
+    """Everything in which the model after the cut differs from the one before, at the same layer."""
     every = plan.before.named_modules(remove_duplicate=False)  # layers may share a module, such as an activation
     old = {name: module for name, module in every if plan.rename(name) is not None}
     new = dict(plan.after.named_modules(remove_duplicate=False))
@@ -114,16 +107,7 @@ def _same(a: Any, b: Any) -> bool:
 def moved(
     found: Sequence[Difference], plan: CutPlan, layers: int
 ) -> tuple[list[tuple[str, str, Any]], list[Difference]]:
-    """Split off the differences that only say where a layer sits, how many there are, or of what kinds.
-
-    Args:
-        found: all of them.
-        plan: of the cut, as far as it is made.
-        layers: L.
-
-    Returns:
-        Attributes to set, as (module name before the cut, attribute, new value), and the other differences.
-    """
+    """Split off the differences that only say where a layer sits, how many there are, or of what kinds."""
     attributes, rest = [], []
     for difference in found:
         inside = any(difference.module.startswith(stack + ".") for stack in plan.stacks)
@@ -173,14 +157,7 @@ def _is_slot(difference: Difference, plan: CutPlan) -> bool:
 
 
 def describe(unexplained: Sequence[Difference]) -> str:
-    """The differences that make a cut impossible, for its refusal.
-
-    Args:
-        unexplained: what they are.
-
-    Returns:
-        The first two in words, and how many more there are.
-    """
+    """The differences that make a cut impossible, for its refusal."""
     named = []
     for difference in unexplained[:2]:
         where = f"{difference.module}.{difference.what}".strip(".")

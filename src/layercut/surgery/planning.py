@@ -27,20 +27,7 @@ PATIENCE = 15.0
 
 
 def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
-    """Everything that a cut of `cls(config)` has to change, worked out without weights.
-
-    Args:
-        config: of the model as it is.
-        cls: its class.
-        segments: the layers to remove.
-
-    Raises:
-        ConfigError: segments outside the stack, overlapping, or all of it.
-        SurgeryError: stock transformers cannot express the cut; the hint names the nearest segments that work.
-
-    Returns:
-        The plan.
-    """
+    """Everything that a cut of `cls(config)` has to change, worked out without weights."""
     before = skeleton(cls, config)
     try:
         decoder = find_decoder(before)
@@ -80,19 +67,7 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
 
 
 def skeleton(cls: type, config: Any, hint: str = "check that this version of transformers can load the model") -> Any:
-    """The model class built from a config, without weights: every tensor on the meta device.
-
-    Args:
-        cls: the class.
-        config: left as it is.
-        hint: of the error.
-
-    Returns:
-        The model.
-
-    Raises:
-        SurgeryError: the class cannot be built from the config.
-    """
+    """The model class built from a config, without weights: every tensor on the meta device."""
     config = copy.deepcopy(config)
     for part in config_cut.parts(config):
         if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
@@ -145,19 +120,7 @@ def _stacks(before: Any, after: Any, decoder: Decoder, kept: list[int]) -> tuple
 
 
 def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequence[Segment], most: int = 3) -> str:
-    """Name segments near the wanted ones that can be cut; tried one after the other, nearest first.
-
-    Args:
-        config: of the model as it is.
-        cls: its class.
-        before: the model on the meta device.
-        decoder: its decoder layers.
-        segments: the wanted ones.
-        most: how many to name.
-
-    Returns:
-        A sentence for the error's hint.
-    """
+    """Name segments near the wanted ones that can be cut; tried one after the other, nearest first."""
     found: list[str] = []
     until = time.monotonic() + PATIENCE
     for candidate in neighbours(segments, len(decoder)):
@@ -174,16 +137,7 @@ def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequ
 
 
 def neighbours(segments: Sequence[Segment], layers: int, tries: int = 40) -> list[list[Segment]]:
-    """The same segments shifted together, and each of them longer or shorter at either end; nearest first.
-
-    Args:
-        segments: the wanted ones.
-        layers: L.
-        tries: how many at most.
-
-    Returns:
-        Sets of segments that fit the stack.
-    """
+    """The same segments shifted together, and each of them longer or shorter at either end; nearest first."""
     moves: list[tuple[int, list[Segment]]] = []
     for shift in range(-layers, layers + 1):
         for grow in range(-4, 5):

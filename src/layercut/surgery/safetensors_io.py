@@ -54,11 +54,7 @@ class Output:
 
 
 def read_shard(file: Path) -> Shard:
-    """Read a file's header.
-
-    Raises:
-        ModelError: it is corrupt, or the file is shorter than it says.
-    """
+    """Read a file's header."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -83,17 +79,7 @@ def _entry(name: str, facts: dict[str, Any], base: int) -> Entry:
 
 
 def write_shard(file: Path, source: Path, outputs: list[Output], metadata: dict[str, str]) -> None:
-    """Write a safetensors file from ranges of `source` and computed bytes, in the order given.
-
-    Args:
-        file: to write; it must not exist.
-        source: the safetensors file that ranges are copied from.
-        outputs: the tensors.
-        metadata: of the header; none where empty.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a safetensors file from ranges of `source` and computed bytes, in the order given."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for out in outputs:

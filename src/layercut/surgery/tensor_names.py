@@ -62,13 +62,6 @@ class DiskNames:
         """The layer a tensor on disk belongs to.
 
         A tensor that the class does not know (old buffers, scales of a quantizer) still belongs to its layer.
-
-        Args:
-            key: the tensor's name on disk.
-            stacks: dotted names of the lists with one entry per layer.
-
-        Returns:
-            (stack, index); None for a tensor outside the stacks.
         """
         name = self.to_memory(key)
         for candidate in (name, f"{self._prefix}.{name}"):
@@ -79,15 +72,7 @@ class DiskNames:
 
 
 def layer_of(name: str, stacks: Sequence[str]) -> int | None:
-    """The layer index in a name in memory.
-
-    Args:
-        name: of a module or tensor.
-        stacks: dotted names of the lists with one entry per layer.
-
-    Returns:
-        The index; None for a name outside the stacks.
-    """
+    """The layer index in a name in memory."""
     for stack in stacks:
         index = name[len(stack) + 1 :].partition(".")[0]
         if name.startswith(stack + ".") and index.isdigit():
@@ -96,21 +81,7 @@ def layer_of(name: str, stacks: Sequence[str]) -> int | None:
 
 
 def renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> str:
-    """The disk name that reads as `wanted`, made from a name of layer `old` for layer `new`.
-
-    Args:
-        key: the name on disk.
-        old: its layer before the cut.
-        new: its layer after it.
-        read: how the class reads names.
-        wanted: the name in memory after the cut.
-
-    Returns:
-        The new name on disk.
-
-    Raises:
-        SurgeryError: the name's scheme is not understood.
-    """
+    """The disk name that reads as `wanted`, made from a name of layer `old` for layer `new`."""
     if old == new and read.to_memory(key) == wanted:
         return key
     spots = list(_NUMBER.finditer(key))

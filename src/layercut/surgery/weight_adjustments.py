@@ -30,16 +30,7 @@ class Adjustment:
 
 
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
-    """Refuse, before anything is built, what is known to run wrong although a config can be written for it.
-
-    Args:
-        text_config: the part of the config that describes the decoder.
-        kept: the layers that stay.
-        layers: L.
-
-    Raises:
-        SurgeryError: such a cut.
-    """
+    """Refuse, before anything is built, what is known to run wrong although a config can be written for it."""
     _needs_attention(text_config, kept)
     _needs_attention_first(text_config, kept)
     _residual_blocks(text_config, kept, layers)
@@ -48,17 +39,7 @@ def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def explain(differences: list[Difference], plan: CutPlan, text_config: Any, layers: int) -> Adjustment:
-    """Turn the differences that are understood into edits; keep the others as unexplained.
-
-    Args:
-        differences: of the stock class before and after the cut.
-        plan: of the cut, as far as it is made.
-        text_config: the part of the config that describes the decoder.
-        layers: L.
-
-    Returns:
-        Edits, new attributes, tensors to drop and to add, and what is unexplained.
-    """
+    """Turn the differences that are understood into edits; keep the others as unexplained."""
     result = Adjustment(unexplained=list(differences))
     for handler in HANDLERS:
         handler(result, plan, text_config, layers)
@@ -251,13 +232,6 @@ def rescaled(model: Any, plan: CutPlan) -> dict[str, Edit]:
     """Undo, for the layers that stay, RWKV's in-place division of weights by 2 ** (index // n) in its first run.
 
     The weights are copied, also in a model that has not run: else its first run would change those of the original.
-
-    Args:
-        model: in memory.
-        plan: of the cut.
-
-    Returns:
-        Edits by tensor name after the cut; none for other architectures.
     """
     every = getattr(model.config, "rescale_every", 0)
     owners = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]

@@ -61,15 +61,7 @@ ROWS_OF_A_LENGTH = 4
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
-    """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
     inputs = [replace(work.config.evaluate, eval_data=""), work.text["evaluation"]]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
@@ -101,15 +93,7 @@ def states_of(work: RunContext) -> dict[str, list[Weights]]:
 
 
 def perplexities(work: RunContext, losses: Mapping[str, torch.Tensor]) -> Perplexities:
-    """Perplexity and standard error of every state.
-
-    Args:
-        work: of the run.
-        losses: of the windows [N], by state.
-
-    Returns:
-        The figures.
-    """
+    """Perplexity and standard error of every state."""
     text, found = work.text["evaluation"], {state: measures.of_losses(of) for state, of in losses.items()}
     return Perplexities(
         dataset=text.source,
@@ -133,14 +117,6 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
     """What the dense and the last model write, and how fast.
 
     Not measured where layers are on disk, which would be read again for every token written.
-
-    Args:
-        work: of the run.
-        last: the model of the last state.
-        tokens: of the evaluation text [N, T].
-
-    Returns:
-        The figures.
     """
     if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
@@ -170,15 +146,7 @@ def peaks(model: Any) -> dict[str, Any]:
 
 
 def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
-    """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
     asked = work.config.tasks
     inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path), CLEAR]
     with work.run.stage(TasksArtefact, "tasks", inputs, after=["quantize"]) as stage:
@@ -195,15 +163,7 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
 
 
 def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact:
-    """Evaluations that packages bring, dense and compressed, from the run's seed.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Evaluations that packages bring, dense and compressed, from the run's seed."""
     functions, seed = measures.named(work.config.tasks.evaluation_names), work.config.text.seed
     inputs = [[[name, measures.source_digest(each)] for name, each in functions.items()], seed]
     with work.run.stage(EvaluationsArtefact, "evaluations", inputs, after=["quantize"]) as stage:
@@ -220,15 +180,7 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
 
 
 def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
-    """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
     asked, seed = work.config.long.long_context, work.config.text.seed
     text, parted = work.text["evaluation"], len({*work.text["evaluation"].origins}) > 1
     inputs = [asked, seed, text, *(["a window is of one text"] if parted else [])]
@@ -254,15 +206,7 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
 
 
 def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
-    """Which layers hold what, and what the compressed model can still do of tests that it was not tuned on.
-
-    Args:
-        work: of the run.
-        segments: all that is removed, in the dense model's layers.
-
-    Returns:
-        The artefact; None where no test fits a row of the run's window, or neither --preserve nor --probes asks for it.
-    """
+    """Which layers hold what, and what the compressed model can still do of tests that it was not tuned on."""
     config, text = work.config.search, work.config.text
     if config.preserve == "none" and not work.config.tasks.probes:
         return None
@@ -300,15 +244,7 @@ def capabilities_work(run: PlannedRun) -> Work:
 
 
 def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
-    """Keys hidden in long text and values in lists as long: what greedy decoding finds, dense and compressed.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """Keys hidden in long text and values in lists as long: what greedy decoding finds, dense and compressed."""
     seed = work.config.text.seed
     with work.run.stage(ProbesArtefact, "probes", [work.source, seed, EDITION], after=["quantize"]) as stage:
         if stage.open:
@@ -326,15 +262,7 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
 
 
 def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[CapabilityFigures, list[HitsByLength]]:
-    """The compressed model beside the dense one, on tests of the judging family.
-
-    Args:
-        work: of the run.
-        segments: all that is removed, in the dense model's layers.
-
-    Returns:
-        Figures of all capabilities in rows of the run's window, and hit rates of recall and lists by length.
-    """
+    """The compressed model beside the dense one, on tests of the judging family."""
     model, text = work.compressed(segments), work.config.text
     rows = probe_rows(work.tokenizer, rows=TEST_ROWS, window=text.window, family="judging", seed=text.seed)
     both = DecoderRunner(model), work.stack
@@ -358,13 +286,5 @@ def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[Capabil
 
 
 def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The model before any cut, and the one of the run's last state.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        Both, by name.
-    """
+    """The model before any cut, and the one of the run's last state."""
     return {"dense": work.dense.model, "compressed": work.compressed(segments)}

@@ -24,15 +24,7 @@ from layercut.surgery import cut_checkpoint
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh process.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh process."""
     as_gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
     exported = gguf_run.export(work, segments) if as_gguf else export_folder(work, segments)
     consumers.warn_misread("export", read_by(work, segments))
@@ -40,15 +32,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
 
 
 def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The same as a checkpoint folder.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """The same as a checkpoint folder."""
     used = work.verified_on
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
@@ -71,15 +55,7 @@ def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefa
 
 
 def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Reading]:
-    """What each consumer makes of the exported model.
-
-    Args:
-        work: of the run.
-        segments: what was removed.
-
-    Returns:
-        A reading of each.
-    """
+    """What each consumer makes of the exported model."""
     gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
     written = "gguf" if gguf else consumers.written_by(work.config.quantize)
     if work.config.quantize.bits == "auto":
@@ -97,16 +73,7 @@ def packing(work: RunContext) -> dict[str, Any]:
 
 
 def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed.
-
-    Args:
-        work: of the run.
-        student: the healed model.
-        segments: that are removed.
-
-    Returns:
-        As `export_checkpoint`.
-    """
+    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
     healed, partial = layer_reader.as_saved(student, work.changed(student)), partial_of(work.run / "model")
     dtype = work.stack.stored_dtype
     with bar("saving", None):

@@ -51,15 +51,7 @@ FOLD_TOKENS = 65536
 
 
 def cut(this: Round, removal: Removal) -> CutArtefact:
-    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing.
-
-    Args:
-        this: the round.
-        removal: what its search chose.
-
-    Returns:
-        The artefact.
-    """
+    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
     work, inputs = this.work, [this.work.source, bounds_of(removal.all)]
     with work.run.stage(CutArtefact, this.name("cut"), inputs, after=this.after, together=True) as stage:
         if stage.open:
@@ -70,15 +62,7 @@ def cut(this: Round, removal: Removal) -> CutArtefact:
 
 
 def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
-    """What is left without these segments of the dense model's layers.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """What is left without these segments of the dense model's layers."""
     dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
     if layer_reader_protocol.layers_on_disk(dense):  # what would otherwise fail at the end of the run
         layers = loading.find_decoder(student)
@@ -94,15 +78,7 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
 
 
 def fold(this: Round, removal: Removal) -> FoldArtefact:
-    """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens.
-
-    Args:
-        this: the round.
-        removal: what its search chose.
-
-    Returns:
-        The artefact.
-    """
+    """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens."""
     work, is_asked, text = this.work, this.work.config.heal.fold, this.work.text
     inputs = [is_asked, text["calibration"], text.get("tuning"), text.get("heldout"), this.of]
     after = [this.name("cut")]
@@ -128,15 +104,7 @@ def fold(this: Round, removal: Removal) -> FoldArtefact:
 
 
 def tokens_to_fold(calibration: torch.Tensor, tuning: torch.Tensor | None) -> torch.Tensor:
-    """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares.
-
-    Args:
-        calibration: token ids [N, T].
-        tuning: token ids [M, T'], in rows as long or longer; None where nothing is tuned.
-
-    Returns:
-        Token ids [K, T].
-    """
+    """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares."""
     if tuning is None:
         return calibration
     window = calibration.shape[1]
@@ -144,28 +112,12 @@ def tokens_to_fold(calibration: torch.Tensor, tuning: torch.Tensor | None) -> to
 
 
 def tuning_rows_to_fold(calibration: int, window: int) -> int:
-    """How many rows to tune on the fold is solved on beside the calibration tokens.
-
-    Args:
-        calibration: how many those are.
-        window: tokens in a row.
-
-    Returns:
-        Rows, as many as make FOLD_TOKENS in all.
-    """
+    """How many rows to tune on the fold is solved on beside the calibration tokens."""
     return max(0, FOLD_TOKENS - calibration) // window
 
 
 def tune(this: Round, removal: Removal) -> HealArtefact:
-    """Cutoff endpoint tuning, from the fold where that was kept.
-
-    Args:
-        this: the round.
-        removal: what its search chose.
-
-    Returns:
-        The artefact.
-    """
+    """Cutoff endpoint tuning, from the fold where that was kept."""
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
     inputs = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
@@ -198,16 +150,7 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
 
 
 def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
-    """What tuning reads from and keeps in the run folder.
-
-    Args:
-        this: the round.
-        student: the folded model.
-        lengths: as how long rows these are done, int64 [N]; None: all whole.
-
-    Returns:
-        The files.
-    """
+    """What tuning reads from and keeps in the run folder."""
     work, tokens = this.work, this.tuning
     teacher = stored_teacher(work, tokens, lengths) if work.config.heal.teacher_topk else None
     states = stored_states(this, student, tokens, lengths) if student.on_disk else None
@@ -216,16 +159,7 @@ def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | No
 
 
 def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor | None) -> StoredTeacher:
-    """The dense predictions on the tuning tokens, computed where they are not in the run folder yet.
-
-    Args:
-        work: of the run.
-        tokens: token ids [N, T].
-        lengths: as how long rows these are done, int64 [N].
-
-    Returns:
-        The stored predictions, in open files.
-    """
+    """The dense predictions on the tuning tokens, computed where they are not in the run folder yet."""
     heal = work.config.heal
     stored = size(stored_bytes(tokens.numel(), heal.teacher_topk))
     say("teacher", f"{heal.teacher_topk} likeliest tokens each: {stored} in {work.run / 'teacher'}")
@@ -240,17 +174,7 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor
 def stored_states(
     this: Round, student: DecoderRunner, tokens: torch.Tensor, lengths: torch.Tensor | None
 ) -> FrozenStates:
-    """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder.
-
-    Args:
-        this: the round.
-        student: the folded model.
-        tokens: token ids [N, T].
-        lengths: as how long rows these are done, int64 [N].
-
-    Returns:
-        The stored states, in open files.
-    """
+    """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
     work = this.work
     key = digest([work.run.inputs_of(this.name("heal")), fingerprint(tokens)])
     settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
@@ -286,11 +210,7 @@ def mix_of(heal: HealConfig) -> float:
 
 
 def objective(heal: HealConfig) -> Objective:
-    """What tuning minimises, with the options that were given.
-
-    Raises:
-        ConfigError: its package cannot be imported, or it takes no such option.
-    """
+    """What tuning minimises, with the options that were given."""
     given = {"temperature": (heal.temperature, 1.0), "mix": (mix_of(heal), 0.0)}
     options = {name: value for name, (value, neutral) in given.items() if value != neutral}
     found = objective_of(heal.objective, **options)

@@ -45,17 +45,7 @@ STAGE, PRICED = "shares", "shares-priced"
 
 
 def number_of_layers(work: RunContext) -> int:
-    """How many layers go for --target-size, where the bits of what stays are chosen too.
-
-    Args:
-        work: of the run.
-
-    Returns:
-        n; 0: bits alone make the size best.
-
-    Raises:
-        ConfigError: no number of layers and choice of bits meets the size.
-    """
+    """How many layers go for --target-size, where the bits of what stays are chosen too."""
     this = Round(work)
     with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
         if priced.open:
@@ -96,30 +86,12 @@ def rounding_rows(work: RunContext) -> torch.Tensor:
 
 
 def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
-    """Which of the numbers of layers that could go are tried.
-
-    Args:
-        possible: n, ascending.
-        layers: L of the whole model.
-
-    Returns:
-        From the fewest on, a `STEPS`th of the stack apart, up to a `MOST`th of it more.
-    """
+    """Which of the numbers of layers that could go are tried."""
     return [n for n in possible[:: max(1, round(layers / STEPS))] if n <= possible[0] + layers // MOST]
 
 
 def every_number(this: Round) -> list[ShareRecord]:
-    """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs.
-
-    Args:
-        this: the round.
-
-    Returns:
-        A point for each number that can be made, by rising number of layers, with no verdict yet.
-
-    Raises:
-        LayercutError: none can be made; the error of the last one.
-    """
+    """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs."""
     work, dense, target = this.work, this.work.dense.model, this.work.config.search.target_bytes
     config, calibration, tests = work.config.quantize, work.blocks["calibration"], generated_tests(work)
     possible = bit_choice.numbers_left_open(dense, config, target)
@@ -158,20 +130,7 @@ def every_number(this: Round) -> list[ShareRecord]:
 
 
 def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> list[Bounds]:
-    """The best plain cut of so many layers, as artefacts hold it; no segment where the number is 0.
-
-    Args:
-        this: the round.
-        tokens: token ids [N, T].
-        number: n.
-        tests: generated tests that are weighed with the text.
-
-    Returns:
-        The segments.
-
-    Raises:
-        ConfigError: no cut of so many layers stays right in the consumers of --for, or too many sets are to be priced.
-    """
+    """The best plain cut of so many layers, as artefacts hold it; no segment where the number is 0."""
     if not number:
         return []
     how = search_options(this, number, tests)
@@ -179,28 +138,13 @@ def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | 
 
 
 def on_trial(points: Sequence[ShareRecord]) -> list[int]:
-    """Which points go on trial: the fewest layers, the cheapest by their prices, and the one halfway.
-
-    Args:
-        points: by rising number of layers.
-
-    Returns:
-        Their places, ascending.
-    """
+    """Which points go on trial: the fewest layers, the cheapest by their prices, and the one halfway."""
     cheapest = min(range(len(points)), key=lambda i: points[i].folded + points[i].rounded)
     return sorted({0, cheapest // 2, cheapest})
 
 
 def decided(this: Round, points: Sequence[ShareRecord]) -> list[ShareRecord]:
-    """The points, of those on trial with what is left of the model.
-
-    Args:
-        this: the round.
-        points: by rising number of layers.
-
-    Returns:
-        The same in the same order.
-    """
+    """The points, of those on trial with what is left of the model."""
     work, known, found = this.work, KnownPrices(this.work.run, STAGE), list(points)
     left_of = trial.Left(this.stack, trial.unseen_rows(work, generated_tests(work)))
     for place in on_trial(points):
@@ -212,16 +156,7 @@ def decided(this: Round, points: Sequence[ShareRecord]) -> list[ShareRecord]:
 
 
 def left_after(this: Round, cuts: Sequence[Segment], left_of: trial.Left) -> float:
-    """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while.
-
-    Args:
-        this: the round.
-        cuts: segments that are removed; none: the dense model.
-        left_of: judges it.
-
-    Returns:
-        KL on text and the weighed damage to tests, nats per token.
-    """
+    """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while."""
     work, calibration = this.work, this.work.blocks["calibration"]
     student = trial.healed_for_a_while(this, cuts, calibration).at_rest if cuts else work.dense.model
     options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}

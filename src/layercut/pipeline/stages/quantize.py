@@ -36,15 +36,7 @@ FIRST_TEST = 2**20
 
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
-    """The healed student's weights in fewer bits, where that is asked.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """The healed student's weights in fewer bits, where that is asked."""
     if gguf_run.keeps_gguf(work.config, work.checkpoint):
         return gguf_run.quantize(work, segments)
     config = work.config.quantize
@@ -89,30 +81,14 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
 
 
 def how_rounded(config: CompressConfig, asked: QuantizeConfig) -> list[Any]:
-    """What decides beside the options how calibrated weights are rounded, and which tests they are rounded on.
-
-    Args:
-        config: of the run.
-        asked: how the weights are quantized; may be another way than the run's.
-
-    Returns:
-        JSON values.
-    """
+    """What decides beside the options how calibrated weights are rounded, and which tests they are rounded on."""
     wanted, text = capabilities_read(config, asked), config.text
     tests = ["rounded on tests", EDITION, FIRST_TEST, rows_of_tests(text), text.seed, *wanted] if wanted else []
     return [*rounding.recipe(asked), *tests]
 
 
 def capabilities_read(config: CompressConfig, asked: QuantizeConfig) -> Sequence[str]:
-    """The capabilities on whose tests weights are rounded beside the text.
-
-    Args:
-        config: of the run.
-        asked: how the weights are quantized.
-
-    Returns:
-        Their names; none where nothing is calibrated, from 8 bits on, or where the text has tests already.
-    """
+    """The capabilities on whose tests weights are rounded beside the text."""
     needs_rows = asked.small and quantizer_of(asked.quantizer)[1].needs_calibration
     return () if not needs_rows or has(config.text.data, TESTS) else capability_names(config.search.preserve)
 
@@ -126,13 +102,6 @@ def tests_to_round_on(work: RunContext, asked: QuantizeConfig) -> ProbeRows | No
     """Generated tests of the family that is tuned on, and none of those that are, nor of those that judge it.
 
     On text alone, how much of recall is left after rounding to 3 bits is a matter of chance (docs/log.md).
-
-    Args:
-        work: of the run.
-        asked: how the weights are quantized.
-
-    Returns:
-        The rows; None where weights are rounded on text alone, or no test fits.
     """
     text, wanted = work.config.text, capabilities_read(work.config, asked)
     if not wanted:
@@ -145,43 +114,19 @@ def tests_to_round_on(work: RunContext, asked: QuantizeConfig) -> ProbeRows | No
 
 
 def rows_to_round_on(work: RunContext, tests: ProbeRows | None) -> torch.Tensor:
-    """The calibration rows, and those of the tests that hold any.
-
-    Args:
-        work: of the run.
-        tests: of `tests_to_round_on`.
-
-    Returns:
-        Token ids [N, T].
-    """
+    """The calibration rows, and those of the tests that hold any."""
     rows = work.blocks["calibration"]
     return torch.cat([rows, tests.asking()]) if tests else rows
 
 
 def planned_rounding_tests(config: CompressConfig) -> int:
-    """Rows of tests that a run will round on, as far as that is known without its tokenizer.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        Rows; 0 where it rounds on text alone, or the window is shorter than most tests.
-    """
+    """Rows of tests that a run will round on, as far as that is known without its tokenizer."""
     wanted = capabilities_read(config, config.quantize) and config.text.window >= SHORTEST_TESTED
     return rows_of_tests(config.text) if wanted else 0
 
 
 def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
-    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model.
-
-    Args:
-        this: the round.
-        bits: that are tried.
-        inputs: what the figures depend on.
-
-    Returns:
-        A point for each number of bits.
-    """
+    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
     work, after = this.work, [this.name("heal")] if this.removal else []
     with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
         if stage.open:
@@ -190,16 +135,7 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
 
 
 def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
-    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out text.
-
-    Args:
-        work: of the run.
-        model: what a round left.
-        bits: of each weight; 16: not quantized.
-
-    Returns:
-        The point.
-    """
+    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out text."""
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
         asked = replace(work.config.quantize, bits=bits)

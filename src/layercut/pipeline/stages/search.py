@@ -66,16 +66,7 @@ SHORTEST_TESTED = 64
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
-    """Which layers go: those given, or the search's answer; in a round of several, of those that are left.
-
-    Args:
-        this: the round.
-        wanted: segments given by hand; empty where they are searched.
-        length: n, layers to remove; None where that depends on the weights or on the loss.
-
-    Returns:
-        What is removed once this round is done.
-    """
+    """Which layers go: those given, or the search's answer; in a round of several, of those that are left."""
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
     counted = keeps_gguf(work.config, work.checkpoint) or work.config.quantize.bits not in (16, "auto")
     if counted and config.target_size and config.max_loss is None and length is None:
@@ -111,17 +102,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
 
 
 def gone_on_from(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
-    """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again.
-
-    Args:
-        this: the round.
-        result: of the search by plain cuts.
-        tokens: calibration token ids [N, T].
-        how: the search's arguments.
-
-    Returns:
-        The result.
-    """
+    """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again."""
     work, name = this.work, this.name("search-tried")
     config = replace(work.config.search, oracle=False, all_lengths=False)
     inputs = [*plain_inputs(this, how, config), *trial.inputs(work)]
@@ -133,16 +114,7 @@ def gone_on_from(this: Round, result: SearchResult, tokens: torch.Tensor, how: d
 
 
 def plain_inputs(this: Round, how: dict[str, Any], config: SearchConfig | None = None) -> list[Any]:
-    """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder.
-
-    Args:
-        this: the round.
-        how: the search's arguments.
-        config: of the search; the run's where not given.
-
-    Returns:
-        JSON values.
-    """
+    """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder."""
     work = this.work
     config = replace(config or work.config.search, score="raw", all_lengths=False)
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
@@ -173,14 +145,6 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
 
     Of a round of several, candidates stay in the layers of the model that is cut, and what was chosen among them is
     `cut`.
-
-    Args:
-        result: of the search.
-        work: of the run.
-        this: the round; None of all rounds together.
-
-    Returns:
-        The artefact.
     """
     chosen = result.segments
     several = this is not None and this.number is not None
@@ -217,19 +181,7 @@ def candidate_of(found: CandidateRecord) -> Candidate:
 
 
 def generated_tests(work: RunContext, seed: int | None = None, config: SearchConfig | None = None) -> ProbeRows | None:
-    """Rows of tests that the search weighs with the text, one for four rows of text.
-
-    Args:
-        work: of the run.
-        seed: of the tests; the run's where not given.
-        config: of the search; the run's where not given.
-
-    Returns:
-        The rows; None where it goes by the text alone.
-
-    Raises:
-        ConfigError: what --preserve names fits no row.
-    """
+    """Rows of tests that the search weighs with the text, one for four rows of text."""
     config, text = config or work.config.search, work.config.text
     wanted = capability_names(config.preserve)
     if not wanted or not names(criteria.get(config.method), "probes"):
@@ -255,30 +207,14 @@ def rows_of_tests(text: DataConfig) -> int:
 
 
 def planned_search_tests(config: CompressConfig) -> int:
-    """Rows of tests that a run will search on, as far as that is known without its tokenizer.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        Rows; 0 where the window is shorter than most tests, the search goes by text alone, or its criterion does.
-    """
+    """Rows of tests that a run will search on, as far as that is known without its tokenizer."""
     search = config.search
     takes = search.preserve != "none" and names(criteria.get(search.method), "probes")
     return rows_of_tests(config.text) if takes and config.text.window >= SHORTEST_TESTED else 0
 
 
 def search_options(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:
-    """What the configuration says about a search, as arguments of `layer_search.search`.
-
-    Args:
-        this: the round.
-        length: n, layers to remove.
-        tests: generated tests that are weighed with the text.
-
-    Returns:
-        Keyword arguments.
-    """
+    """What the configuration says about a search, as arguments of `layer_search.search`."""
     config = this.work.config.search
     return {
         "restriction": limits(this, length),
@@ -291,18 +227,7 @@ def search_options(this: Round, length: int, tests: ProbeRows | None) -> dict[st
 
 
 def limits(this: Round, length: int) -> Restriction | None:
-    """The cuts that stay right in the consumers of --for, how many of which are left is logged.
-
-    Args:
-        this: the round.
-        length: n, layers to remove.
-
-    Returns:
-        The restriction; None: no consumer is named.
-
-    Raises:
-        ConfigError: no cut of so many layers does.
-    """
+    """The cuts that stay right in the consumers of --for, how many of which are left is logged."""
     names = consumer_names(this.work.config.search.consumers)
     if not names:
         return None
@@ -314,15 +239,7 @@ def limits(this: Round, length: int) -> Restriction | None:
 
 
 def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
-    """Search again, on other text from other seeds, and compare all choices on a common set; one artefact a seed.
-
-    Args:
-        work: of the run.
-        removal: what the first search chose.
-
-    Returns:
-        The artefact.
-    """
+    """Search again, on other text from other seeds, and compare all choices on a common set; one artefact a seed."""
     run, seeds = work.run, work.config.stability.seeds
     search, first = run.artefact(SearchArtefact, "search"), work.config.text.seed
     again = [search_again(work, seed, sum(map(len, removal.all))) for seed in range(first + 1, first + seeds)]
@@ -335,16 +252,7 @@ def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
 
 
 def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
-    """One more search, on other text from another seed.
-
-    Args:
-        work: of the run.
-        seed: of the text and of the search.
-        length: n, layers to remove.
-
-    Returns:
-        The artefact.
-    """
+    """One more search, on other text from another seed."""
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False, all_lengths=False)
     left_out = documents_of(work, "evaluation") if "evaluation" in work.text else None
     inputs = [work.source, text, [*what_is_read(text.data)], left_out, config, length, *edition(config)]
@@ -367,31 +275,14 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
 
 
 def draw_again(work: RunContext, seed: int) -> Blocks:
-    """Calibration blocks from another seed.
-
-    Args:
-        work: of the run.
-        seed: of the order of documents.
-
-    Returns:
-        The blocks.
-    """
+    """Calibration blocks from another seed."""
     text = work.config.text
     reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
     return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
 
 
 def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefact]) -> StabilityArtefact:
-    """What each seed's choice costs on the common set.
-
-    Args:
-        work: of the run.
-        search: the first search.
-        again: the others.
-
-    Returns:
-        The artefact.
-    """
+    """What each seed's choice costs on the common set."""
     texts = [work.blocks["calibration"]]
     texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
     parts = [find(part) for part in split_mix(work.config.text.data)]
@@ -410,16 +301,7 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
 
 
 def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> SearchResult:
-    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on.
-
-    Args:
-        this: the round.
-        max_loss: the rise that is allowed, as a share.
-        tests: generated tests that are weighed with the text.
-
-    Returns:
-        The result, with its `budget`.
-    """
+    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
     work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
     seed = work.config.text.seed
     within = longest_within(
@@ -435,12 +317,6 @@ def lengths_to_try(this: Round) -> list[int]:
     """How many layers a search within a budget may remove: of --for such as may go almost anywhere, as whole periods.
 
     Of other numbers only the last layers may go, which are dear, so that the rise would not grow with the length.
-
-    Args:
-        this: the round.
-
-    Returns:
-        The numbers, ascending: those of whose segments more than half as large a share stays right as of any.
     """
     names, every = consumer_names(this.work.config.search.consumers), range(1, len(this.stack))
     if not names:

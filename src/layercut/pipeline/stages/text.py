@@ -50,15 +50,7 @@ class Asked:
 
 
 def uses(config: CompressConfig, until: str) -> list[Use]:
-    """What text a run needs, in the order in which it is drawn.
-
-    Args:
-        config: every option.
-        until: how far the run goes: "search", "tune" or "report".
-
-    Returns:
-        The uses.
-    """
+    """What text a run needs, in the order in which it is drawn."""
     heal, heals = config.heal, until != "search"
     judged = config.search.score == "folded" or config.shares_size
     wanted: dict[Use, bool] = {
@@ -71,16 +63,7 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
 
 
 def text_wanted(work: RunContext, use: Use, chats: bool = True) -> Asked:
-    """What to draw for a use.
-
-    Args:
-        work: of the run.
-        use: what the text is for.
-        chats: whether the dense model can write what is to be tuned on of chats.
-
-    Returns:
-        Source, tokens, window and order.
-    """
+    """What to draw for a use."""
     text, heal, reported = work.config.text, work.config.heal, work.config.evaluate
     if use == "evaluation":
         return Asked(
@@ -98,13 +81,6 @@ def tuning_source(work: RunContext, chats: bool) -> str:
     """The text that is tuned on, with its shares of tests and of chats, where these fit a row and are not in it yet.
 
     Where the shares that are named leave no room for one, it is left out.
-
-    Args:
-        work: of the run.
-        chats: whether there can be any.
-
-    Returns:
-        A mix.
     """
     heal, preserves = work.config.heal, work.config.search.preserve != "none"
     named = heal.tune_data or work.config.text.data
@@ -122,15 +98,7 @@ def tuning_source(work: RunContext, chats: bool) -> str:
 
 
 def has(source: str, name: str) -> bool:
-    """Whether chats, or generated tests, are in a mix.
-
-    Args:
-        source: the mix.
-        name: `CHATS` or `TESTS`.
-
-    Returns:
-        That.
-    """
+    """Whether chats, or generated tests, are in a mix."""
     return any(part.partition(":")[0] == name for part in split_mix(source))
 
 
@@ -155,18 +123,7 @@ class Treatment:
     def as_drawn(
         cls, rows: torch.Tensor, origins: Sequence[str], marks: Marks | None, *, short: int | None, answer_weight: float
     ) -> Treatment:
-        """What a run does with rows of text and tests.
-
-        Args:
-            rows: token ids [N, T].
-            origins: where they come from, in turn.
-            marks: of the tests among them.
-            short: tokens of a short row of text; None: all rows are done whole.
-            answer_weight: of a token before an answer's; of others it is 1.
-
-        Returns:
-            How they are done.
-        """
+        """What a run does with rows of text and tests."""
         lengths = None if short is None else row_lengths(rows, origins, short, marks)
         answers = None if marks is None or not marks.answers.any() else marks.answers
         return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight), answers=answers)
@@ -188,15 +145,7 @@ def tuning_treatment(work: RunContext) -> Treatment:
 
 
 def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
-    """What each token counts.
-
-    Args:
-        marks: of the N rows of T tokens.
-        weight: of a token before an answer's; of others it is 1.
-
-    Returns:
-        float32 [N, T]; None where every token counts alike.
-    """
+    """What each token counts."""
     return None if marks is None or weight == 1 or not marks.answers.any() else torch.where(marks.answers, weight, 1.0)
 
 
@@ -206,15 +155,6 @@ def row_lengths(
     """As how long rows each is done: every second row of each text as short ones, and tests as they are made.
 
     Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
-
-    Args:
-        rows: token ids [N, T].
-        origins: where they come from, in turn.
-        short: tokens of a short row of text; where T is no multiple of it all of text is done whole.
-        marks: of the tests among them.
-
-    Returns:
-        int64 [N], divisors of T; None where all are done whole.
     """
     longest, seen = rows.shape[1], Counter[str]()
     of_text = (longest, short if longest % short == 0 else longest)
@@ -232,16 +172,7 @@ def held_out_tokens(heal: HealConfig) -> int:
 
 
 def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
-    """All that decides which tokens are drawn for a use, after those for other uses were drawn.
-
-    Args:
-        work: of the run.
-        use: what the text is for.
-        drawn: the uses before it.
-
-    Returns:
-        JSON values.
-    """
+    """All that decides which tokens are drawn for a use, after those for other uses were drawn."""
     text, wanted = work.config.text, text_wanted(work, use)
     reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
     before: list[Any] = []
@@ -256,12 +187,7 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
 
 
 def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
-    """Draw the tokens of these uses, each an artefact of its own, into `work`, and log where they come from.
-
-    Args:
-        work: of the run.
-        uses: in the order in which they are drawn.
-    """
+    """Draw the tokens of these uses, each an artefact of its own, into `work`, and log where they come from."""
     for use in uses:
         drawn = draw(work, use, list(uses[: uses.index(use)]))
         work.text[use], work.blocks[use] = drawn.facts, stored_blocks(work.run.folder, use)
@@ -278,15 +204,7 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
 
 
 def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
-    """Why a chat model is tuned on no chats of its own, though a share is asked for; empty where it is or none is.
-
-    Args:
-        work: of the run.
-        reads: what is tuned on.
-
-    Returns:
-        In words.
-    """
+    """Why a chat model is tuned on no chats of its own, though a share is asked for; empty where it is or none is."""
     if CHATS in reads or not work.config.heal.chat_share or not work.tokenizer.chat_template:
         return ""
     if not work.chats_fit:
@@ -297,16 +215,7 @@ def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
 
 
 def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
-    """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have.
-
-    Args:
-        work: of the run.
-        use: what the text is for.
-        drawn: the uses before it.
-
-    Returns:
-        The artefact.
-    """
+    """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
     with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
         if stage.open:
             check_prompt(work)
@@ -334,17 +243,6 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     """What the evaluation text has in common with what is searched and tuned on; the documents that were left out.
 
     Of one stream no two uses have the same tokens; what such a text repeats is its own.
-
-    Args:
-        work: of the run.
-        uses: that were drawn.
-
-    Returns:
-        The shares.
-
-    Raises:
-        DataError: it is too much; or held-out rows, which decide whether a fold is kept, have too much in common with
-            other rows.
     """
     with work.run.stage(SharedTextArtefact, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
         if stage.open:
@@ -371,15 +269,7 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
 
 
 def check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
-    """Refuse held-out text that has too much in common with other text; the same stream gives no row twice.
-
-    Args:
-        heldout: what decides whether a fold is kept.
-        others: what is searched and tuned on.
-
-    Raises:
-        DataError: it has.
-    """
+    """Refuse held-out text that has too much in common with other text; the same stream gives no row twice."""
     for origin, rows in heldout.rows_by_origin().items():
         if origin in MADE_ANEW:  # of seeds of their own; what a template writes is in chats and in tests
             continue
@@ -406,13 +296,6 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
     """Refuse to evaluate a finished run on text that it was searched or tuned on.
 
     Judged by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
-
-    Args:
-        folder: of the run.
-        blocks: the evaluation text.
-
-    Raises:
-        DataError: they have too much in common.
     """
     had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
     names = {read for use in had for read in checkpoints.read_json(folder / f"text-{use}.json").get("reads", ())}
@@ -432,15 +315,7 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
 
 
 def check_prompt(work: RunContext) -> None:
-    """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early.
-
-    Args:
-        work: of the run.
-
-    Raises:
-        DataError: the template cannot be rendered.
-        ModelError: it has tokens that the model has no embedding for.
-    """
+    """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early."""
     if work.tokenizer.chat_template:
         asked = torch.tensor(prompt_ids(work.tokenizer, "a word"))
         loading.check_tokens(asked, work.architecture, work.checkpoint.name)
@@ -452,28 +327,12 @@ def key_tensor(keys: frozenset[int]) -> torch.Tensor:
 
 
 def documents_of(work: RunContext, use: str) -> str:
-    """Hash of the documents that a use of this run has, for stages that leave them out.
-
-    Args:
-        work: of the run.
-        use: what the text is for.
-
-    Returns:
-        Of their keys.
-    """
+    """Hash of the documents that a use of this run has, for stages that leave them out."""
     return digest(sorted(keys_of(work, use)))
 
 
 def keys_of(work: RunContext, use: str) -> set[int]:
-    """The documents that a use of this run has.
-
-    Args:
-        work: of the run.
-        use: what the text is for.
-
-    Returns:
-        Keys of documents.
-    """
+    """The documents that a use of this run has."""
     return _keys(work.run.folder, use)
 
 
@@ -482,15 +341,7 @@ def _keys(folder: Path, use: str) -> set[int]:
 
 
 def with_evaluation_left_out(reader: Reader, work: RunContext) -> Reader:
-    """A reader that skips the documents of the evaluation text, where this run has drawn it.
-
-    Args:
-        reader: changed in place.
-        work: of the run.
-
-    Returns:
-        The reader.
-    """
+    """A reader that skips the documents of the evaluation text, where this run has drawn it."""
     if "evaluation" in work.text:
         reader.drawn["evaluation"] = keys_of(work, "evaluation")
     return reader

@@ -63,32 +63,12 @@ def healing_inputs(work: RunContext) -> list[Any]:
 
 
 def rows_to_tune(rows: int, times: int = 1) -> int:
-    """Of the rows to tune on those that heal a cut on trial.
-
-    Args:
-        rows: N.
-        times: how many times the rows of a short healing.
-
-    Returns:
-        n, 1 at least.
-    """
+    """Of the rows to tune on those that heal a cut on trial."""
     return max(1, times * rows // TUNED_SHARE)
 
 
 def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str) -> SearchResult:
-    """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen.
-
-    Args:
-        this: the round.
-        result: of the search by plain cuts.
-        tokens: calibration token ids [N, T], on which the folds are solved, a few of the tests among them.
-        how: the search's arguments.
-        stage: in which this is done.
-
-    Returns:
-        The result, what all this cost added to the search's; the layers that healing runs are not counted, nor is the
-        work on prices that an earlier command found. What was given, where cuts are chosen as they are (`--score raw`).
-    """
+    """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen."""
     work, tests = this.work, how["probes"]
     if work.score_now == "raw":
         return result
@@ -127,16 +107,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
 
 def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
-    """Prices of cuts after a quick fold, on held-out text and other tests.
-
-    Args:
-        this: the round.
-        tokens: calibration token ids [N, T], on which the folds are solved.
-        tests: those that the search has, a few of which are among them; None where it goes by the text alone.
-
-    Returns:
-        The prices.
-    """
+    """Prices of cuts after a quick fold, on held-out text and other tests."""
     work, fit = this.work, tokens[: rows_to_fit(tokens.shape[1])]
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
@@ -146,15 +117,7 @@ def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> F
 
 
 def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]:
-    """What judges a healed cut: held-out text, and tests of each length that is tuned on.
-
-    Args:
-        work: of the run.
-        tests: those that the search has; None where it goes by the text alone.
-
-    Returns:
-        The rows, by each of which what is left adds up to the price: those of text first.
-    """
+    """What judges a healed cut: held-out text, and tests of each length that is tuned on."""
     text, heal = work.config.text, work.config.heal
     windows = {heal.tune_window or text.window: LONG_TESTS, text.window: SHORT_TESTS}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
@@ -163,17 +126,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
 
 
 def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor, times: int = 1) -> DecoderRunner:
-    """A cut as the run would heal it, with fewer tokens to tune on.
-
-    Args:
-        this: the round.
-        cuts: segments that are removed.
-        tokens: calibration token ids [N, T], on which it is folded, as on those that it is tuned on.
-        times: how many times the rows of a short healing it is tuned on.
-
-    Returns:
-        The healed model; what it shares with the dense one is as it was.
-    """
+    """A cut as the run would heal it, with fewer tokens to tune on."""
     heal, heldout = this.work.config.heal, this.work.blocks["heldout"][:JUDGED_ROWS]
     student = DecoderRunner(surgery.cut(this.before, cuts))
     rows, treated = some_to_tune(this, times) if heal.tune_tokens else (tokens[:0], None)
@@ -185,15 +138,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
 
 
 def some_to_tune(this: Round, times: int = 1) -> tuple[torch.Tensor, Treatment]:
-    """The rows that heal a cut on trial, token ids [n, T], and how they are done.
-
-    Args:
-        this: the round.
-        times: as in `healed_for_a_while`.
-
-    Returns:
-        Both.
-    """
+    """The rows that heal a cut on trial, token ids [n, T], and how they are done."""
     some = some_of_each(this, times)
     treated = tuning_treatment(this.work).by_predictions()  # as what is left is told
     return this.tuning[some], treated.of(lambda each: this.part(each)[some])
@@ -203,13 +148,6 @@ def some_of_each(this: Round, times: int = 1) -> torch.Tensor:
     """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
 
     Of tests two, of which one is short and one is long.
-
-    Args:
-        this: the round.
-        times: as in `healed_for_a_while`.
-
-    Returns:
-        Their numbers.
     """
     parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins)
     counts = {name: max(rows_to_tune(len(part), times), 1 + (name == sources.TESTS)) for name, part in parts.items()}
@@ -220,26 +158,13 @@ class Left:
     """J of `layer_search/weighted_rows.py` of healed models: the dense model is run once, not for each of them."""
 
     def __init__(self, dense: DecoderRunner, rows: Sequence[WeightedRows]) -> None:
-        """Nothing is run before a model is to be judged.
-
-        Args:
-            dense: the model that the others were cut from.
-            rows: of text or of tests, of each length.
-        """
+        """Nothing is run before a model is to be judged."""
         self.dense, self.rows = dense, rows
         self.kept: dict[tuple[int, int, int], torch.Tensor] = {}
         """The dense model's h_L of a batch, on the host, by its rows' place and its bounds."""
 
     def __call__(self, student: DecoderRunner) -> list[float]:
-        """What is left to be healed.
-
-        Args:
-            student: a model that was cut from the dense one.
-
-        Returns:
-            By the rows of each kind KL on text or the weighed damage to tests, nats per token; infinite where it is
-            not finite. Their sum is the price.
-        """
+        """What is left to be healed."""
         with bar("judging what is left", sum(len(rows.tokens) for rows in self.rows)) as advance:
             return [self._of(student, place, rows, advance) for place, rows in enumerate(self.rows)]
 
@@ -261,17 +186,7 @@ class Left:
 
 
 def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: int) -> ProbeRows | None:
-    """Tests that the search has not seen.
-
-    Args:
-        work: of the run.
-        tests: those that it has; None where it went by the text alone.
-        rows: M.
-        window: T.
-
-    Returns:
-        Tests of the same kinds; None as before, or where they count nothing.
-    """
+    """Tests that the search has not seen."""
     if tests is None or not tests.weight:
         return None
     found = probe_rows(

@@ -72,17 +72,7 @@ def settings_of(heal: HealConfig) -> TuneSettings:
 
 
 def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], Quantized]) -> Quantized:
-    """The rounded model: where it is trained after that, as an earlier command of this run kept it.
-
-    Args:
-        work: of the run.
-        before: the model before it is rounded.
-        key: hash of all that decides how it is rounded.
-        rounded: rounds it.
-
-    Returns:
-        The quantized model, to the bit the same either way.
-    """
+    """The rounded model: where it is trained after that, as an earlier command of this run kept it."""
     if not wanted(work.config):
         return rounded()
     kept = StateFile(work.run / ROUNDED, key=key)
@@ -96,16 +86,7 @@ def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], 
 
 
 def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, TuningRecord | None]:
-    """Train scales and norms of a quantized model, and the rounding where that is asked.
-
-    Args:
-        work: of the run.
-        found: the quantized model, changed in place.
-        before: the model before it was rounded.
-
-    Returns:
-        The same with other scales, norms and codes where that lowered the held-out loss, and how it went.
-    """
+    """Train scales and norms of a quantized model, and the rounding where that is asked."""
     if not wanted(work.config):
         return found, None
     state = StateFile(work.run / STATE, key=work.run.inputs_of("quantize"))
@@ -118,32 +99,13 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
 
 
 def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
-    """The same on some rows, once, with nothing kept on disk: for a model on trial.
-
-    Args:
-        work: of the run.
-        found: the quantized model, changed in place.
-        before: the model before it was rounded.
-        rows: token ids [N, T].
-        treated: how they are done.
-
-    Returns:
-        The trained model.
-    """
+    """The same on some rows, once, with nothing kept on disk: for a model on trial."""
     once = replace(settings_of(work.config.heal), epochs=1, patience=0)
     return _trained(work, found, before, rows, treated, once, TuningFiles())[0]
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
-    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory is not.
-
-    Args:
-        work: of the run.
-        found: the quantized model.
-
-    Returns:
-        The answer, the same whenever it is asked of this model on this machine: it goes by all its memory.
-    """
+    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory is not."""
     asked = work.config.after_rounding.tune_quantized
     if asked != "auto":
         return asked == "rounding"
