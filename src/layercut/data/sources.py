@@ -158,7 +158,9 @@ def share_of(part: str) -> Fraction | None:
 
 
 def turns(parts: Sequence[Source]) -> tuple[int, ...]:
-    """Whose turn it is in a mix, row by row, until it repeats: each part has its share of the rows as evenly as can be."""
+    """Whose turn it is in a mix, row by row, until it repeats: each part has its share of the rows as evenly as
+    can be.
+    """
     if len(parts) == 1:
         return (0,)
     told = sum((part.share for part in parts if part.share), Fraction(0))

@@ -132,7 +132,9 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
 
 
 def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
-    """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed weights."""
+    """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed
+    weights.
+    """
     if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
         loaded = cut_of_run(source.run, came).student()
         loading.convert_parameters_(loaded.model, torch.bfloat16)

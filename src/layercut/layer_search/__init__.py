@@ -150,7 +150,9 @@ def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: boo
 def numbers_searched(
     asked: int | Literal["auto"], limits: Restriction, criterion: Criterion, tests: bool, layers: int
 ) -> list[int]:
-    """The same for a criterion; of "auto" the exhaustive search has 1 alone where sets of two are too many, as is said."""
+    """The same for a criterion; of "auto" the exhaustive search has 1 alone where sets of two are too many, as
+    is said.
+    """
     if asked != "auto" and not (isinstance(asked, int) and asked >= 1):
         raise ConfigError(f"num_segments={asked!r} is no number of segments", 'allowed are 1 and more, and "auto"')
     compares = asked == "auto" and tests and names(criterion, "num_segments")

@@ -108,7 +108,9 @@ def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others."""
+    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are
+    others.
+    """
     found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
         layers = {*layers_of(cuts)}

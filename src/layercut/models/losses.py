@@ -61,7 +61,9 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """d ln p(v) / d logits = 1_v - p of tokens v drawn from p: its mean square is the Fisher information of the logits."""
+    """d ln p(v) / d logits = 1_v - p of tokens v drawn from p: its mean square is the Fisher information of the
+    logits.
+    """
     return p.neg_().scatter_add_(-1, drawn[..., None], torch.ones_like(drawn[..., None], dtype=p.dtype))
 
 

@@ -56,7 +56,9 @@ class Artefact:
 
 
 def part_of(kind: type[Kind], whole: Any) -> Kind:
-    """The fields of a dataclass that an object has too, such as one that inherits from it, as an instance of it alone."""
+    """The fields of a dataclass that an object has too, such as one that inherits from it, as an instance of it
+    alone.
+    """
     return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 

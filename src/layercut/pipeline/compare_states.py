@@ -112,7 +112,9 @@ def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> Co
 
 
 def train(work: RunContext, segments: Sequence[Segment], folded: list[str], state: str) -> CompareTunedArtefact:
-    """Train as the journey does it, or by LoRA on the same rows: from the fold where that helps on the held-out rows."""
+    """Train as the journey does it, or by LoRA on the same rows: from the fold where that helps on the held-out
+    rows.
+    """
     student, kept = start_of(work, segments, folded)
     if work.own_process:
         memory.reuse_freed()

@@ -114,7 +114,9 @@ def type_of_healed(config: CompressConfig) -> str:
 
 
 def check_own_types(file: Path, kind: str) -> None:
-    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes, without it."""
+    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes,
+    without it.
+    """
     tensors = open_gguf(file)[1].tensors
     within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
     if any(healed_type(kind, came) not in PLAIN for came in within):

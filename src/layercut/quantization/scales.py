@@ -37,7 +37,9 @@ def better_start(
     fit: Callable[[torch.Tensor], Grid],
     choose: Callable[[Grid], torch.Tensor],
 ) -> tuple[Grid, torch.Tensor]:
-    """Of two grids with codes on them the better one, row by row: fitted to all weights alike, and to those that count."""
+    """Of two grids with codes on them the better one, row by row: fitted to all weights alike, and to those
+    that count.
+    """
     alike = fit(torch.ones_like(hessian.diagonal()))
     kept = _Kept(weight, hessian, alike, choose(alike))
     counted = fit(hessian.diagonal())

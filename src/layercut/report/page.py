@@ -133,6 +133,8 @@ def probe_lines(probes: Mapping[str, Any]) -> list[str]:
 
 
 def score_lines(tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any]) -> list[str]:
-    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a heading."""
+    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a
+    heading.
+    """
     rows = lines("scores.txt", tasks=tasks, retained=retained, measured=measured)
     return ["\t".join(row) for row in rows if row]

@@ -392,7 +392,9 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
 
 
 def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
-    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config aside."""
+    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config
+    aside.
+    """
     wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     for path in wanted:
         if not _belongs(path, folder):

@@ -24,7 +24,9 @@ from layercut.surgery import cut_checkpoint
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh process."""
+    """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh
+    process.
+    """
     as_gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
     exported = gguf_run.export(work, segments) if as_gguf else export_folder(work, segments)
     consumers.warn_misread("export", read_by(work, segments))

@@ -105,7 +105,9 @@ def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Ten
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
-    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory is not."""
+    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory
+    is not.
+    """
     asked = work.config.after_rounding.tune_quantized
     if asked != "auto":
         return asked == "rounding"
