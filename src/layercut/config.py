@@ -27,7 +27,7 @@ DeviceMapMode = Literal["auto", "on", "off"]
 CONSUMER_NAMES = (
     "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
 )  # fmt: skip
-"""Software by which a written model may have to be read right; `export/consumer_rules.py` has what each makes of it."""
+"""Software by which a written model may have to be read right; `export/engines.py` has what each makes of it."""
 Consumers = Annotated[
     str,
     Parameter(

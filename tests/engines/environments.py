@@ -30,7 +30,7 @@ class Engine:
 
     name: str
     consumer: str
-    """Its name in `layercut.export.consumers`."""
+    """Its name in `layercut.export.engines`."""
     package: str
     """The one whose version is reported."""
     requirements: Sequence[str] = ()

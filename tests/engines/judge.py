@@ -1,7 +1,7 @@
 """Whether an engine computes from a folder what transformers does, and whether layercut says so.
 
 right: it does. refused: it does not load it, with its own words. misread: it loads it and computes something else, and
-layercut names it (`layercut.export.consumers`: a warning, and a refusal with --for). wrong: the same, and layercut does
+layercut names it (`layercut.export.engines`: a warning, and a refusal with --for). wrong: the same, and layercut does
 not know: a fault of layercut.
 """
 

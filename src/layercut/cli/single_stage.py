@@ -23,7 +23,7 @@ from layercut.config import (
 )
 from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
-from layercut.export import consumers
+from layercut.export import engines
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
@@ -56,8 +56,8 @@ def cut(model: str, config: CutConfig) -> Path:
     repo_id = destination(config.hub)
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     stock = loading.load_config(checkpoint)
-    written: consumers.Written = "gguf" if config.out.suffix == ".gguf" else "float"
-    consumers.check_cut(stock, config.segments, consumer_names(config.consumers), written)
+    written: engines.Written = "gguf" if config.out.suffix == ".gguf" else "float"
+    engines.check_cut(stock, config.segments, consumer_names(config.consumers), written)
     if not checkpoint.gguf:
         left = cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
         if left:
@@ -70,7 +70,7 @@ def cut(model: str, config: CutConfig) -> Path:
         check_replaceable(config.out, checkpoint.file)
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
-    consumers.warn_misread("cut", consumers.readings(stock, config.segments, written))
+    engines.warn_misread("cut", engines.readings(stock, config.segments, written))
     describe_(config.out, _cut_model(model, config, loading.count_layers(stock)))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
@@ -101,7 +101,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         kind = config.gguf_type or GGUF_OF_BITS[config.quantize.bits]
         asked = ExportConfig(out=config.out, consumers=config.consumers, hub=config.hub, force=config.force)
         return export(target, replace(asked, gguf_type=kind))
-    consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))
+    engines.check_written(consumer_names(config.consumers), engines.written_by(config.quantize))
     repo_id = destination(config.hub)
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")

@@ -14,7 +14,7 @@ from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.capabilities import CapabilityFigures
 from layercut.evaluation.generated_probes import Grid
-from layercut.export.consumers import Reading
+from layercut.export.engines import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult

@@ -11,7 +11,7 @@ from typing import Any
 
 from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError
-from layercut.export import consumers
+from layercut.export import engines
 from layercut.export.formats import ExportSource
 from layercut.export.gguf_export import AS_THEY_CAME
 from layercut.export.gguf_measured import FLOATS
@@ -91,8 +91,9 @@ def _say_who_misreads(model: Path, config: ExportConfig) -> None:
     """Warn of consumers that would misread the model in this format; a package's own format is its own business."""
     if config.format in exporters.own:
         stock = loading.load_config(checkpoints.resolve(str(model)))
-        written: consumers.Written = "gguf" if config.format == "gguf" else "float"
-        consumers.warn_misread("export", consumers.check_model(stock, consumer_names(config.consumers), written))
+        written: engines.Written = "gguf" if config.format == "gguf" else "float"
+        engines.check_cut(stock, [], consumer_names(config.consumers), written)
+        engines.warn_misread("export", engines.readings(stock, [], written))
 
 
 def _bytes_of(path: Path) -> int:

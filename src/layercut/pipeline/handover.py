@@ -13,8 +13,7 @@ from pathlib import Path
 from layercut.config import HubConfig
 from layercut.errors import ConfigError
 from layercut.export import hub
-from layercut.export.consumer_rules import Written
-from layercut.export.consumers import readings, written_as
+from layercut.export.engines import Written, readings, written_as
 from layercut.export.mergekit_config import NAME, mergekit_config
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text

@@ -17,8 +17,7 @@ from layercut.config import Bits, CompressConfig, consumer_names
 from layercut.data.blocks import fingerprint
 from layercut.distributed import processes
 from layercut.errors import ConfigError
-from layercut.export.consumer_rules import CONSUMERS
-from layercut.export.consumers import written_by
+from layercut.export.engines import ENGINES, written_by
 from layercut.files.json_values import write_json
 from layercut.files.sizes import size_flag
 from layercut.pipeline import stages
@@ -106,7 +105,7 @@ def tried_bits(config: CompressConfig) -> tuple[Bits, ...]:
     """The bits of two budgets' walk, without those that a consumer of --for does not read."""
     names = consumer_names(config.search.consumers)
     as_written = {bits: written_by(replace(config.quantize, bits=bits)) for bits in FRONTIER_BITS}
-    return tuple(bits for bits, written in as_written.items() if all(CONSUMERS[name].takes(written) for name in names))
+    return tuple(bits for bits, written in as_written.items() if all(ENGINES[name].takes(written) for name in names))
 
 
 def nothing_removed(work: RunContext) -> Removal:

@@ -19,7 +19,7 @@ from layercut.data.probes import capability_names
 from layercut.data.sources import MADE_ANEW, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
-from layercut.export import consumers
+from layercut.export import engines
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import most_segments, names
@@ -170,10 +170,10 @@ def check_consumers(
 ) -> None:
     """Refuse what the consumers of --for would misread."""
     names = consumer_names(config.search.consumers)
-    written: consumers.Written = "gguf" if gguf else consumers.written_by(config.quantize)
-    consumers.check_cut(architecture, wanted, names, written)
+    written: engines.Written = "gguf" if gguf else engines.written_by(config.quantize)
+    engines.check_cut(architecture, wanted, names, written)
     if names and length:
-        consumers.restriction(architecture, names, length)
+        engines.restriction(architecture, names, length)
 
 
 def check_sources(config: CompressConfig, until: Stage = "report") -> None:

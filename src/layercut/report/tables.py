@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layercut.errors import ConfigError
-from layercut.export.consumer_rules import CONSUMERS
+from layercut.export.engines import ENGINES
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
@@ -421,7 +421,7 @@ READINGS = {
 def consumer_rows(found: Iterable[Any]) -> list[tuple[str, str, str]]:
     """Software, what it makes of a model, and why; of readings as far as this layercut knows both names."""
     return [
-        (CONSUMERS[str(one.consumer)].title, READINGS[str(one.verdict)], printable(one.words))
+        (ENGINES[str(one.consumer)].title, READINGS[str(one.verdict)], printable(one.words))
         for one in found
-        if one.consumer in CONSUMERS and one.verdict in READINGS
+        if one.consumer in ENGINES and one.verdict in READINGS
     ]

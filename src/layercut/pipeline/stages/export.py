@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from layercut import evaluation
-from layercut.export import consumers
+from layercut.export import engines
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
 from layercut.files.writing import partial_of
 from layercut.models import layer_reader_protocol
@@ -29,7 +29,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     """
     as_gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
     exported = gguf_run.export(work, segments) if as_gguf else export_folder(work, segments)
-    consumers.warn_misread("export", read_by(work, segments))
+    engines.warn_misread("export", read_by(work, segments))
     return exported
 
 
@@ -56,13 +56,13 @@ def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefa
     return stage.artefact
 
 
-def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Reading]:
+def read_by(work: RunContext, segments: Sequence[Segment]) -> list[engines.Reading]:
     """What each consumer makes of the exported model."""
     gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
-    written = "gguf" if gguf else consumers.written_by(work.config.quantize)
+    written = "gguf" if gguf else engines.written_by(work.config.quantize)
     if work.config.quantize.bits == "auto":
-        written = consumers.written_as(work.run.artefact(QuantizeArtefact, "quantize").quantization_config or {})
-    return consumers.readings(work.architecture, segments, written)
+        written = engines.written_as(work.run.artefact(QuantizeArtefact, "quantize").quantization_config or {})
+    return engines.readings(work.architecture, segments, written)
 
 
 def packing(work: RunContext) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError
-from layercut.export.consumers import restriction
+from layercut.export.engines import restriction
 from layercut.files.json_values import jsonable, restored
 from layercut.layer_search import (
     Candidate,

@@ -1,4 +1,4 @@
-"""Who would misread a cut: the table, what it says of cuts on and off a period, and the four ways out of one model."""
+"""Which engines would misread a cut: the table, cuts on and off a period, and the four ways out of one model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import quick
 import tiny
 from layercut.config import CONSUMER_NAMES, CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.export.consumer_rules import CONSUMERS, table
-from layercut.export.consumers import check_model, check_written, misread, readings, restriction
+from layercut.export.engines import ENGINES, LLAMA_CPP, check_cut, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
@@ -28,7 +27,7 @@ from layercut.pipeline.iterative import tried_bits
 from layercut.report.model_card import model_card
 from layercut.report.page import write_report
 from layercut.segments import Segment
-from layercut.surgery import cut_checkpoint, cut_gguf
+from layercut.surgery import cut_checkpoint
 
 pytest.importorskip("gguf")
 from gguf_writer import write_gguf
@@ -62,17 +61,29 @@ def verdicts(model: Config, segments: list[Segment], **how: Any) -> dict[str, st
     return {one.consumer: one.verdict for one in readings(model, segments, **how)}
 
 
-def test_the_table_names_where_each_rule_was_seen():
-    assert tuple(CONSUMERS) == CONSUMER_NAMES
-    for consumer in CONSUMERS.values():
-        assert consumer.tried
-        assert all(rule.source and any(c.isdigit() for c in rule.source + consumer.tried) for rule in consumer.rules)
+def table() -> str:
+    """The engines as Markdown, for the documents."""
+    lines = ["| consumer | `--for` | reads | takes from a layer's place | seen in |", "|---|---|---|---|---|"]
+    for name, engine in ENGINES.items():
+        as_llama_cpp = name != "llama.cpp" and set(LLAMA_CPP) <= set(engine.rules)
+        own = [rule for rule in engine.rules if not (as_llama_cpp and rule in LLAMA_CPP)]
+        words = {rule.words: [t for one in own if one.words == rule.words for t in one.model_types] for rule in own}
+        told = ["what llama.cpp does"] if as_llama_cpp else []
+        told += [f"{', '.join(types)}: {each}" for each, types in words.items()]
+        seen = "; ".join(dict.fromkeys([engine.tried, *(rule.source for rule in own)]))
+        row = (engine.title, f"`{name}`", ", ".join(engine.reads), "; ".join(told) or "nothing", seen)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
 
 
-def test_the_guide_holds_the_table():
-    guide = Path(__file__).parents[1] / "docs" / "guides" / "consumers.md"
+def test_the_table_stands_in_the_guide_with_where_each_rule_was_seen():
+    assert tuple(ENGINES) == CONSUMER_NAMES
+    for engine in ENGINES.values():
+        assert engine.tried
+        assert all(rule.source and any(c.isdigit() for c in rule.source + engine.tried) for rule in engine.rules)
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "consumers.md"
     shown = guide.read_text(encoding="utf-8").split("<!-- consumers -->\n")[1].split("<!-- /consumers -->")[0]
-    assert shown == table(), "write what layercut.export.consumer_rules.table() gives between the marks"
+    assert shown == table()
 
 
 def test_a_cut_off_the_period_of_gemma_3():
@@ -82,17 +93,12 @@ def test_a_cut_off_the_period_of_gemma_3():
     assert found["llama.cpp"] == found["lm-studio"] == "note"  # an array says it, which older builds do not read
     assert found["vllm"] == found["transformers"] == found["openvino"] == "right"
     assert found["onnxruntime"] == "refused"
-    assert misread(readings(model, OFF))[1].startswith("MLX would misread it: it lets every 6th layer attend to every")
-    assert "layer 4 is otherwise (layer 5 of the whole model)" in misread(readings(model, OFF))[1]
+    assert "layer 4 is otherwise (layer 5 of the whole model)" in readings(model, OFF, names=["mlx"])[0].words
     on = verdicts(model, ON)
     assert "misread" not in on.values()
     assert on["llama.cpp"] == "right"
-
-
-def test_another_period_is_written_for_who_reads_it():
-    found = verdicts(config("gemma3_text", [3, 7, 9, 11]), [Segment(0, 8)])  # every 2nd of what is left
-    assert found["mlx"] == "right"
-    assert found["ollama"] == "misread"
+    every_2nd = verdicts(config("gemma3_text", [3, 7, 9, 11]), [Segment(0, 8)])
+    assert (every_2nd["mlx"], every_2nd["ollama"]) == ("right", "misread")  # mlx reads the period that is written
 
 
 @pytest.mark.parametrize(
@@ -136,29 +142,26 @@ def test_the_search_is_restricted_to_whole_periods():
     assert restriction(model, ["mlx"], 5).segments() == [Segment(19, 24)]
 
 
-def test_what_a_consumer_does_not_read_is_refused():
-    check_written(["llama.cpp", "mlx", "vllm"], "float")  # llama.cpp by way of export
-    with pytest.raises(ConfigError, match=r"MLX does not read int4 weights .*; it reads folders") as refusal:
-        check_written(["vllm", "mlx"], "int4")
-    assert "leave out --bits" in refusal.value.hint
-    with pytest.raises(ConfigError, match=r"llama\.cpp does not read int8 .* GGUF files, and folders of float weights"):
-        check_written(["llama.cpp"], "int8")
-    with pytest.raises(ConfigError, match="vLLM does not read int8 embeddings"):
-        check_written(["vllm"], "int8 embeddings")
+@pytest.mark.parametrize(
+    ("names", "written", "refusal"),
+    [
+        (["vllm", "mlx"], "int4", "MLX does not read int4 weights .*; it reads folders"),
+        (["llama.cpp"], "int8", r"llama\.cpp does not read int8 .* GGUF files, and folders of float weights"),
+        (["vllm"], "int8 embeddings", "vLLM does not read int8 embeddings"),
+        (["mlx"], "gguf", "MLX does not read GGUF files"),
+        (["llama.cpp", "ollama"], "gguf", "Ollama would not read this model right: it lets every 6th layer"),
+    ],
+)
+def test_what_an_engine_does_not_read_is_refused(names, written, refusal):
+    with pytest.raises(ConfigError, match=refusal):
+        check_cut(config("gemma3_text", [4, 10], 11), [], names, written)
+
+
+def test_what_engines_read_is_not_refused():
+    check_cut(config("llama", [], sliding_window=None), [Segment(2, 3)], ["llama.cpp", "mlx", "vllm"], "float")
+    check_cut(config("gemma3_text", [4, 10], 11), [], ["llama.cpp"], "gguf")
     with pytest.raises(ConfigError, match="ONNX Runtime does not load gemma3_text"):
         restriction(config("gemma3_text", [5, 11]), ["onnxruntime"], 6)
-
-
-def test_what_is_exported_is_held_against_the_table():
-    off = config("gemma3_text", [4, 10], 11)
-    with pytest.raises(ConfigError, match="Ollama would not read this model right: it lets every 6th layer"):
-        check_model(off, ["llama.cpp", "ollama"], "gguf")
-    with pytest.raises(ConfigError, match="MLX does not read GGUF files"):
-        check_model(off, ["mlx"], "gguf")
-    assert misread(check_model(off, ["llama.cpp"], "gguf")) == misread(readings(off, [], "gguf"))
-
-
-def test_two_budgets_try_the_bits_that_are_read():
     asked = {"target_size": "1MB", "max_loss": 0.1}
     for names, bits in (("", (16, 8, 4)), ("vllm", (16, 8, 4)), ("vllm,mlx", (16,))):
         assert tried_bits(CompressConfig(search=SearchConfig(**asked, consumers=names))) == bits
@@ -252,9 +255,9 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
 
 
 @needs_llama_cpp
-def test_without_the_array_llama_cpp_computes_something_else(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.surgery.gguf_cut._made_explicit", lambda *_: {})
-    cut_gguf(source["file"], OFF, tmp_path / "out.gguf")
+def test_without_the_array_llama_cpp_computes_something_else(source, tmp_path):
+    cut_checkpoint(source["folder"], OFF, tmp_path / "out")
+    converted(tmp_path / "out", tmp_path / "out.gguf")
     with pytest.raises(ModelError, match="computes something else"):
         in_llama_cpp(tmp_path / "out.gguf", source)
 
@@ -275,11 +278,6 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
         from layercut.config import CutConfig
 
         CutConfig(segment=("2:3",), out=tmp_path, consumers="mlks")
-
-
-def test_cut_checkpoint_alone_writes_the_kinds(source, tmp_path):
-    cut_checkpoint(source["folder"], OFF, tmp_path / "out")
-    assert in_transformers(tmp_path / "out").shape == source["logits"].shape
 
 
 # --- the search and the report ---
