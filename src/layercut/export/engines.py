@@ -241,10 +241,10 @@ def _reading(
     if engine.reads == ("gguf",):  # a period of llama.cpp's that an array in the file takes the place of
         name = ARCHITECTURES.get(text.model_type, "")
         period, full = llama_cpp_rules.PERIODS.get(name), attends_to_everything(text)
-        if period and period.array and full and getattr(text, "sliding_window", None):
-            if any(full[i] != ((place + 1) % period.every == 0) for place, i in enumerate(kept)):
-                key, since = f"{name}.{llama_cpp_rules.PATTERN}", llama_cpp_rules.NEEDS_BUILD
-                notes.append(f"which layers slide stands in the file as {key}, which it reads from {since} on")
+        slides = full if period and period.array and getattr(text, "sliding_window", None) else None
+        if slides and period and any(slides[i] != ((p + 1) % period.every == 0) for p, i in enumerate(kept)):
+            key, since = f"{name}.{llama_cpp_rules.PATTERN}", llama_cpp_rules.NEEDS_BUILD
+            notes.append(f"which layers slide stands in the file as {key}, which it reads from {since} on")
     return ("note" if notes else "right"), "; ".join(notes)
 
 
