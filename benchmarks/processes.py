@@ -34,10 +34,9 @@ from layercut.distributed import processes
 from layercut.healing import tune_
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, placement
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
-from layercut.offload import placement
 from layercut.segments import layers_to_remove
 from layercut.surgery import cut_segment_
 

@@ -29,9 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import common
 from layercut import layer_search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
-from layercut.models import checkpoints, layer_reader_protocol, loading
+from layercut.models import checkpoints, layer_reader, loading, placement
 from layercut.models.runner import DecoderRunner
-from layercut.offload import placement
 from layercut.segments import layers_to_remove
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -129,7 +128,7 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     length = layers_to_remove(ratio, len(stack))
     held = streams_held([DENSE, *((s,) for s in all_segments(length, len(stack)))], len(stack))
     result = layer_search.search(stack, tokens, n_layers=length, method="exhaustive", seed=0)
-    disk: Any = layer_reader_protocol.layers_on_disk(loaded.model)  # it counts what it reads, and none needs that
+    disk: Any = layer_reader.layers_on_disk(loaded.model)  # it counts what it reads, and none needs that
     return {
         "layers": mode.replace("on", "on disk").replace("off", "in memory"),
         "peak_rss_bytes": proc("status", "VmHWM") * 1024,

@@ -1,4 +1,4 @@
-"""Two processes that tune together and are killed, terminated and started again; for tests/test_processes.py.
+"""Two processes that tune together and are killed, terminated and started again; for test_processes.py.
 
     python tests/pairs.py FOLDER
 

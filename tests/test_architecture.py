@@ -18,7 +18,6 @@ LEVELS = [
     {"distributed"},
     {"progress"},
     {"models"},
-    {"offload"},
     {"data"},
     # the rooms of the journey, which never import each other
     {"layer_search", "surgery", "healing", "quantization", "evaluation"},

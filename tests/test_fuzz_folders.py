@@ -25,9 +25,8 @@ from layercut.export import checkpoint
 from layercut.files import reading
 from layercut.healing.endpoint_tuning import SCORES, is_scored
 from layercut.healing.tuning_state import StateFile
-from layercut.models import checkpoints, config_checks, loading
+from layercut.models import checkpoints, config_checks, layer_reader, loading
 from layercut.models.checkpoints import resolve
-from layercut.offload import layer_reader
 from layercut.pipeline.run_store import Run
 from layercut.quantization import endpoints_of
 

@@ -223,7 +223,7 @@ def test_sizes_are_readable_at_any_scale_and_a_flags_value_allows_what_was_asked
 def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
     target, words, tiny_model, texts, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("layercut.offload.placement.load", lambda *_, **__: pytest.fail("the weights are loaded"))
+    monkeypatch.setattr("layercut.models.placement.load", lambda *_, **__: pytest.fail("the weights are loaded"))
     command = ["search", str(tiny_model), f"--data={texts[0]}", "--window=16", f"--out={tmp_path / 'run'}"]
     assert main([*command, f"--target-size={target}"]) == 2
     said = capsys.readouterr().err

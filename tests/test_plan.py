@@ -55,8 +55,8 @@ from layercut.layer_search.search_cost import costs, measured_once, search_cost,
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Work, total
+from layercut.models.placement import spread_peak
 from layercut.models.runner import DecoderRunner
-from layercut.offload.placement import spread_peak
 from layercut.pipeline.stages.search import planned_search_tests, rows_of_tests
 from layercut.quantization import quantize
 from layercut.quantization.quantization_cost import quantize_cost

@@ -1,4 +1,4 @@
-"""What two processes do in tests/test_processes.py: started by torchrun, with a folder that says what is asked.
+"""What two processes do in test_processes.py: started by torchrun, with a folder that says what is asked.
 
     torchrun --nproc-per-node 2 tests/together.py FOLDER
 
@@ -34,9 +34,8 @@ from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, layer_reader, loading, placement
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.offload import layer_reader, placement
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

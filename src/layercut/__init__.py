@@ -22,6 +22,7 @@ progress to `lc.progress_to(callback)`. torch is imported when one of these is u
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -89,8 +90,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'layercut' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"layercut.{_WHERE[name]}"), name)
-    globals()[name] = value
+    state = random.getstate()  # rich draws from it as it is imported
+    try:
+        value = globals()[name] = getattr(importlib.import_module(f"layercut.{_WHERE[name]}"), name)
+    finally:
+        random.setstate(state)
     return value
 
 

@@ -36,9 +36,8 @@ from layercut.cli import single_stage
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
 from layercut.estimate import plan_run
-from layercut.models import config_checks, loading
+from layercut.models import config_checks, layer_reader, loading
 from layercut.models.checkpoints import resolve
-from layercut.offload import layer_reader
 
 SECONDS = 10.0
 """A case may take, on each way in."""

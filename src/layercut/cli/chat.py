@@ -20,9 +20,8 @@ from layercut.config import ChatConfig
 from layercut.data.chat_templates import render_chat
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, open_ended, padding
-from layercut.models import checkpoints, loading
-from layercut.models.layer_reader_protocol import layers_on_disk
-from layercut.offload import placement
+from layercut.models import checkpoints, loading, placement
+from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of
 from layercut.report.formatting import printable
 

@@ -21,10 +21,9 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation.generated_probes import Probed, probed, probes_for
 from layercut.files.json_values import digest, jsonable, write_json
-from layercut.models import checkpoints, loading, memory
+from layercut.models import checkpoints, loading, memory, placement
 from layercut.models.compiling import compiled
-from layercut.models.layer_reader_protocol import layers_on_disk
-from layercut.offload import placement
+from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of, versions
 from layercut.pipeline.resolve_options import check_window, needs_memory
 from layercut.pipeline.stages.text import check_unseen

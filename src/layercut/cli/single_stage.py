@@ -29,9 +29,8 @@ from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import checkpoints, loading, memory
+from layercut.models import checkpoints, loading, memory, placement
 from layercut.models.source_card import source_card
-from layercut.offload import placement
 from layercut.pipeline.conversion import export
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run

@@ -38,7 +38,7 @@ from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
 from layercut.models.gguf_header import read_header
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
-from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
+from layercut.models.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
     check_consumers,

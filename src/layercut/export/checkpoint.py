@@ -26,15 +26,14 @@ from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
-from layercut.models import checkpoints, memory
+from layercut.models import checkpoints, layer_reader, memory
 from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
 from layercut.models.loading import as_stored, quiet_transformers, share
 from layercut.models.older_names import add_older_names_
+from layercut.models.placement import weights_peak
 from layercut.models.runner import DecoderRunner
-from layercut.offload import layer_reader
-from layercut.offload.placement import weights_peak
-from layercut.offload.several_devices import device_map_of, placed_over
+from layercut.models.several_devices import device_map_of, placed_over
 from layercut.progress import bar, say
 from layercut.quantization import Quantized
 from layercut.surgery.checkpoint_cut import BESIDE, companions

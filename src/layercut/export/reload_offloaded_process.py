@@ -14,8 +14,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from layercut.models import checkpoints
-from layercut.offload import layer_reader
+from layercut.models import checkpoints, layer_reader
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from layercut.healing.row_parts import RowParts, lengths_key, row_parts
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.devices import placed
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
-from layercut.offload.weight_sharing import SharedLayers
+from layercut.models.weight_sharing import SharedLayers
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""

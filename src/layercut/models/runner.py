@@ -9,7 +9,7 @@ type) is recorded from the model's own forward, in which every layer passes its 
     h = stack.run(h, calls, 0, 13)          # layers 0 … 12
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
 
-A model whose layers are on disk (`offload/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
+A model whose layers are on disk (`models/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
 another one was entered last, so that a sweep takes all its rows through a layer before the next one
 (`passes`, `carry_`). So is one that is sharded over several processes (`distributed/sharding.py`): it runs as a copy
 over the same weights, and all processes must take as many steps (`sharding.in_step`).
@@ -36,7 +36,7 @@ from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Peak, PlannedRun
 from layercut.models.devices import placed
 from layercut.models.direct_head import DirectHead, find_direct_head
-from layercut.models.layer_reader_protocol import layers_on_disk, without_reading
+from layercut.models.layer_reader import layers_on_disk
 from layercut.models.loading import find_decoder, positions, stored_dtype
 from layercut.models.losses import Teacher, as_price, compared_bytes
 from layercut.models.memory import ShrinkingParts, available_bytes, budget
@@ -166,8 +166,9 @@ class DecoderRunner:
         self._head: DirectHead | None = None  # not known: logits by a run of the whole model
         self._arguments: OrderedDict[torch.Size, Calls] | None = None  # by the tokens' shape, where that decides them
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
-        # what is checked depends on the classes and the config, not on the weights
-        with without_reading(model), compiling.not_compiled():
+        # what is checked depends on the classes and the config, not on the weights: layers on disk get random ones
+        without_reading = self.on_disk.random_weights() if self.on_disk else nullcontext()
+        with without_reading, compiling.not_compiled():
             self._check()
 
     def __len__(self) -> int:

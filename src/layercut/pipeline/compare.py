@@ -27,9 +27,8 @@ from layercut.files.json_values import jsonable, restored
 from layercut.healing.lora import check_lora
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
-from layercut.models import checkpoints, loading, memory
+from layercut.models import checkpoints, loading, memory, placement
 from layercut.models.compiling import compiled
-from layercut.offload import placement
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
 from layercut.pipeline.compare_artefacts import (
     CompareArtefact,

@@ -23,8 +23,7 @@ from layercut.export import engines
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import most_segments, names
-from layercut.models import checkpoints, loading
-from layercut.offload import placement
+from layercut.models import checkpoints, loading, placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice, endpoints_of
 from layercut.quantization.saved_size import saved_bytes_of_any_cut

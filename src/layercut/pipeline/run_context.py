@@ -30,11 +30,10 @@ from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
-from layercut.models import checkpoints, layer_reader_protocol, loading
+from layercut.models import checkpoints, layer_reader, loading, placement
 from layercut.models.gguf_header import read_header
 from layercut.models.runner import DecoderRunner
-from layercut.offload import placement
-from layercut.offload.several_devices import placed_over
+from layercut.models.several_devices import placed_over
 from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact, TuningRecord
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
@@ -128,7 +127,7 @@ class RunContext:
         """The model, sharded over the processes or not, and a line about it."""
         how = asdict(self.config.load) | {"shard": shard}
         loaded = placement.load(self.checkpoint, **how, tokenizer=self.tokenizer)
-        where = ", layers left on disk" if layer_reader_protocol.layers_on_disk(loaded.model) else ""
+        where = ", layers left on disk" if layer_reader.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):
             held = size(sharding.bytes_held(loaded.model))
             where = f", sharded over {processes.world()} processes, {held} in this one"
@@ -175,12 +174,12 @@ class RunContext:
     @property
     def writes(self) -> bool:
         """Whether the dense model can write text where it is: in memory, and whole in a process."""
-        return not self.spread and not layer_reader_protocol.layers_on_disk(self.dense.model)
+        return not self.spread and not layer_reader.layers_on_disk(self.dense.model)
 
     def reader(self, source: str, *, seed: int | None = None) -> Reader:
         """Draws blocks of a source for several uses, and skips those of others."""
         text, model = self.config.text, self.dense.model if written_by_model(source) else None
-        if model is not None and layer_reader_protocol.layers_on_disk(model):
+        if model is not None and layer_reader.layers_on_disk(model):
             raise ConfigError(
                 f"{source!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",

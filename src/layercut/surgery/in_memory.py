@@ -10,7 +10,7 @@ from torch import nn
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
 from layercut.models.model_in_memory import model_of
-from layercut.offload.weight_sharing import share
+from layercut.models.weight_sharing import share
 from layercut.segments import Segment, as_segments
 from layercut.surgery.cut_plan import CutPlan
 from layercut.surgery.planning import plan_cut

@@ -27,10 +27,10 @@ from layercut.evaluation.generated_probes import (
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
-from layercut.models import layer_reader_protocol
+from layercut.models import layer_reader
 from layercut.models.cost import PlannedRun, Work
 from layercut.models.runner import DecoderRunner
-from layercut.offload.several_devices import placed_over
+from layercut.models.several_devices import placed_over
 from layercut.pipeline.artefacts import (
     CapabilitiesArtefact,
     CloserLook,
@@ -118,7 +118,7 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
 
     Not measured where layers are on disk, which would be read again for every token written.
     """
-    if layer_reader_protocol.layers_on_disk(last):
+    if layer_reader.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
         return CloserLook(generations=None, health=None, speed=None, **peaks(last))
     samples = {

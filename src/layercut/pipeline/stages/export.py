@@ -12,8 +12,7 @@ from layercut import evaluation
 from layercut.export import engines
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
 from layercut.files.writing import partial_of
-from layercut.models import layer_reader_protocol
-from layercut.offload import layer_reader
+from layercut.models import layer_reader
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
@@ -40,7 +39,7 @@ def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefa
         if stage.open:
             text = text_to_check(work.blocks[used])
             model = work.compressed(segments)
-            if layer_reader_protocol.layers_on_disk(model):
+            if layer_reader.layers_on_disk(model):
                 written = export_files(work, model, segments)
                 stage.found = ExportArtefact(**written, files=["model"])
             else:

@@ -23,10 +23,9 @@ import together
 from layercut.cli.command_line import main
 from layercut.distributed import processes
 from layercut.errors import ConfigError
-from layercut.models import checkpoints, memory
-from layercut.offload import placement
+from layercut.models import checkpoints, memory, placement
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
 RUN += ["--no-speed", "--ratio=0.25", "--oracle", "--batch-tokens=80", "--learning-rate=0.0003", "--seeds=2"]
 PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4

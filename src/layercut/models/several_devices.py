@@ -1,6 +1,6 @@
 """One model over several accelerators of one process: its layers one after the other, each run on the device it is on.
 
-Beside `offload/placement.py`, which decides. accelerate's hooks move what a module is given to the device of its
+Beside `models/placement.py`, which decides. accelerate's hooks move what a module is given to the device of its
 weights, so hidden states follow the layers; what is no layer, embeddings and head among it, is on the first device, and
 so are logits and losses. Models that transformers dispatched itself (`device_map="auto"`) are run alike, wherever their
 head is. For more than one process can hold: `distributed/sharding.py`.

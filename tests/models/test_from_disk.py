@@ -12,6 +12,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_stream import MODELS, saved
 
 import quick
 import tiny
@@ -24,15 +25,13 @@ from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.least_squares import fold_cut_
-from layercut.models import batch_sizes, checkpoints, layer_reader_protocol, loading, memory
+from layercut.models import batch_sizes, checkpoints, layer_reader, loading, memory, placement, weight_sharing
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.offload import layer_reader, placement, weight_sharing
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import check_checkpoint_cut, cut_checkpoint, cut_segment_
-from test_stream import MODELS, saved
 
 RUN = ["--ratio=0.25", "--tokens=128", "--window=16", "--tune-tokens=192", "--eval-tokens=64", "--no-speed"]
 RUN += ["--batch-tokens=32", "--learning-rate=0.001"]
@@ -134,7 +133,7 @@ CUT = [Segment(3, 5)]
 
 def test_a_cut_copy_borrows_the_layers_it_has(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
     read = disk.bytes_read
     assert torch.equal(student.model(input_ids=tokens).logits, expected)
@@ -155,7 +154,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
     loading.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
@@ -206,7 +205,7 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
 def test_a_fold_that_does_not_help_is_undone(llama, monkeypatch):
     """The layer is read from disk again, and nothing of it stays in memory."""
     dense, student = opened(llama, CUT, "on")
-    disk, tokens, kls = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(24), iter([1.0, 1.0])
+    disk, tokens, kls = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(24), iter([1.0, 1.0])
     logits = student.model(input_ids=tokens[:2]).logits
     monkeypatch.setattr("layercut.healing.least_squares.mean_kl", lambda *_: next(kls))
     found = fold_(student, dense, tokens)
@@ -298,7 +297,7 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     monkeypatch.setattr(room, "SCORES", 1)
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
     dense, student = opened(llama, CUT, "on")
-    disk = layer_reader_protocol.layers_on_disk(dense.model)
+    disk = layer_reader.layers_on_disk(dense.model)
     states = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
     assert disk.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4

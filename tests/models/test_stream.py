@@ -32,9 +32,8 @@ from layercut.layer_search.sweep import (
     streams_held,
 )
 from layercut.layer_search.sweep import sweep as carry
-from layercut.models import checkpoints, layer_reader_protocol, loading, runner
+from layercut.models import checkpoints, layer_reader, loading, placement, runner
 from layercut.models.runner import DecoderRunner, recomputed_layer
-from layercut.offload import layer_reader, placement
 from layercut.segments import Segment
 from test_search import brute_force
 
@@ -73,7 +72,7 @@ def saved(model, folder):
 def on_disk(checkpoint, **how):
     """The model with its layers on disk, and their reader."""
     model = placement.load(checkpoint, stream="on", **how).model
-    return model, layer_reader_protocol.layers_on_disk(model)
+    return model, layer_reader.layers_on_disk(model)
 
 
 @pytest.fixture(scope="module")
@@ -351,12 +350,12 @@ def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
     weights = sum(p.nbytes for p in loading.load(llama).model.parameters())
     monkeypatch.setattr(placement, "available_bytes", lambda device: weights * 1.1)
     assert placement.wanted(llama)
-    assert layer_reader_protocol.layers_on_disk(placement.load(llama).model)
+    assert layer_reader.layers_on_disk(placement.load(llama).model)
     assert not placement.wanted(llama, dtype="bfloat16")
     assert not placement.wanted(llama, stream="off")
     monkeypatch.setattr(placement, "available_bytes", lambda device: weights * 1.3)
     assert not placement.wanted(llama)
-    assert not layer_reader_protocol.layers_on_disk(placement.load(llama).model)
+    assert not layer_reader.layers_on_disk(placement.load(llama).model)
 
 
 def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):

@@ -9,7 +9,7 @@ Which stored tensor becomes which weight is decided by transformers' own loader:
 tensors without data, which shows what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
-A cut clone of such a model shares its layers: `offload/weight_sharing.py`.
+A cut clone of such a model shares its layers: `models/weight_sharing.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from layercut.models import checkpoints, loading
 from layercut.progress import say
 
 IN_MEMORY = "load it in memory instead: --stream off"
+
+
+def layers_on_disk(model: Any) -> Any:
+    """The reader behind a model's layers, None for a model in memory."""
+    return getattr(model, "layers_on_disk", None)
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """A clone of a model whose layers are on disk: dense model and student read each layer once for both.
 
-Beside `offload/layer_reader.py`, whose reader it uses. A clone made by `share` has own modules and no reader of its
+Beside `models/layer_reader.py`, whose reader it uses. A clone made by `share` has own modules and no reader of its
 own: what is not in a decoder layer it shares with the original, and a layer it enters is entered in the original,
 whose weights it then uses. What healing puts into a clone has data of its own and stays in memory.
 
@@ -19,8 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from layercut.models import loading
-from layercut.models.layer_reader_protocol import layers_on_disk
-from layercut.offload.layer_reader import LayersOnDisk
+from layercut.models.layer_reader import LayersOnDisk, layers_on_disk
 
 
 def share(model: Any) -> Any:

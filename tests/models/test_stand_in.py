@@ -24,11 +24,10 @@ from layercut.estimate import fits_in_memory, machine, plan_run
 from layercut.estimate.shape import measure_shape
 from layercut.evaluation import speed
 from layercut.layer_search.prices import Judge
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, placement, several_devices
 from layercut.models.cost import total
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.offload import placement, several_devices
 from layercut.quantization import quantize
 from stand_in_device import Counts, CrossedDevicesError
 
@@ -219,7 +218,7 @@ def test_peak_memory_is_the_devices(counts, tiny_model):
 
 
 def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.setattr(machine, "ENOUGH", 0.0)
     import gpu
 

@@ -1,7 +1,7 @@
 """Where a model's weights lie while it runs: in memory, on several accelerators or processes, or on disk.
 
-The one entry point for all commands: `models/loading.py` loads, `offload/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` shards, `offload/several_devices.py` places layers over accelerators.
+The one entry point for all commands: `models/loading.py` loads, `models/layer_reader.py` leaves the layers on disk,
+`distributed/sharding.py` shards, `models/several_devices.py` places layers over accelerators.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
+from layercut.models.layer_reader import open_on_disk, read_by_layer, stored_tensors
 from layercut.models.memory import available_bytes, memory_limit
-from layercut.offload.layer_reader import open_on_disk, read_by_layer, stored_tensors
-from layercut.offload.several_devices import accelerators, dispatch_, fullest
+from layercut.models.several_devices import accelerators, dispatch_, fullest
 
 FITS = 0.8
 """A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
@@ -76,7 +76,7 @@ def over_devices(
 def load_over_devices(
     checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`loading.load`, of which each accelerator has some layers (`offload/several_devices.py`)."""
+    """`loading.load`, of which each accelerator has some layers (`models/several_devices.py`)."""
     place = loading.pick_device(device)
     loaded = loading.load(checkpoint, dtype=_fixed_dtype(checkpoint, dtype, place, **how), device="cpu", **how)
     devices = accelerators(place)
@@ -199,7 +199,7 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, st
 
 
 def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
-    """A stage over layers that are placed over several devices (`offload/several_devices.py`), of the fullest."""
+    """A stage over layers that are placed over several devices (`models/several_devices.py`), of the fullest."""
     layers = [layer * shape.itemsize for layer in shape.dense.layers]
     return {**peak, "weights": fullest(layers, shape.outside * shape.itemsize, devices)}
 

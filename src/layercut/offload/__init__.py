@@ -1,1 +1,0 @@
-"""Models larger than memory: decoder layers left on disk, and clones that share them."""
