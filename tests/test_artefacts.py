@@ -340,7 +340,7 @@ def test_more_tasks_lose_nothing_and_fewer_others_do(tasks, stays, tmp_path):
 
 
 FINISHED = {
-    "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "seeds": 1, "out": "a",
+    "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "out": "a",
     "eval_tokens": 64, "long_context": 128, "probes": False, "device": "auto",
     "data": "a.txt,b.txt",
 }  # fmt: skip
@@ -350,7 +350,7 @@ FINISHED = {
     ("change", "stays"),
     [
         ({}, True), ({"out": "b", "device": "cpu"}, True), ({"added_later": 3}, True),
-        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
+        ({"oracle": True, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
         ({"probes": True}, True), ({"data": f"{os.path.abspath('a.txt')}+./b.txt"}, True),
         ({"ratio": 0.4}, False), ({"model": "other"}, False), ({"eval_tokens": 32}, False), ({"speed": False}, False),
         ({"long_context": 64}, False), ({"oracle": True, "ratio": None}, False),

@@ -307,7 +307,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.txt", "tuned on", "--eval-data"],
     ),
     "a search where nothing goes": (["--ratio=0", "--bits=8", "--all-lengths"], ["--all-lengths", "removes nothing"]),
-    "seeds where nothing goes": (["--ratio=0", "--bits=8", "--seeds=2"], ["--seeds", "removes nothing"]),
     "tests that count infinitely": (["--ratio=0.2", "--preserve-weight=inf"], ["--preserve-weight is inf", "default"]),
     "context of one token": (["--ratio=0.2", "--long-context=1"], ["--long-context 1", "2 and more"]),
     "size beyond numbers": (["--target-size=" + "9" * 400], ["is no size", "MB"]),

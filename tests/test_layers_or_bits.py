@@ -192,10 +192,9 @@ def test_costs_follow_the_layers_that_stay():
     assert len(after) == len(names) - 2 * 7
 
 
-@pytest.mark.parametrize(("given", "flag"), [({"rounds": 2}, "--rounds"), ({"seeds": 2}, "--seeds")])
-def test_what_would_be_ignored_is_refused(given, flag):
-    with pytest.raises(ConfigError, match=f"{flag} is given"):
-        from_flat({"bits": "auto", "target_size": "1MB", **given}).check()
+def test_what_would_be_ignored_is_refused():
+    with pytest.raises(ConfigError, match="--rounds is given"):
+        from_flat({"bits": "auto", "target_size": "1MB", "rounds": 2}).check()
 
 
 def test_it_is_planned(tmp_path, capsys):

@@ -140,29 +140,6 @@ def triangle() -> list[list[Any]]:
     return [[s, s + n, COSTS[min(s, 24)] * n / 6] for n in range(1, 7) for s in range(30 - n + 1)]
 
 
-def stability_json(**changed: Any) -> dict[str, Any]:
-    def row(segments: Any, kl: float) -> dict[str, Any]:
-        return {"segments": segments, "kl": kl, "relative": kl / 0.84}
-
-    seeds = [
-        {
-            "seed": s,
-            "segments": [[13, 19]] if s < 4 else [[12, 18]],
-            "kl": 0.8,
-            "calibration": {"source": "web+wiki", "tokens": 4096, "fingerprint": f"f{s}"},
-        }
-        for s in range(5)
-    ]
-    whole = {
-        "method": "clp", "search": "abc", "seeds": seeds, "tokens": 4100, "layer_forwards": 5, "worst": 1.031,
-        "choices": [row([[13, 19]], 0.84) | {"seeds": 4}, row([[12, 18]], 0.866) | {"seeds": 1}],
-        "best": row([[13, 19]], 0.84),
-        "sources": [{"source": name, "tokens": 2050, "best": row([[s, s + 6]], 0.8), "chosen": row([[13, 19]], 0.9)}
-                    for name, s in (("web", 13), (EVIL, 12))],
-    }  # fmt: skip
-    return {**whole, **changed}
-
-
 def env_json() -> dict[str, Any]:
     return {
         "hardware": "x86_64, 2 cores, 8 GB", "platform": "Linux 6.1", "cpu": "Intel Xeon", "threads": 2,
@@ -180,7 +157,6 @@ def make_run(folder: Path, **changed: Any) -> Path:
         "heal": heal_json(),
         "eval": eval_json(),
         "env": env_json(),
-        "stability": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in parts.items():
@@ -430,46 +406,6 @@ def test_odd_prices_are_left_out_and_free_segments_drawn() -> None:
     assert charts.triangle_chart({"triangle": [[3, 5, 0.0]]})
     for nothing in ({}, {"triangle": None}, {"triangle": []}, {"triangle": odd[:3]}):
         assert charts.triangle_chart(nothing) is None
-
-
-def test_stability_is_shown_with_its_verdict(tmp_path: Path) -> None:
-    run = make_run(tmp_path, search={"config_hash": "abc"}, stability=stability_json())
-    html, page = report(run)
-    words = (
-        "two choices alternate, 13:19 (4 of 5 seeds), 12:18 (1 of 5 seeds); the difference costs at most 3.1% in KL."
-    )
-    assert words in page.text
-    assert words in model_card(run)
-    assert "12:18 1 0.866 1.03×" in page.text
-    assert "5 searches by clp" in page.text
-    assert EVIL not in html
-
-
-def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
-    _, page = report(make_run(tmp_path, search={"config_hash": "new"}, stability=stability_json()))
-    assert "stability" not in page.ids
-    assert "choices alternate" not in page.text
-
-
-def test_verdicts_on_stability() -> None:
-    def verdict(**changed: Any) -> verdicts.Verdict:
-        found = RunFacts(stability=Json(stability_json(**changed)))
-        return next(v for v in verdicts.verdicts(found) if v.stage == "Stability")
-
-    choices = stability_json()["choices"]
-    agreed = verdict(choices=[choices[0] | {"seeds": 5}], worst=1.0)
-    assert (agreed.mark, agreed.text) == ("good", "the choice is stable: 5 of 5 seeds remove 13:19.")
-    beaten = verdict(choices=[choices[1] | {"seeds": 5}], worst=1.2)
-    assert beaten.mark == "bad"
-    assert "5 of 5 seeds remove 12:18; 13:19 would be the best on all their text, by 20.0% in KL" in beaten.text
-    third = {"segments": [[20, 26]], "kl": 2.0, "relative": 2.4, "seeds": 1}
-    wandering = verdict(choices=[*choices, third], worst=2.4, best={"segments": [[14, 20]]})
-    assert wandering.mark == "bad"
-    assert "the choice wanders between 3" in wandering.text
-    assert "at most 140.0% in KL against 14:20, the best on all their text" in wandering.text
-    assert verdict(worst="inf").mark == "bad"
-    assert "beyond measure" in verdict(worst="inf").text
-    assert not verdicts.verdicts(RunFacts())
 
 
 # ---- rounds and budgets ------------------------------------------------------------------------------------
@@ -1097,9 +1033,9 @@ def test_replies_that_have_become_short_are_no_tick(tmp_path: Path) -> None:
 
 def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
-    for name, more in (("summary", survival_json(**with_perplexity(quantized=70.0))), ("stability", stability_json())):
-        file = run / f"{name}.json"
-        file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | more))
+    file = run / "summary.json"
+    more = survival_json(**with_perplexity(quantized=70.0))
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
     search = json.loads((run / "search.json").read_text())
     (run / "search.json").write_text(json.dumps({**search_json(), **search, "oracle": search_json()["oracle"],
                                                  "config_hash": "abc"}))  # fmt: skip
@@ -1176,7 +1112,6 @@ def test_page_and_card_name_files_without_their_folders(tmp_path: Path) -> None:
         summary={"model": f"{place}/model", **with_perplexity(dataset=f"{place}/heldout.txt+wikitext2")},
         search={"calibration": {"source": f"{place}/a.jsonl:text+{place}/b/*.txt", "tokens": 1}},
         heal={"tuning": {**heal_json()["tuning"], "data": {"source": "../up/c.parquet", "tokens": 1}}},
-        stability=stability_json(),
         env={"command": ["layercut", "compress", f"{place}/model", f"--data={place}/a.jsonl", "--tune-data",
                          f"{place}/a b.txt+c4", "--out", f"{place}/runs/x", "--eval-data", "org/set:test:text"]},
     )  # fmt: skip
@@ -1205,7 +1140,7 @@ def test_figures_that_are_no_numbers_do_not_stop_the_report(tmp_path: Path, valu
             return [spoiled(inside) for inside in found]
         return value if isinstance(found, int | float) and not isinstance(found, bool) else found
 
-    run = make_run(tmp_path, summary=survival_json(**with_perplexity(quantized=70.0)), stability=stability_json())
+    run = make_run(tmp_path, summary=survival_json(**with_perplexity(quantized=70.0)))
     (run / "frontier.json").write_text(json.dumps(frontier_json()))
     whole = {"layers": {"before": 30, "after": 24}}  # the stack is drawn all the same
     for file in run.glob("*.json"):

@@ -179,7 +179,6 @@ def test_budgets_that_cannot_be_met_are_refused_with_what_was_seen(tiny_model, t
     [
         (["--segment=3:5", "--rounds=2"], "--rounds repeats a search"),
         (["--ratio=0.5", "--rounds=2", "--tune-tokens=0"], "--tune-tokens is 0"),
-        (["--ratio=0.5", "--rounds=2", "--seeds=3"], "--seeds is for one round"),
         (["--ratio=0.5", "--rounds=0"], "--rounds 0 is too small"),
         (["--target-size=1MB", "--max-loss=0.1", "--rounds=1"], "--rounds 1 is given"),
         (["--ratio=0.5", "--max-loss=0.1"], "both --ratio and --max-loss are given"),

@@ -24,7 +24,6 @@ MODULES = {
     "Search": [
         "layer_search.criteria", "layer_search.clp", "layer_search.gate", "layer_search.prices", "layer_search.sweep",
         "layer_search.exhaustive", "layer_search.greedy", "layer_search.statistics", "layer_search.budgets",
-        "layer_search.stability",
     ],
     "Surgery": ["surgery.in_memory", "surgery.checkpoint_cut", "surgery.gguf_cut", "surgery.config_cut"],
     "Healing": ["healing.least_squares", "healing.endpoint_tuning", "healing.tuning_pass", "healing.tuning_state"],

@@ -364,19 +364,6 @@ class RoundsConfig:
             at_least("rounds", self.rounds, 1)
 
 
-@options(SEARCH)
-@dataclass(frozen=True, kw_only=True)
-class StabilityConfig:
-    """How often the search is repeated."""
-
-    seeds: int = 1
-    """Searches, each on other calibration text and from another seed, to say how stable the choice is. The
-    first one's choice is removed."""
-
-    def __post_init__(self) -> None:
-        at_least("seeds", self.seeds, 1)
-
-
 @options(HEALING)
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
@@ -802,7 +789,6 @@ class FindConfig:
     compiled: CompileConfig = field(default_factory=CompileConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
@@ -852,16 +838,12 @@ class CompressConfig(TuneConfig):
             raise ConfigError(
                 "--target-size with --max-loss needs several rounds, and --rounds 1 is given", "leave out --rounds"
             )
-        if self.search.segment and self.stability.seeds > 1:
-            raise ConfigError(
-                "--seeds repeats a search, and --segment replaces it", "give --ratio, or leave out --seeds"
-            )
         self._check_bits()
 
     def _check_no_search(self) -> None:
         """Refuse options of a search where no layer is removed."""
         search = self.search
-        asked = {"--seeds": self.stability.seeds > 1, "--oracle": search.oracle, "--all-lengths": search.all_lengths}
+        asked = {"--oracle": search.oracle, "--all-lengths": search.all_lengths}
         if flag := next((flag for flag, is_asked in asked.items() if is_asked), None):
             raise ConfigError(f"{flag} is for a search, and --ratio 0 removes nothing", f"leave out {flag}")
 
@@ -876,11 +858,10 @@ class CompressConfig(TuneConfig):
             raise ConfigError("--bits auto is given without --target-size", "give the size: --target-size 60MB")
         if self.search.max_loss is not None:
             raise ConfigError("--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits")
-        if self.shares_size and (self.number_of_rounds > 1 or self.stability.seeds > 1):
-            flag = "--rounds" if self.number_of_rounds > 1 else "--seeds"
+        if self.shares_size and self.number_of_rounds > 1:
             raise ConfigError(
-                f"{flag} is given, and --bits auto with --target-size alone chooses how many layers go",
-                f"leave out {flag}, or give --ratio as well",
+                "--rounds is given, and --bits auto with --target-size alone chooses how many layers go",
+                "leave out --rounds, or give --ratio as well",
             )
 
     @property
@@ -910,7 +891,7 @@ class CompressConfig(TuneConfig):
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
         one_round = {
-            "--seeds": self.stability.seeds > 1, "--score": self.search.goes_on, "--oracle": self.search.oracle,
+            "--score": self.search.goes_on, "--oracle": self.search.oracle,
             "--all-lengths": self.search.all_lengths,
         }  # fmt: skip
         for flag, is_asked in one_round.items():

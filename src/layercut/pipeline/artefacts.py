@@ -18,7 +18,6 @@ from layercut.export.engines import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
-from layercut.layer_search.stability import Stability
 from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment
 
@@ -168,31 +167,6 @@ class SearchArtefact(Artefact, SearchCost):
     def kl(self) -> float:
         """Of the real cut that was chosen, in nats per token."""
         return self.candidates[0].kl
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedChoice:
-    """What the search chose on the calibration text of one seed."""
-
-    seed: int
-    segments: list[Bounds]
-    kl: float
-    calibration: TextFacts
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedArtefact(Artefact, SeedChoice, SearchCost):
-    """stability-SEED.json."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StabilityArtefact(Artefact, Stability):
-    """stability.json."""
-
-    method: str
-    search: str
-    """`config_hash` of the search that the others are compared with."""
-    seeds: list[SeedChoice]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,8 +82,6 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         else:
             this = Round(work)
             removal = stages.search.search(this, asked.wanted, length)
-            if asked.config.stability.seeds > 1:
-                stages.search.stability(work, removal)
             if until == "search":
                 return run.folder
             stages.heal.cut(this, removal)

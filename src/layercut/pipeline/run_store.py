@@ -353,7 +353,7 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        parts = ("compare*", "stability*", "frontier*", "shares*", "tasks/*", *(f"{name}-*" for name in STAGES))
+        parts = ("compare*", "frontier*", "shares*", "tasks/*", *(f"{name}-*" for name in STAGES))
         more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
         for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from layercut.errors import RunError
 from layercut.report.formatting import Json, number, printable, spans
 
 FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
-         "stability": "stability", "quantization": "quantize", "frontier": "frontier", "gguf": "gguf",
+         "quantization": "quantize", "frontier": "frontier", "gguf": "gguf",
          "capabilities": "capabilities", "shares": "shares"}  # fmt: skip
 """Fields of RunFacts, and the JSON files they are read from."""
 
@@ -30,7 +30,6 @@ class RunFacts:
     heal: Json = field(default_factory=Json)
     evaluation: Json = field(default_factory=Json)
     env: Json = field(default_factory=Json)
-    stability: Json = field(default_factory=Json)
     quantization: Json = field(default_factory=Json)
     frontier: Json = field(default_factory=Json)
     shares: Json = field(default_factory=Json)
@@ -79,7 +78,6 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
         and not (settings.segment or settings.target_speedup)
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
         "capabilities": bool(found["summary"].capabilities),
-        "stability": found["stability"].search == found["search"].config_hash,
         "frontier": "rounds" in dict(found["search"].entries())
         and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),
     }

@@ -46,7 +46,7 @@ class Verdict:
 def verdicts(run: RunFacts) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     judges: list[Callable[[RunFacts], Verdict | None]] = [
-        _result, _search, _stability, _cut, _rounds,
+        _result, _search, _cut, _rounds,
         lambda run: budgets_verdict(tables.frontier(run.frontier)),
         lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
         _quantization, _size, _gguf,
@@ -134,22 +134,6 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
                 found=regret <= limits.NEAR_BEST)  # fmt: skip
     return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
-
-
-def _stability(run: RunFacts) -> Verdict | None:
-    worst = number(run.stability.worst)
-    if worst is None or not list(run.stability.seeds):
-        return None
-    return Verdict(_graded(worst, limits.NEAR_BEST, limits.NEAR_BEST), "Stability", stability_words(run.stability))
-
-
-def stability_words(stability: Any) -> str:
-    """In plain words, whether the choice depends on the text it was made on, and what that costs; of stability.json."""
-    found = Json(stability)
-    choices, searches = [(label(row.segments), row.seeds) for row in found.choices], list(found.seeds)
-    texts = {str(one.calibration.fingerprint) for one in searches}
-    return _say("stability", choices=choices, searches=len(searches), best=label(found.best.segments),
-                worst=number(found.worst) or 1.0, texts=len(texts))  # fmt: skip
 
 
 # ---- surgery and healing -----------------------------------------------------------------------------------

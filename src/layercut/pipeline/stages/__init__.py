@@ -2,7 +2,7 @@
 
     text.py      draws every token of a run
     layers_or_bits.py  of a size, what layers take and what bits, where both are free
-    search.py    finds the segments to remove, and whether other text would have chosen the same
+    search.py    finds the segments to remove
     heal.py      cuts, folds, tunes
     quantize.py  stores what is left in fewer bits; tune_quantized.py trains what rounding left
     evaluate.py  perplexity, generations, speed, tasks, long context

@@ -1,4 +1,4 @@
-"""Stage: which layers go, by one of many methods, and whether other text would have chosen the same."""
+"""Stage: which layers go, by one of many methods."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from layercut import layer_search
 from layercut.config import CompressConfig, DataConfig, SearchConfig, consumer_names
-from layercut.data.blocks import Blocks
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
-from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
-from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.engines import restriction
-from layercut.files.json_values import jsonable, restored
 from layercut.layer_search import (
     Candidate,
     Cost,
@@ -33,13 +28,9 @@ from layercut.layer_search import (
 )
 from layercut.layer_search.criteria import names
 from layercut.layer_search.result import Tried
-from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.pipeline.artefacts import (
     CandidateRecord,
     SearchArtefact,
-    SeedArtefact,
-    SeedChoice,
-    StabilityArtefact,
     TriedRecord,
     bounds_of,
     segments_of,
@@ -50,11 +41,9 @@ from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import length_for_saved_size
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial
-from layercut.pipeline.stages.text import documents_of, with_evaluation_left_out
-from layercut.progress import bar, say
+from layercut.progress import say
 from layercut.registries import criteria, objectives
 from layercut.report.stage_lines import describe_tried
-from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
 
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
@@ -180,7 +169,7 @@ def candidate_of(found: CandidateRecord) -> Candidate:
     return Candidate(tuple(segments_of(found.segments)), found.kl, found.score, found.damage)
 
 
-def generated_tests(work: RunContext, seed: int | None = None, config: SearchConfig | None = None) -> ProbeRows | None:
+def generated_tests(work: RunContext, config: SearchConfig | None = None) -> ProbeRows | None:
     """Rows of tests that the search weighs with the text, one for four rows of text."""
     config, text = config or work.config.search, work.config.text
     wanted = capability_names(config.preserve)
@@ -188,7 +177,7 @@ def generated_tests(work: RunContext, seed: int | None = None, config: SearchCon
         return None
     made = probe_rows(
         work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted,
-        seed=text.seed if seed is None else seed, weight=config.preserve_weight,
+        seed=text.seed, weight=config.preserve_weight,
     )  # fmt: skip
     left = made.left_out
     if left and config.preserve != "all":
@@ -236,68 +225,6 @@ def limits(this: Round, length: int) -> Restriction | None:
         left, every = len(found.segments()), len(this.stack) - length + 1
         say("search", f"--for {','.join(names)}: {left} of {every} segments of {length} layers stay right: {found.why}")
     return found
-
-
-def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
-    """Search again, on other text from other seeds, and compare all choices on a common set; one artefact a seed."""
-    run, seeds = work.run, work.config.stability.seeds
-    search, first = run.artefact(SearchArtefact, "search"), work.config.text.seed
-    again = [search_again(work, seed, sum(map(len, removal.all))) for seed in range(first + 1, first + seeds)]
-    hashes = [found.config_hash for found in again]
-    with run.stage(StabilityArtefact, "stability", hashes, after=["search"], together=True) as stage:
-        if stage.open:
-            stage.found = judged(work, search, again)
-    say("stability", stability_words(restored(jsonable(stage.artefact))))
-    return stage.artefact
-
-
-def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
-    """One more search, on other text from another seed."""
-    text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False, all_lengths=False)
-    left_out = documents_of(work, "evaluation") if "evaluation" in work.text else None
-    inputs = [work.source, text, [*what_is_read(text.data)], left_out, config, length, *edition(config)]
-    inputs += trial.inputs(work)
-    with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
-        if stage.open:
-            drawn = processes.on_main(lambda: draw_again(work, seed))
-            work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            how = search_options(Round(work), length, generated_tests(work, seed))
-            result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
-            result = trial.go_on(Round(work), result, drawn.tokens, how, f"stability-{seed}")
-            stage.found = SeedArtefact(
-                seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
-                dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
-                layer_backwards=result.cost.layer_backwards, files=[f"stability-{seed}.safetensors"],
-            )  # fmt: skip
-    KnownPrices(work.run, f"stability-{seed}").forget_()
-    say("stability", f"seed {seed}: remove {', '.join(map(str, segments_of(stage.artefact.segments)))}")
-    return stage.artefact
-
-
-def draw_again(work: RunContext, seed: int) -> Blocks:
-    """Calibration blocks from another seed."""
-    text = work.config.text
-    reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
-    return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
-
-
-def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefact]) -> StabilityArtefact:
-    """What each seed's choice costs on the common set."""
-    texts = [work.blocks["calibration"]]
-    texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
-    parts = [find(part) for part in split_mix(work.config.text.data)]
-    common = zip(parts, common_rows(texts, turns(parts)), strict=True)
-    blocks = {public_name(part.name): rows for part, rows in common if len(rows)}
-    searches: list[SearchArtefact | SeedArtefact] = [search, *again]
-    choices = [tuple(segments_of(found.segments)) for found in searches]
-    length, rows = sum(map(len, choices[0])), sum(map(len, blocks.values()))
-    total = stability_work(choices, length, len(work.stack), rows)
-    with bar("pricing every seed's choice", total) as advance:
-        found = judge(work.stack, blocks, choices, length, advance=advance)
-    seeds = [
-        SeedChoice(seed=one.seed, segments=one.segments, kl=one.kl, calibration=one.calibration) for one in searches
-    ]
-    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **vars(found))
 
 
 def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> SearchResult:
