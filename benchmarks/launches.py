@@ -170,7 +170,7 @@ class Dispatched(TorchDispatchMode):
 
 def measured_on_cpu(layers: int, batch_tokens: list[int], compile: bool) -> list[dict[str, Any]]:
     """`measured` of CPU tensors, with the sizes of the stand-in."""
-    from layercut.models.batch_sizes import Budget  # an older version has none
+    from layercut.models.memory import Budget  # an older version has none
 
     as_on_cuda_()
     sizes = Budget.of_accelerator(stand_in_device.MEMORY - 2**28)

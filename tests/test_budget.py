@@ -16,8 +16,8 @@ from layercut.layer_search.gate import foretell
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
-from layercut.models import batch_sizes, devices, loading, memory
-from layercut.models.batch_sizes import Budget, kept_bytes
+from layercut.models import devices, loading, memory
+from layercut.models.memory import Budget, kept_bytes
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.quantization import quantize
 from layercut.segments import Segment
@@ -197,7 +197,7 @@ def test_a_window_whose_logits_fit_as_the_model_gives_them_is_run_whole(monkeypa
     monkeypatch.setattr(likelihood, "DecoderRunner", lambda model: made.append(model) or runner(model))
     losses = likelihood.window_losses(model, tokens)
     for positions, runners in ((8, 0), (7, 1)):  # in float32; of 16
-        monkeypatch.setattr(batch_sizes, "CHUNK_BYTES", positions * 4 * tiny.VOCABULARY)
+        monkeypatch.setattr(memory, "CHUNK_BYTES", positions * 4 * tiny.VOCABULARY)
         torch.testing.assert_close(likelihood.window_losses(model, tokens), losses, rtol=1e-3, atol=1e-3)
         assert len(made) == runners
 
@@ -250,7 +250,7 @@ def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return exit_(self, hidden, tokens, part)
 
-    monkeypatch.setattr(batch_sizes, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
     monkeypatch.setattr(DecoderRunner, "exit", short_head)
     with memory_limit():
         found = foretell(Prices(stack, tokens, cost), 2, 0).table
@@ -328,7 +328,7 @@ def test_a_halved_budget_is_half_of_everything():
     assert half.logits == whole.logits // 2
     assert half.rows == whole.rows // 2
     assert replace(half, rows=1).divided(8).rows == 1
-    assert whole.rows == batch_sizes.SWEPT_ROWS
+    assert whole.rows == memory.SWEPT_ROWS
 
 
 def test_a_command_has_gpus_sum_in_float32():

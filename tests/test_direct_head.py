@@ -164,7 +164,7 @@ def test_a_step_of_many_passes_is_read_once(monkeypatch):
         return found
 
     monkeypatch.setattr(endpoint_tuning._Training, "step_", counting)
-    monkeypatch.setattr("layercut.models.batch_sizes.PASS_TOKENS", 32)
+    monkeypatch.setattr("layercut.models.memory.PASS_TOKENS", 32)
     for batch_tokens in (32, 128):
         student = loading.share(model)
         cut_segment_(student, [Segment(3, 5)])

@@ -27,8 +27,8 @@ from layercut.healing.endpoint_tuning import (
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import batch_sizes, loading, losses
-from layercut.models.batch_sizes import Budget
+from layercut.models import loading, losses, memory
+from layercut.models.memory import Budget
 from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.stages.heal import tune_settings
@@ -358,7 +358,7 @@ DIRECT = {
 def test_gradient_of_every_objective_is_the_full_models(name, budget, is_taught, monkeypatch, tmp_path):
     """Chunks of 5 tokens, or all at once; taught: at answers the next-token loss has the shares of all terms."""
     model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
-    monkeypatch.setattr(batch_sizes, "PIECE_BYTES", budget)
+    monkeypatch.setattr(memory, "PIECE_BYTES", budget)
     student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
     options = DIRECT[name]
     t, mix = options.get("temperature", 1.0), options.get("mix", 1.0 if name == "next-token" else 0.0)
@@ -396,7 +396,7 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, is_taught,
 def test_a_step_of_several_passes_is_that_of_one(monkeypatch):
     model, results = tiny.llama(), []
     for tokens_in_pass in (16, 32, 1024):
-        monkeypatch.setattr(batch_sizes, "PASS_TOKENS", tokens_in_pass)
+        monkeypatch.setattr(memory, "PASS_TOKENS", tokens_in_pass)
         student = cut_copy(model, Segment(3, 5))
         heldout = tiny.some_tokens(2, seed=1)
         report = tune_(student, model, tiny.some_tokens(6), heldout=heldout, batch_tokens=80, learning_rate=1e-3)

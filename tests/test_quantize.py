@@ -26,8 +26,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, loading
-from layercut.models.batch_sizes import Budget
-from layercut.models.memory import memory_limit
+from layercut.models.memory import Budget, memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.iterative import recipes
 from layercut.quantization import (

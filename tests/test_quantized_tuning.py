@@ -27,7 +27,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_par
 from layercut.healing.tuning_pass import Batch, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, loading
-from layercut.models.batch_sizes import Budget
+from layercut.models.memory import Budget
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner

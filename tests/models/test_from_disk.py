@@ -25,7 +25,7 @@ from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.least_squares import fold_cut_
-from layercut.models import batch_sizes, checkpoints, layer_reader, loading, memory, placement, weight_sharing
+from layercut.models import checkpoints, layer_reader, loading, memory, placement, weight_sharing
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
@@ -54,7 +54,7 @@ def both(tiny_model, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         quick.leave_out(patch)
-        patch.setattr("layercut.models.batch_sizes.PASS_TOKENS", 16)  # a step is several passes
+        patch.setattr("layercut.models.memory.PASS_TOKENS", 16)  # a step is several passes
         return [compressed(mode, tiny_model, texts, folder / mode) for mode in ("on", "off")]
 
 
@@ -276,7 +276,7 @@ def tuned(checkpoint, mode, folder, segments, settings, tokens, lengths, **how):
     ("two epochs", "bfloat16"), ("parted", "bfloat16"),
 ])  # fmt: skip
 def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_sizes, "PASS_TOKENS", 48)
+    monkeypatch.setattr(memory, "PASS_TOKENS", 48)
     settings = TuneSettings(learning_rate=1e-3, batch_tokens=96, **SETTINGS[name])
     segments, tokens = [Segment(2, 3), Segment(4, 6)], tiny.some_tokens(24, 16)
     lengths = LENGTHS if name == "parted" else None

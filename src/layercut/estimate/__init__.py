@@ -34,10 +34,9 @@ from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.on_trial import LONGER, PLACES, TRIED, VARIANTS, priced_after_fold
 from layercut.layer_search.search_cost import search_cost, unknown_search
 from layercut.models import checkpoints, loading
-from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
 from layercut.models.gguf_header import read_header
-from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
+from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
 from layercut.models.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (

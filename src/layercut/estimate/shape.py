@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layercut.evaluation.speed import cache_bytes
 from layercut.healing.linear_outputs import read_widths
-from layercut.models.batch_sizes import kept_bytes
 from layercut.models.cost import LayerCost, Parts, Shape
 from layercut.models.loading import build, find_decoder, quiet_transformers, skeleton
+from layercut.models.memory import kept_bytes
 from layercut.models.runner import hidden_of, intercepted, replaced_hidden
 
 

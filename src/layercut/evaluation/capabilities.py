@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from layercut.data.probes import ProbeRows
-from layercut.models.batch_sizes import slices
 from layercut.models.losses import as_price, kl_divergence
+from layercut.models.memory import slices
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner
 

@@ -22,9 +22,9 @@ import torch
 
 from layercut.healing.least_squares import Normal, add_split_, equations_flops, fold_systems
 from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
-from layercut.models.batch_sizes import slices
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work
 from layercut.models.losses import as_price
+from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all, teacher_of
 from layercut.segments import Segment
 

@@ -22,7 +22,7 @@ from layercut.errors import ConfigError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically, writing
 from layercut.healing.row_parts import lengths_key, row_parts
-from layercut.models.batch_sizes import slices
+from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner
 
 SHARD_TOKENS = 8192

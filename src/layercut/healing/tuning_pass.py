@@ -17,9 +17,9 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.stored_teacher import StoredTeacher
-from layercut.models.batch_sizes import slices
 from layercut.models.compiling import fused
 from layercut.models.devices import placed
+from layercut.models.memory import slices
 from layercut.models.objectives import KL, NextToken, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 

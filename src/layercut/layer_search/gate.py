@@ -32,8 +32,8 @@ from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.prices import WORST, Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
-from layercut.models.batch_sizes import slices
 from layercut.models.losses import LOSS_SCALE, likelihood_slope_
+from layercut.models.memory import slices
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
 

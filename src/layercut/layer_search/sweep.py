@@ -19,9 +19,9 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models.batch_sizes import slices
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.losses import as_price, compared_bytes, next_token_loss
+from layercut.models.memory import slices
 from layercut.models.runner import Calls, DecoderRunner, passes_in_step, teacher_of
 from layercut.segments import Segment
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from layercut.config import CompressConfig
-from layercut.models.batch_sizes import Budget
+from layercut.models.memory import Budget
 from layercut.segments import Segment
 
 Peak = dict[str, int]
@@ -65,7 +65,7 @@ class LayerCost:
     saved_trained: int
     """The same where the weights take gradients: each matrix keeps its input as well."""
     kept: int
-    """Bytes that a token leaves for the way back, as tuning reckons before it has run (`batch_sizes.kept_bytes`)."""
+    """Bytes that a token leaves for the way back, as tuning reckons before it has run (`memory.kept_bytes`)."""
     kernels: int
     """Operations on tensors that one call of the layer issues, however few the tokens."""
 

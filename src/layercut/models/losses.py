@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layercut.models.batch_sizes import slices
 from layercut.models.compiling import fused
-from layercut.models.memory import budget
+from layercut.models.memory import budget, slices
 
 LOSS_SCALE = 2.0**16
 """What losses are multiplied by where gradients are taken in float16, which below 6e-8 has nothing: at first. Halved

@@ -1,6 +1,7 @@
-"""Memory of this machine, of this process and of its accelerator, in bytes; what of it a pass may take, and no more.
+"""Memory of this machine, this process and its accelerator, in bytes, and how much of it one pass may take.
 
-Stages ask `budget` how much they do at once. Where memory runs out all the same, they go on in smaller parts:
+The largest tensors, logits [B, T, V] and hidden states [B, T, D], are made a few rows at a time, so that each stays
+within the `Budget` of its device. Where memory runs out all the same, work goes on in smaller parts:
 
     with memory_limit(None):               # opened by the run, and by public functions
         for part in (parts := ShrinkingParts("search", work, device)):
@@ -13,25 +14,28 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import resource
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import psutil
 import torch
 
 from layercut import progress
 from layercut.distributed import processes
 from layercut.errors import ModelError
 from layercut.files.sizes import parse_bytes
-from layercut.models.batch_sizes import Budget
 
 Part = TypeVar("Part", bound=Any)
+CGROUP = Path("/sys/fs/cgroup")
+"""Limits of a container, as seen from inside (cgroup v2)."""
+
+# --- what there is ---
 
 
 def available_bytes(device: torch.device) -> int:
@@ -40,21 +44,19 @@ def available_bytes(device: torch.device) -> int:
     The machine's within a container's limit: of several processes on it each has an even part, within the limits that
     the process has by itself (`ulimit -v`, `ulimit -d`).
     """
-    import psutil
-
-    free = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")  # cgroup v2, as seen from inside a container
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        used = int((group / "memory.current").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(limit - used + int(cache["inactive_file"]))
-    except (OSError, ValueError, KeyError):
-        pass
-    here = min([min(free) // processes.on_this_machine(), *_within_limits()])
-    if device.type != "cpu" and (own := accelerator_bytes(device)) is not None:
-        return own
-    return here if (most := most_bytes()) is None else min(here, max(0, most - (resident_bytes() or 0)))
+    if device.type != "cpu" and (free := accelerator_bytes(device)) is not None:
+        return free
+    info = psutil.virtual_memory(), psutil.Process().memory_info()
+    free = info[0].available
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        cache = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(cache["inactive_file"])
+        free = min(free, int((CGROUP / "memory.max").read_text()) - used)  # "max" where there is none
+    free //= processes.on_this_machine()
+    for limit, taken in ((resource.RLIMIT_AS, info[1].vms), (resource.RLIMIT_DATA, getattr(info[1], "data", 0))):
+        if (allowed := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+            free = min(free, max(0, allowed - taken))
+    return free if (most := most_bytes()) is None else min(free, max(0, most - resident_bytes()))
 
 
 def accelerator_bytes(device: torch.device) -> int | None:
@@ -67,55 +69,35 @@ def accelerator_bytes(device: torch.device) -> int | None:
     return max(0, free if (most := most_bytes()) is None else min(free, most - used))
 
 
-def _within_limits() -> Iterator[int]:
-    """Bytes that this process may still ask the kernel for, by each limit that is set on it."""
-    for limit, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        allowed, _ = resource.getrlimit(limit)
-        with contextlib.suppress(OSError):  # where there is no /proc, limits are not counted
-            if allowed != resource.RLIM_INFINITY:
-                lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-                yield max(0, allowed - 1024 * int(lines[counted].split()[0]))
+def resident_bytes() -> int:
+    """What this process holds now: Python and its libraries, as in any run."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def resident_bytes() -> int | None:
-    """What this process holds now: Python and its libraries, as in any run. None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def memory_bytes() -> int | None:
+def memory_bytes() -> int:
     """The machine's memory."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return int(psutil.virtual_memory().total)
 
 
-def whole_bytes(device: torch.device) -> int | None:
+def whole_bytes(device: torch.device) -> int:
     """All memory that a device has, used or not, within a container's limit and what `memory_limit` allows.
 
     Unlike what is available it is the same whenever it is asked.
     """
-    found = [each for each in (memory_bytes(), most_bytes()) if each is not None]
+    found = [memory_bytes()]
     with contextlib.suppress(OSError, ValueError):
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        found.append(int((CGROUP / "memory.max").read_text()))
     if device.type != "cpu":
         with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
-            own = int(torch.accelerator.get_memory_info(device)[1])
-            return own if (most := most_bytes()) is None else min(own, most)
-    return min(found, default=None)
+            found = [int(torch.accelerator.get_memory_info(device)[1])]
+    return min(found) if (most := most_bytes()) is None else min(*found, most)
 
 
 def release_freed() -> None:
     """Return freed memory to the system: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""What glibc's malloc.h calls by these names."""
 
 
 def reuse_freed(most: int = 256 * 2**20) -> None:
@@ -126,11 +108,141 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are
-        library.mallopt(_M_TRIM_THRESHOLD, most)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest there is: larger pieces are returned at once
+        library.mallopt(-1, most)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the largest there is: larger pieces are returned at once
 
 
-# --- what a pass may take ---
+# --- what one pass may take ---
+
+CHUNK_BYTES = 256 * 2**20
+"""CPU: logits of a chunk of rows, in float32."""
+PIECE_BYTES = 32 * 2**20
+"""CPU: logits of a piece of a tuning pass. Above it glibc fetches memory from the system, page by page, each time."""
+SWEPT_ROWS = 8
+"""CPU: rows of tokens that go through a layer together where weights are in memory, at most."""
+PASS_TOKENS = 1024
+"""Tokens in one forward and backward pass: what is kept for the backward pass grows with them; speed does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one pass may take on a device: bytes of logits, hidden states and activations, and rows at once."""
+
+    logits: int
+    """Bytes of a chunk of rows' logits in float32; up to five times as many are there while they are compared."""
+    piece: int
+    """Bytes of the logits of a piece of a tuning pass, in the model's format; four times as many are there."""
+    inner: int
+    """Bytes of logits in float32 within a piece; four times as many are there."""
+    streams: int
+    """Bytes of hidden states at the end of a sweep; those of one row at least."""
+    kept: int
+    """Bytes that a pass keeps for its way back."""
+    rows: int
+    """Rows that go through a layer together, at most."""
+    swept_tokens: int
+    """Tokens that go through a layer together, at most."""
+    tokens: int
+    """The same where its inputs are recorded, or a pass keeps something for its way back."""
+    pass_tokens: int
+    """Tokens in a forward and backward pass: as many at least, whatever is kept for its way back."""
+    most_rows: int = sys.maxsize
+    """Rows of anything at once: with twice as many memory ran out."""
+
+    @classmethod
+    def of_cpu(cls, threads: int | None = None) -> Budget:
+        """That of a CPU, by what its caches and the C library's allocator bear, measured (docs/log.md)."""
+        return cls(
+            logits=CHUNK_BYTES, piece=PIECE_BYTES, inner=2**19 * (threads or torch.get_num_threads()),
+            streams=512 * 2**20, kept=0, rows=SWEPT_ROWS, swept_tokens=sys.maxsize, tokens=2048,
+            pass_tokens=PASS_TOKENS,
+        )  # fmt: skip
+
+    @classmethod
+    def of_accelerator(cls, free: int) -> Budget:
+        """That of an accelerator: shares of its free memory, which leave room for what is made of them. Guesses.
+
+        A token in a layer is reckoned with 1 MiB: in Llama 3 8B it takes 0.1 MiB. 8,192 tokens fill any of them.
+        """
+        share = _power_of_two(free)  # between free / 2 and free
+        tokens = min(8192, max(256, share // 2**20))
+        return cls(
+            logits=share // 16, piece=share // 32, inner=share // 64, streams=share // 4, kept=share // 4,
+            rows=tokens, swept_tokens=tokens, tokens=tokens, pass_tokens=min(PASS_TOKENS, tokens),
+        )  # fmt: skip
+
+    def divided(self, by: int, most_rows: int = sys.maxsize) -> Budget:
+        """A smaller one."""
+        return replace(
+            self, **{name: max(1, value // by) for name, value in vars(self).items()} | {"most_rows": most_rows}
+        )
+
+    def least(self, other: Budget) -> Budget:
+        """The smaller of both, figure by figure."""
+        return replace(self, **{name: min(value, getattr(other, name)) for name, value in vars(self).items()})
+
+    def logit_rows(self, window: int, vocabulary: int) -> int:
+        """Rows whose logits are had at once in float32."""
+        return max(1, min(self.most_rows, self.logits // (window * vocabulary * 4)))
+
+    def logit_tokens(self, vocabulary: int) -> int:
+        """Positions of a row whose logits are had at once in float32."""
+        return max(1, self.logits // (4 * vocabulary))
+
+    def logit_pieces(self, rows: int, window: int, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit."""
+        tokens = max(1, self.piece // bytes_per_token)
+        for part in slices(rows, max(1, tokens // window)):
+            for columns in slices(window, min(window, tokens)):
+                yield part, columns
+
+    def float_tokens(self, vocabulary: int) -> int:
+        """Tokens whose logits are in float32 at a time, within a piece."""
+        return max(1, self.inner // (4 * vocabulary))
+
+    def swept_rows(self, window: int, stream_bytes: int, streams: int) -> int:
+        """Rows per batch of a sweep, which at its end holds one hidden state for each set."""
+        return max(1, min(self.layer_rows(window), self.streams // (stream_bytes * streams)))
+
+    def layer_rows(self, window: int) -> int:
+        """Rows that go through a layer together, without gradients."""
+        return max(1, min(self.rows, self.most_rows, self.swept_tokens // window))
+
+    def recorded_rows(self, window: int) -> int:
+        """Rows that go through a layer together where its inputs are recorded."""
+        return max(1, min(self.most_rows, self.tokens // window))
+
+    def pass_rows(self, window: int, kept_bytes: int) -> int:
+        """Rows in one forward and backward pass."""
+        tokens = max(self.pass_tokens, min(self.tokens, self.kept // max(1, kept_bytes)))
+        return max(1, min(self.most_rows, tokens // window))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above a number; 1 for what is below it."""
+    return 1 << (max(1, number).bit_length() - 1)
+
+
+def kept_bytes(weights: Sequence[torch.Size], itemsize: int) -> int:
+    """Bytes that a layer keeps of a token for a backward pass, told from its weights: twice what they read and write.
+
+    Of experts' weights, stacked, up to eight are reckoned. On the safe side: of Llama 3 8B 2.5 times what was kept.
+    """
+    widths = [sum(shape[-2:]) * min(8, shape[:-2].numel()) for shape in weights if len(shape) > 1]
+    return 2 * sum(widths) * itemsize
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """range(length) in runs of `step`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+# --- limits, and what happens where memory runs out ---
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""Words of the errors of devices whose own class of error is not torch's."""
+MOST_HALVINGS = 16
 
 
 @dataclass
@@ -181,19 +293,14 @@ def budget(device: torch.device, free: int | None = None) -> Budget:
     That of a CPU is the same whatever is free, so that results are, unless a limit is given; both are halved for each
     time that memory ran out.
     """
-    limits = _limits.get()
+    limits = _limits.get() or _Limits()
     if device.type != "cpu":
         found = Budget.of_accelerator(available_bytes(device) if free is None else free)
     else:
         found = Budget.of_cpu()
-        if limits and limits.most is not None:
+        if limits.most is not None:
             found = found.least(Budget.of_accelerator(available_bytes(device)))
-    return found.divided(2**limits.halvings, limits.most_rows) if limits and limits.halvings else found
-
-
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-"""Words of the errors of devices whose own class of error is not torch's."""
-MOST_HALVINGS = 16
+    return found.divided(2**limits.halvings, limits.most_rows) if limits.halvings else found
 
 
 def ran_out(error: BaseException) -> bool:
@@ -209,9 +316,10 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
     if not ran_out(error) or limits is None:
         raise error
     if limits.halvings == MOST_HALVINGS:
+        window = "--tune-window 128 --window" if stage == "tune" else "--window"
         raise ModelError(
             f"{stage} runs out of memory on {device} even with the least that can be done at once",
-            f"read the layers from disk: --stream on; or give shorter rows: {rows_of(stage)} 128",
+            f"read the layers from disk: --stream on; or give shorter rows: {window} 128",
         ) from error
     limits.halvings += 1
     limits.most_rows = min(limits.most_rows, max(1, rows // 2))
@@ -221,16 +329,11 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
     progress.warn(stage, f"out of memory on {device}: going on with 1/{2**limits.halvings} as much at once")
 
 
-def rows_of(stage: str) -> str:
-    """The flags by which the rows of a stage are made shorter."""
-    return "--tune-window 128 --window" if stage == "tune" else "--window"
-
-
 class ShrinkingParts(Generic[Part]):
     """Work in parts; one that runs out of memory is taken again as two halves, by half the budget."""
 
     def __init__(self, stage: str, parts: Iterable[Part], device: torch.device, *, alone: bool = True) -> None:
-        """Nothing is done yet."""
+        """alone: no other process waits for each of the parts."""
         self.stage, self.device, self.alone = stage, device, alone
         self.left = deque(parts)
 
@@ -244,14 +347,13 @@ class ShrinkingParts(Generic[Part]):
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not self.alone:
+            if not self.alone or not ran_out(error):
                 raise
             failed: BaseException | None = error
         else:
             failed = None
         if failed is not None:  # out of the handler: the error's traceback would keep the part's tensors
-            failed.__traceback__ = failed.__traceback__ if not ran_out(failed) else None
-            halve_(failed, self.stage, self.device, rows_in(part))
+            halve_(failed.with_traceback(None), self.stage, self.device, rows_in(part))
             self.left.extendleft(reversed(halves(part)))
 
 
@@ -261,9 +363,9 @@ def rows_in(part: Any) -> int:
         return rows_in(part[0])
     if isinstance(part, list):
         return sum(map(rows_in, part))
-    if isinstance(part, int):
-        return 1
-    return part.stop - part.start if isinstance(part, slice) else len(part)
+    if isinstance(part, slice):
+        return int(part.stop - part.start)
+    return 1 if isinstance(part, int) else len(part)
 
 
 def halves(part: Any) -> list[Any]:

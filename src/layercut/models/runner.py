@@ -32,14 +32,13 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError
 from layercut.files.sizes import size
 from layercut.models import compiling
-from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Peak, PlannedRun
 from layercut.models.devices import placed
 from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader import layers_on_disk
 from layercut.models.loading import find_decoder, positions, stored_dtype
 from layercut.models.losses import Teacher, as_price, compared_bytes
-from layercut.models.memory import ShrinkingParts, available_bytes, budget
+from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget
 from layercut.progress import say
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]

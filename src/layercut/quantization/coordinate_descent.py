@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from layercut.models.batch_sizes import slices
+from layercut.models.memory import slices
 from layercut.quantization.gptq import BLOCK, damped
 from layercut.quantization.grid import ROWS, Grid, decode
 

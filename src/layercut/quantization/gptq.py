@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layercut.models.batch_sizes import slices
+from layercut.models.memory import slices
 from layercut.quantization.grid import ROWS, Grid, decode, encode
 
 DAMPING, BLOCK = 0.01, 128

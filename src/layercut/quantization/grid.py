@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from layercut.models.batch_sizes import slices
+from layercut.models.memory import slices
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from layercut.models.batch_sizes import slices
 from layercut.models.devices import place_of_float64
+from layercut.models.memory import slices
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.quantization.gptq import gram
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from layercut.models.batch_sizes import slices
+from layercut.models.memory import slices
 from layercut.quantization.gptq import RIDGE, output_errors
 from layercut.quantization.grid import ROWS, Grid, decode
 

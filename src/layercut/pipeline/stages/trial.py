@@ -25,8 +25,8 @@ from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_se
 from layercut.layer_search.on_trial import LONGER, tried
 from layercut.layer_search.prices import Judge, Prices
 from layercut.layer_search.weighted_rows import WeightedRows, tests_alone, weighted_rows
-from layercut.models.batch_sizes import slices
 from layercut.models.losses import as_price
+from layercut.models.memory import slices
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
