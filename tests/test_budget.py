@@ -9,7 +9,7 @@ import torch
 import tiny
 from layercut import memory_limit
 from layercut.errors import ConfigError, ModelError
-from layercut.evaluation import likelihood, lm_eval_harness
+from layercut.evaluation import likelihood
 from layercut.healing import fold_, tune_, tuning_pass
 from layercut.layer_search import sweep
 from layercut.layer_search.gate import foretell
@@ -284,28 +284,6 @@ def test_held_out_rows_are_scored_in_halves_too(monkeypatch):
     found = tune_(student, whole, tokens[:-5], **asked)
     assert [p["loss"] for p in found.heldout] == pytest.approx([p["loss"] for p in plain.heldout], rel=1e-4)
     assert tried[:3] == [5, 3, 2]
-
-
-def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
-    model, tried = tiny.llama(1), []
-    requests = [([1] * (9 - i), [i, i + 1]) for i in range(7)]
-    wanted = lm_eval_harness._answers(model, requests, "")
-    likelihoods = lm_eval_harness.log_likelihoods
-
-    def short_answers(model, some):
-        tried.append(len(some))
-        if len(some) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return likelihoods(model, some)
-
-    monkeypatch.setattr(lm_eval_harness, "log_likelihoods", short_answers)
-    with memory_limit():
-        found = lm_eval_harness._answers(model, requests, "")
-        before = len(tried)
-        lm_eval_harness._answers(model, requests, "")
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-5)
-    assert tried[:3] == [7, 3, 1]
-    assert max(tried[before:]) <= 2, "what follows knows"
 
 
 def test_what_no_halving_helps_ends_with_a_hint(monkeypatch):

@@ -145,7 +145,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
 def _asked(target: str, config: PerplexityConfig) -> _Asked:
     run, tasks = Path(target), config.tasks
     if tasks.names:
-        evaluation.check_tasks(tasks.names, tasks.include_path)
+        evaluation.check_tasks(tuple(tasks.names), tasks.include_path)
     functions = evaluation.named(tasks.evaluation_names)
     models, of_run = {target: target}, is_run(run)
     if of_run:

@@ -1,17 +1,11 @@
-"""Tasks through lm-evaluation-harness, on models that are already in memory.
+"""Tasks of lm-evaluation-harness, on models that are already in memory.
 
 One record a task and model (its form: `retention.py`), kept as a file in the run folder under a key of everything it
 depends on: what the model holds, the task's definition, the limit, the version of lm-eval. A run that was stopped
 continues with the next task. lm-eval itself is an extra: `pip install 'layercut[eval]'`.
 
-Each task is one call of `lm_eval.evaluator.evaluate`. `simple_evaluate` around it is not used: it describes the
-machine after every call (`add_env_info`), which takes some 10 s, and would be called once a task and model, since a
-record is kept as soon as a task is done; and it loads the tasks itself, while their definitions, which are part of
-the record's key, must be known before. What it does to the tasks (few-shot number and seed) is done in `load_tasks`,
-and random numbers are seeded as it does it (`_seeded`).
-HFLM is subclassed for three reasons alone: its batch size is one number for all lengths, or found by running out of
-memory, which a CPU does not survive; it computes the context of a question once for each of its choices
-(`shared_contexts.py`); and its progress bar is not layercut's.
+Each task is one call of `lm_eval.evaluate`. `simple_evaluate` around it describes the machine after every call, which
+takes some 10 s; what else it does, few-shot number and seeds, is done here.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -38,7 +32,6 @@ import torch
 from layercut.data.text_files import content
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
-from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
 from layercut.files.json_values import digest, restored, write_json
 from layercut.models.loading import positions, quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget
@@ -55,12 +48,12 @@ NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_lay
 """Keys of a config that say where a model came from, not what it computes."""
 
 
-# --- what can be asked for ---------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1)
-def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
-    """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names."""
+def check_tasks(names: tuple[str, ...], include_path: Path | None) -> Any:
+    """lm-eval's index of tasks, with all these in it. Its own 14,000 take seconds to read: only where they are needed.
+
+    What cannot be scored is refused before anything long is begun.
+    """
     with _quiet():
         try:
             from lm_eval.tasks import TaskManager
@@ -77,20 +70,15 @@ def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
             if set(names) <= set(own.all_tasks):
                 return own
         every = TaskManager(include_path=folder)
-    unknown = [name for name in names if name not in set(every.all_tasks)]
-    if unknown:
-        near = [n for name in unknown for n in difflib.get_close_matches(name, every.all_tasks, 3)]
+    known = set(every.all_tasks)
+    if unknown := [name for name in names if name not in known]:
+        near = dict.fromkeys(n for name in unknown for n in difflib.get_close_matches(name, every.all_tasks, 3))
         raise ConfigError(
             f"lm-eval has no task {', '.join(map(repr, unknown))}",
-            (f"did you mean {', '.join(dict.fromkeys(near))}? " if near else "")
+            (f"did you mean {', '.join(near)}? " if near else "")
             + "lm-eval ls tasks lists all; task files of your own: --include-path FOLDER",
         )
     return every
-
-
-def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
-    """Refuse what cannot be scored, before anything long is begun."""
-    task_manager(tuple(names), include_path)
 
 
 def harness_version(include_path: Path | None) -> list[Any]:
@@ -104,8 +92,7 @@ def harness_version(include_path: Path | None) -> list[Any]:
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
     """The single tasks behind the names, groups and tags expanded."""
-    manager = task_manager(tuple(names), include_path)
-    found: dict[str, Any] = {}
+    manager, found = check_tasks(tuple(names), include_path), dict[str, Any]()
     for name in dict.fromkeys(names):
         try:
             with _quiet(), _seeded():
@@ -115,7 +102,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
                 f"task {name!r} cannot be loaded: {first_line(error)}",
                 "check the network; tasks with data of your own: --include-path FOLDER",
             ) from error
-    for task in found.values():  # as lm_eval.simple_evaluate does it
+    for task in found.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
@@ -129,13 +116,15 @@ def score_tasks(
     model: Any, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None, name: str, cache: Path | None
 ) -> dict[str, Record]:
     """One record per task, from the cache where it is there. Neither model nor tokenizer is changed."""
+    longest = positions(model.config) or LONGEST_ON_CPU
+    if next(model.parameters()).device.type == "cpu":
+        longest = min(longest, LONGEST_ON_CPU)
     held = content_hash(model, tokenizer) if cache else ""
-    lm, records = None, {}
+    lm, records = None, dict[str, Record]()
     for task_name, task in tasks.items():
-        longest = _longest(model)
         key = digest([held, task_name, definition(task, limit), limit, longest, metadata.version("lm_eval")])
         file = cache / f"{task_name.replace('/', '-')}-{key}.json" if cache else None
-        record = _read(file)
+        record = _kept(file)
         if record is None:
             lm = lm or language_model(model, tokenizer, longest)
             lm.title = f"{task_name}, {name}"
@@ -147,7 +136,7 @@ def score_tasks(
     return records
 
 
-def _read(file: Path | None) -> Record | None:
+def _kept(file: Path | None) -> Record | None:
     try:
         found = restored(json.loads(file.read_text(encoding="utf-8"))) if file else None
     except (OSError, ValueError):
@@ -157,36 +146,24 @@ def _read(file: Path | None) -> Record | None:
 
 def definition(task: Any, limit: int | None) -> str:
     """Hash of a task: what its YAML says, functions by how they are written, and the items that will be asked."""
-    documents = list(islice(iter(task.eval_docs), limit))
     config = task.config.to_dict(keep_callable=True)
     if isinstance(facts := config.get("metadata"), dict):  # lm-eval notes where the file lay
         config["metadata"] = {key: value for key, value in facts.items() if key != "config_source"}
     said = json.dumps(
-        [source_digest(type(task)), config, documents], sort_keys=True,
+        [source_digest(type(task)), config, list(islice(iter(task.eval_docs), limit))], sort_keys=True,
         default=lambda value: source_digest(value) if callable(value) else str(value),
     )  # fmt: skip
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def _longest(model: Any) -> int:
-    """Tokens a request may have: the model's own context, bounded on a CPU."""
-    limit = positions(model.config) or LONGEST_ON_CPU
-    return min(limit, LONGEST_ON_CPU) if next(model.parameters()).device.type == "cpu" else limit
-
-
 def _run(lm: Any, name: str, task: Any, limit: int | None) -> Record:
-    from lm_eval.evaluator import evaluate
+    """lm-eval's answer for one task, reduced to what is compared."""
+    from lm_eval import evaluate
 
     with _quiet(), _seeded():
         # no bootstrap: standard errors are computed from the items, and only for means
         results = evaluate(lm=lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
-    return record_of(name, task, results)
-
-
-def record_of(name: str, task: Any, results: dict[str, Any]) -> Record:
-    """lm-eval's answer for one task, reduced to what is compared."""
-    samples = results["samples"][name]
-    better, metrics = results["higher_is_better"][name], {}
+    samples, better, metrics = results["samples"][name], results["higher_is_better"][name], dict[str, Any]()
     for key, score in results["results"][name].items():
         metric, _, which = key.partition(",")
         if not which or metric.endswith("_stderr") or not isinstance(score, int | float):
@@ -202,72 +179,68 @@ def record_of(name: str, task: Any, results: dict[str, Any]) -> Record:
         }
     if not metrics:
         raise DataError(f"task {name!r} reports no number", "choose a task with a metric")
-    first = samples[0]["filter"]
-    items = [s for s in samples if s["filter"] == first]
+    items = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    choices = None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        try:
+            choices = [len(task.doc_to_choice(s["doc"])) for s in items]
+        except (AttributeError, NotImplementedError):  # a task in plain Python: one request an answer
+            choices = [len(s["arguments"]) for s in items]
     hashes = "".join(f"{s['doc_id']}:{s['doc_hash']}" for s in items)
     return {
         "task": name,
         "items": len(items),
         "document_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
-        "choices": _choices(task, items),
+        "choices": choices,
         "metrics": metrics,
         "version": results["versions"].get(name),
         "shots": results["n-shot"].get(name),
     }
 
 
-def _choices(task: Any, items: Sequence[dict[str, Any]]) -> list[int] | None:
-    """How many answers each item offers; None where the answer is not picked from a list."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    try:
-        return [len(task.doc_to_choice(s["doc"])) for s in items]
-    except (AttributeError, NotImplementedError):  # a task in plain Python: one request an answer
-        return [len(s["arguments"]) for s in items]
-
-
 def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
-    """The model as lm-eval wants it, with layercut's progress bar and bounded tensors of logits."""
+    """The model as lm-eval's HFLM, whose requests go through in slices, from the longest to the shortest.
+
+    lm-eval has one batch size for all lengths, or finds one by running out of memory, which a CPU does not survive.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    vocabulary, shares = model.config.get_text_config().vocab_size, shares_contexts(model)
+    device, alone = next(model.parameters()).device, not sharding.is_spread(model)
+    vocabulary = model.config.get_text_config().vocab_size
 
     class LanguageModel(HFLM):
-        """HFLM whose requests go through in slices, from the longest to the shortest."""
-
         title = ""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            _check_answers(requests, self.title)
-            if shares:
-                return _answers(model, [_within(request[1], request[2], longest) for request in requests], self.title)
-
-            def length(i: int) -> int:
-                return min(longest, len(requests[i][1]) + len(requests[i][2]))
-
-            answer = partial(super()._loglikelihood_tokens, disable_tqdm=True)
-            # requests of one context stay together: lm-eval answers one-token choices of one context in one pass
-            order = sorted(range(len(requests)), key=lambda i: (-length(i), requests[i][1], requests[i][2]))
-            return self._in_slices(requests, order, length, answer)
+            if not all(answer for _, _, answer in requests):
+                raise DataError(
+                    f"{self.title}: an answer has no token of its own, since the tokenizer joins it to its question",
+                    "choose another task, or let its questions end with a blank line",
+                )
+            # those of one context stay together: lm-eval answers one-token choices of one context in one pass
+            sizes = [(len(context) + len(answer), context, answer) for _, context, answer in requests]
+            return self._in_slices(requests, sizes, super()._loglikelihood_tokens)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            def length(i: int) -> int:
-                return min(longest, len(requests[i].args[0]) // 2)  # about; characters are cheap to count
+            sizes = [(len(request.args[0]) // 2,) for request in requests]  # about; characters are cheap to count
+            return self._in_slices(requests, sizes, super().generate_until)
 
-            answer = partial(super().generate_until, disable_tqdm=True)
-            order = sorted(range(len(requests)), key=lambda i: -length(i))
-            return self._in_slices(requests, order, length, answer)
-
-        def _in_slices(self, requests: Any, order: list[int], length: Callable[[int], int], answer: Any) -> list[Any]:
-            def rows_of(first: int) -> int:
-                room = budget(next(model.parameters()).device)
-                return min(MOST_ROWS, room.logit_rows(max(1, length(first)), vocabulary))
-
-            def given(part: list[int], share: float) -> Any:
-                self.batch_size_per_gpu = max(1, int(rows_of(part[0]) * share))
-                return answer([requests[i] for i in part])
-
-            return _in_slices(model, order, lambda first: 4 * rows_of(first), given, self.title)
+        def _in_slices(self, requests: Any, sizes: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
+            found: list[Any] = [None] * len(requests)
+            order = sorted(range(len(requests)), key=lambda i: (-sizes[i][0], *sizes[i][1:]))
+            with bar(self.title, len(order)) as advance:
+                while order:
+                    fit = budget(device).logit_rows(max(1, min(longest, sizes[order[0]][0])), vocabulary)
+                    rows = min(MOST_ROWS, fit)
+                    part, order = order[: 4 * rows], order[4 * rows :]
+                    for some in (queue := ShrinkingParts("evaluate", [part], device, alone=alone)):
+                        with queue.trying(some):
+                            self.batch_size_per_gpu = max(1, rows * len(some) // len(part))
+                            answers = answer([requests[i] for i in some], disable_tqdm=True)
+                            for i, each in zip(some, answers, strict=True):
+                                found[i] = each
+                            advance(len(some))
+            return found
 
     with _quiet():
         # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
@@ -275,59 +248,6 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
         )  # fmt: skip
-
-
-def _check_answers(requests: Sequence[Any], title: str) -> None:
-    """Refuse an answer without a token."""
-    if not all(request[2] for request in requests):
-        raise DataError(
-            f"{title}: an answer has no token of its own, since the tokenizer joins it to its question",
-            "choose another task, or let its questions end with a blank line",
-        )
-
-
-def _answers(model: Any, requests: list[Request], title: str) -> list[Answer]:
-    """As lm-eval answers them, from the longest context to the shortest, every one run once; with a progress bar."""
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]), requests[i]))
-
-    def most(first: int) -> int:
-        return min(requests_at_once(len(requests[first][0])), budget(next(model.parameters()).device).most_rows)
-
-    return _in_slices(
-        model, order, most, lambda part, _: log_likelihoods(model, [requests[i] for i in part]), title
-    )  # fmt: skip
-
-
-def _in_slices(
-    model: Any,
-    order: list[int],
-    most: Callable[[int], int],
-    given: Callable[[list[int], float], Sequence[Any]],
-    title: str,
-) -> list[Any]:
-    """Answers to numbered requests, a slice after the other; one that runs out of memory is taken again in halves."""
-    answers: list[Any] = [None] * len(order)
-    device, alone = next(model.parameters()).device, not sharding.is_spread(model)
-    with bar(title, len(order)) as advance:
-        while order:
-            rows = most(order[0])
-            part, order = order[:rows], order[rows:]
-            queue = ShrinkingParts("evaluate", [part], device, alone=alone)
-            for some in queue:
-                with queue.trying(some):
-                    for i, answer in zip(some, given(some, len(some) / len(part)), strict=True):
-                        answers[i] = answer
-                    advance(len(some))
-    return answers
-
-
-def _within(context: list[int], continuation: list[int], longest: int) -> Request:
-    """A request of no more tokens than the model takes, cut as lm-eval cuts it: from the beginning."""
-    kept = max(1, longest + 1 - len(continuation))
-    return context[-kept:], continuation
-
-
-# --- small things ------------------------------------------------------------------------------------------------
 
 
 def content_hash(model: Any, tokenizer: Any) -> str:
@@ -362,8 +282,7 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's own log and bars and those of datasets, silenced; errors still raise."""
-    import datasets
+    """lm-eval's log and all bars of tqdm, silenced; errors still raise."""
     from tqdm.std import tqdm
 
     begin = tqdm.__init__
@@ -372,10 +291,9 @@ def _quiet() -> Iterator[None]:
         begin(bar, *args, **(kwargs | {"disable": True}))  # lm-eval has bars that no argument switches off
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    log, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
     tqdm.__init__ = hidden
     try:
         with quiet_transformers():
@@ -383,5 +301,3 @@ def _quiet() -> Iterator[None]:
     finally:
         tqdm.__init__ = begin
         log.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()

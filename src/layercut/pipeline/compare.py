@@ -76,7 +76,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     if placement.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
     if config.tasks.names:
-        evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
+        evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     journey = with_windows(journey, architecture)

@@ -91,7 +91,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     if until != "search" and on_disk:
         check_streamed(config, spread)
     if config.tasks.names and until == "report":
-        evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
+        evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     if until == "report":
         evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(

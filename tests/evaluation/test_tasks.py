@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-import families
 import folders
 import quick
 import tiny
-from layercut import evaluation
+from layercut import evaluation, memory_limit
 from layercut.cli.command_line import main
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, DataError, RunError
-from layercut.evaluation import lm_eval_harness, shared_contexts
+from layercut.evaluation import lm_eval_harness
 from layercut.evaluation.generated_probes import Probes
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 from layercut.files.json_values import write_json
@@ -275,11 +274,11 @@ def test_an_unknown_task_is_refused_with_near_names(task_folder, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path=None, **_: own(
         include_path=include_path, include_defaults=False))  # fmt: skip
     with pytest.raises(ConfigError, match="no task 'tiny_choises'") as refused:
-        evaluation.check_tasks(["tiny_sums", "tiny_choises"], task_folder)
+        evaluation.check_tasks(("tiny_sums", "tiny_choises"), task_folder)
     assert "did you mean tiny_choices" in refused.value.hint
-    evaluation.check_tasks(["tiny_sums", "tiny_tag"], task_folder)
+    evaluation.check_tasks(("tiny_sums", "tiny_tag"), task_folder)
     with pytest.raises(ConfigError, match="is no folder"):
-        evaluation.check_tasks(["tiny_sums"], task_folder / "nowhere")
+        evaluation.check_tasks(("tiny_sums",), task_folder / "nowhere")
 
 
 def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
@@ -293,7 +292,7 @@ def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
 def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match="not installed") as refused:
-        evaluation.check_tasks(["arc_easy"], None)
+        evaluation.check_tasks(("arc_easy",), None)
     assert "pip install" in refused.value.hint
 
 
@@ -424,59 +423,33 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     ]  # fmt: skip
 
 
-def test_a_context_that_several_answers_share_is_run_once(monkeypatch):
-    lm, seen = model(), []
-    contexts = [[5, 6, 7], [8], list(range(3, 20))]
-    requests = [(context, answer) for context in contexts for answer in ([9], [10, 11, 12, 4], [3] * 7, [13, 2])]
-    assert shared_contexts.shares_contexts(lm)
-    with torch.no_grad():
-        for (context, answer), found in zip(requests, shared_contexts.log_likelihoods(lm, requests), strict=True):
-            logs = lm(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(-1)
-            tokens = torch.tensor(answer)
-            assert found[0] == pytest.approx(logs.gather(1, tokens[:, None]).sum().item(), rel=1e-4)
-            assert found[1] == bool((logs.argmax(-1) == tokens).all())
+def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
+    lm, rows = model(), []
+    requests = [(("", ""), [5] * (9 - i), [i, i + 1]) for i in range(7)]
+    wanted = lm_eval_harness.language_model(lm, folders.tokenizer(), 64)._loglikelihood_tokens(requests)
     forward = lm.forward
-    monkeypatch.setattr(lm, "forward", lambda **how: seen.append(how["input_ids"].shape) or forward(**how))
-    best = [lm(input_ids=torch.tensor([context])).logits[0, -1].argmax().item() for context in contexts]
-    seen.clear()
-    found = shared_contexts.log_likelihoods(lm, [(c, [b]) for c, b in zip(contexts, best, strict=True)] * 4)
-    assert seen == [(3, 17)], "twelve requests, three contexts"
-    assert all(greedy for _, greedy in found)
+
+    def short(input_ids: Any, **how: Any) -> Any:
+        rows.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(input_ids, **how)
+
+    monkeypatch.setattr(lm, "forward", short)
+    with memory_limit():
+        adapter = lm_eval_harness.language_model(lm, folders.tokenizer(), 64)
+        found = adapter._loglikelihood_tokens(requests)
+        before = len(rows)
+        adapter._loglikelihood_tokens(requests)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-5)
+    assert rows[:3] == [7, 3, 1]
+    assert max(rows[before:]) <= 2, "what follows knows"
 
 
 def test_an_answer_without_a_token_of_its_own_is_refused():
     lm = lm_eval_harness.language_model(model(), folders.tokenizer(), 64)
     with pytest.raises(DataError, match="no token of its own"):
         lm._loglikelihood_tokens([(("ba", ""), [5, 6], [7]), (("ba", ""), [5, 6], [])])
-
-
-def test_the_head_reads_rows_side_by_side():
-    """Of rows that are far apart torch copies a head's frozen weight for each, which took a minute of tasks an hour."""
-    lm, read = model(), []
-    lm.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    shared_contexts.log_likelihoods(lm, [([5, 6, 7], [9]), ([8], [10, 11]), (list(range(3, 20)), [3])])
-    assert read[0].shape[:2] == (3, 1)
-    assert all(hidden.stride(0) == hidden.shape[1] * hidden.stride(1) for hidden in read)
-
-
-@pytest.mark.parametrize("config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"sliding_window": 8}])
-def test_layers_that_do_not_see_everything_are_run_as_lm_eval_does(config):
-    lm = model()
-    assert shared_contexts.shares_contexts(lm)
-    for name, value in config.items():
-        setattr(lm.config, name, value)
-    assert not shared_contexts.shares_contexts(lm)
-
-
-@pytest.mark.parametrize("family", ["roberta", "rembert", "mllama"])
-def test_models_whose_contexts_cannot_be_shared_are_run_as_lm_eval_does(family):
-    """Positions that begin at 2, caches that are built of others, and layers that the cache has nothing of."""
-    assert not shared_contexts.shares_contexts(families.tiny(family))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "olmo2"])
-def test_models_whose_contexts_can_be_shared(family):
-    assert shared_contexts.shares_contexts(families.tiny(family))
 
 
 def test_a_task_that_samples_draws_the_same_for_every_model(tmp_path):
@@ -496,6 +469,6 @@ def test_a_task_that_samples_draws_the_same_for_every_model(tmp_path):
 def test_a_kept_score_that_is_no_number_is_read_as_one(tmp_path):
     file = tmp_path / "record.json"
     write_json(file, {"metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}})
-    assert lm_eval_harness._read(file) == {
+    assert lm_eval_harness._kept(file) == {
         "metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}
     }
