@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
-from layercut.files.atomic_folder import appearing
+from layercut.files.writing import appearing
 from layercut.models import loading
 from layercut.pipeline.journey import compress
 

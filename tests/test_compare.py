@@ -22,7 +22,7 @@ from layercut.cli.command_line import main
 from layercut.config import CompareConfig, MethodsConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
-from layercut.files.typed_json import SEAL
+from layercut.files.json_values import SEAL
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence

@@ -234,18 +234,18 @@ def small_disk(tmp_path):
 
 
 def test_disk_full(source, small_disk, monkeypatch):
-    refused(source, small_disk / "out", RunError, "no space left")
+    refused(source, small_disk / "out", RunError, "No space left")
     # and where the space runs out only while writing
     import shutil
 
     usage = shutil.disk_usage(source)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(source, small_disk / "out", RunError, "no space left")
+    refused(source, small_disk / "out", RunError, "No space left")
 
 
 def test_read_only_target(source, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    refused(source, small_disk / "out", RunError, "cannot be written to: Read-only file system")
+    refused(source, small_disk / "out", RunError, "cannot be written: Read-only file system")
 
 
 SLOW = """

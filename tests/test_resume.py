@@ -15,8 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from layercut.cli.command_line import main
-from layercut.files.json_values import jsonable
-from layercut.files.typed_json import SEAL, decode
+from layercut.files.json_values import SEAL, decode, jsonable
 from layercut.pipeline import artefacts as kinds
 from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages import heal

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from layercut.errors import RunError
-from layercut.files.atomic_folder import appearing
-from layercut.files.writing import disk_refusal, partial_of, remove_written, write_atomically
+from layercut.files.writing import appearing, disk_refusal, partial_of, remove_written, write_atomically
 from layercut.pipeline.provenance import check_finished
 
 GONE = 2**22 + 1
@@ -73,7 +72,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     for folder, words in ((new, "second"), (new.with_name(f"{new.name}-old"), "first")):
         folder.mkdir()
         (folder / "model").write_text(words)
-    with pytest.raises(RunError, match="no space left"):
+    with pytest.raises(RunError, match="No space left"):
         replace(target, "third", need=2**62)
     assert (target / "model").read_text() == "first"
     assert names(tmp_path) == ["small"]

@@ -1,4 +1,4 @@
-"""JSON files of a run: strict JSON on disk, with figures that are not finite read back as what they are."""
+"""JSON of a run: strict on disk, numbers that are not finite as text, and read back as the dataclass it was."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import json
 import math
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from layercut.files.writing import write_atomically
 
+Kind = TypeVar("Kind")
 OPTIONAL = {"optional": True}
 """Metadata of a dataclass's field that JSON leaves out where it has its default."""
 NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
+SEAL = "content_hash"
+
+
+class Damaged(ValueError):
+    """JSON that is not what the stage wrote; the message says where."""
 
 
 def digest(content: Any) -> str:
@@ -22,10 +30,7 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON cannot express: infinite and undefined numbers become strings (`restored`), paths text.
-
-    Dataclasses become objects with their fields' names as keys, without OPTIONAL fields that have their default.
-    """
+    """Dataclasses as objects without OPTIONAL fields at their default, paths and infinite numbers as text."""
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
@@ -35,9 +40,7 @@ def jsonable(content: Any) -> Any:
     if is_dataclass(content) and not isinstance(content, type):
         held = ((each, getattr(content, each.name)) for each in fields(content))
         return {each.name: jsonable(value) for each, value in held if not _is_left_out(each, value)}
-    if isinstance(content, Path):
-        return str(content)
-    return content
+    return str(content) if isinstance(content, Path) else content
 
 
 def _is_left_out(field: Field[Any], value: Any) -> bool:
@@ -52,6 +55,25 @@ def restored(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: restored(value) for key, value in content.items()}
     return [restored(value) for value in content] if isinstance(content, list) else content
+
+
+def decode(kind: type[Kind], content: Any) -> Kind:
+    """JSON as a dataclass. Damaged: a key is missing or of another type."""
+    try:
+        return msgspec.convert(restored(content), kind)
+    except msgspec.ValidationError as error:
+        raise Damaged(str(error)) from None
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a hash of all that is in it, which shows a changed number as types cannot."""
+    return content | {SEAL: digest({key: value for key, value in content.items() if key != SEAL})}
+
+
+def check_seal(content: dict[str, Any]) -> None:
+    """Damaged where a JSON object is not as it was sealed."""
+    if content.get(SEAL) != seal(content)[SEAL]:
+        raise Damaged("it is not as it was written")
 
 
 def write_json(path: Path, content: Any) -> None:

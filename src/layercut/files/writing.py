@@ -1,13 +1,13 @@
-"""Files that are there whole or not at all, and errors of a full or read-only disk. Every stage uses it.
+"""Files and folders that are there whole or not at all, and errors of a full or read-only disk.
 
-`write_atomically` is the one way in which a file of a result is written. A full disk, a quota, a read-only file system
-or a missing permission is for the user to correct: `writing` says it with the path that was written, `disk_refusal`
-for what is raised elsewhere, in `cli.command_line.main`.
+A file of a result is written by `write_atomically`, a folder of one by `appearing`. What the system refuses is for the
+user to correct: `writing` says it with the path that was written, `disk_refusal` of what is raised elsewhere.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
@@ -15,6 +15,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from layercut.errors import RunError
 
@@ -49,18 +51,12 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file or folder is while it is written.
-
-    path: its own.
-    """
+    """Where a file or folder is while it is written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove_written(path: Path) -> None:
-    """Remove a file, and what a command left of it that was killed while it wrote.
-
-    path: the file; it need not be there.
-    """
+    """Remove a file, if it is there, and what a command left of it that was killed while it wrote."""
     for each in (path, partial_of(path)):
         each.unlink(missing_ok=True)
 
@@ -88,6 +84,71 @@ def replace_folder(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def appearing(
+    target: Path, *, force: bool = False, need: int = 0, within: bool = False, source: Path | None = None
+) -> Iterator[Path]:
+    """A temporary sibling to fill, which takes the name `target` when the block ends without an error, else is removed.
+
+    What an earlier, killed run left beside `target` is removed first, or put back where it was about to be replaced.
+    """
+    target = Path(os.path.abspath(target))
+    _check_free(target, force)
+    check_replaceable(target, source)
+    work = target.parent / f".{target.name}.layercut-{os.getpid()}"
+    old = work.with_name(f"{work.name}-old")
+    with writing(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _clear(target)
+            _check_free(target, force)  # what was put back is not replaced unasked either
+            if need > shutil.disk_usage(target.parent).free:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({need:,} bytes are needed)")
+            work.mkdir()
+            yield work
+            if os.path.lexists(target):
+                target.rename(old)
+            try:
+                (work / target.name if within or target.suffix == ".gguf" else work).rename(target)
+            except BaseException:
+                _put_back(old, target)
+                raise
+            _remove(old)
+        finally:
+            _remove(work)
+
+
+def _check_free(target: Path, force: bool) -> None:
+    if os.path.lexists(target) and not force:
+        raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed runs left beside `target` (PID-old, then PID); what one was replacing gets its place back."""
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.layercut-*"), reverse=True):
+        pid = left.name.removesuffix("-old").rpartition("-")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+            continue
+        if left.name.endswith("-old"):
+            _put_back(left, target)
+        _remove(left)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Give what was replaced its place again, where nothing has taken it."""
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is there; what cannot be removed (a read-only disk) stays, since an error before matters more."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def usual_mode_(path: Path) -> None:

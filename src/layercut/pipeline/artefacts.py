@@ -1,7 +1,7 @@
 """What each stage leaves in the run folder, by type: the keys that other stages and the report read.
 
 A stage makes one of these, `Run.stage` writes it, and every later stage reads its attributes. The names of the fields
-are the keys of the JSON files (`files/typed_json.py`): a renamed one is a type error wherever it is read.
+are the keys of the JSON files (`files/json_values.py`): a renamed one is a type error wherever it is read.
 """
 
 from __future__ import annotations

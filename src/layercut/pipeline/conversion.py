@@ -15,8 +15,8 @@ from layercut.export import engines
 from layercut.export.formats import ExportSource
 from layercut.export.gguf_export import AS_THEY_CAME
 from layercut.export.gguf_measured import FLOATS
-from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
+from layercut.files.writing import appearing
 from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, describe_run_, destination, result_of, upload
 from layercut.pipeline.provenance import check_finished, is_run

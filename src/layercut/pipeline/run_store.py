@@ -31,9 +31,18 @@ from safetensors import SafetensorError, safe_open
 
 from layercut.distributed import processes
 from layercut.errors import RunError
-from layercut.files.json_values import digest, jsonable, restored, write_json, write_text
+from layercut.files.json_values import (
+    Damaged,
+    check_seal,
+    decode,
+    digest,
+    jsonable,
+    restored,
+    seal,
+    write_json,
+    write_text,
+)
 from layercut.files.reading import differing, record
-from layercut.files.typed_json import Damaged, check_seal, decode, seal
 from layercut.files.writing import disk_refusal, write_atomically, writing
 from layercut.models import checkpoints, memory
 from layercut.pipeline import provenance
@@ -221,7 +230,7 @@ class Run:
         content = seal(jsonable(found))
         write_json(self / f"{name}.json", content)
         self.event(name, 0, "finished", seconds, "s")
-        return decode(type(found), restored(content))  # what a later run reads, to the type
+        return decode(type(found), content)  # what a later run reads, to the type
 
     def _whole(self, kind: type[Kind], name: str, content: dict[str, Any]) -> Kind | None:
         """The artefact, where it is of these inputs, as it was written, and its files too."""
@@ -232,8 +241,8 @@ class Run:
     def _as_written(self, kind: type[Kind], name: str, content: dict[str, Any], otherwise: str) -> Kind | None:
         """The artefact, where it and its files are as they were written; otherwise: what is said to become of it."""
         try:
-            check_seal(jsonable(content))
-            found = decode(kind, content, f"{name}.json")
+            check_seal(content)
+            found = decode(kind, content)
             self._check_files(found.files, found.record)
         except Damaged as damage:
             warn(name, f"{name}.json is damaged {otherwise}: {damage}")
@@ -250,7 +259,7 @@ class Run:
         if content.get("config_hash") in (None, self._hashes[name]):
             return False
         try:
-            check_seal(jsonable(content))
+            check_seal(content)
         except Damaged:
             return False
         return True

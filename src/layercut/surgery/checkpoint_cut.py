@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, SurgeryError
-from layercut.files.atomic_folder import appearing
+from layercut.files.writing import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
 from layercut.models.loading import OTHER_TOWERS, load_config
 from layercut.models.older_names import add_older_names_

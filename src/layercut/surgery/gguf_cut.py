@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import ConfigError, LayercutError, SurgeryError
-from layercut.files.atomic_folder import appearing
+from layercut.files.writing import appearing
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.progress import say
