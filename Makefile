@@ -15,10 +15,10 @@ test: lint
 # Where there is an accelerator: the tests that need one, and the benchmark of everything on it, in nine minutes.
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python research/gpu.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks tools examples
+	$(BIN)/ruff check src tests research tools examples
 	$(BIN)/mypy
 
 # Damaged model folders and GGUF files by the hundred, through the commands' ways in; SEED=… for other damage.
@@ -35,7 +35,6 @@ docs: $(STAMP)
 ENGINES :=
 test-engines: $(STAMP)
 	$(BIN)/python -m tests.engines $(ENGINES)
-	$(BIN)/python benchmarks/readme.py
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests

@@ -2,7 +2,7 @@
 
 `judge(model_type, segments)` builds a tiny random model, cuts it and holds it against what the cut is meant
 to be:
-the original with the removed layers made the identity. Used by the tests and by benchmarks/family_census.py.
+the original with the removed layers made the identity. Used by the tests and by research/family_census.py.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def test_the_table_fits_eighty_columns(finished, lora):
 
 
 def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
     comparison, environment = (json.loads((finished / f"{name}.json").read_text()) for name in ("compare", "env"))
     table = import_module("readme").compare_table({"ratio": 0.25, "comparison": comparison, "environment": environment})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]

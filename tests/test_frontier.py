@@ -1,4 +1,4 @@
-"""What benchmarks/fronts.py says of points: against answers worked out by hand; and benchmarks/frontier.py in small."""
+"""What research/fronts.py says of points: against answers worked out by hand; and research/frontier.py in small."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from layercut.models import checkpoints, loading
 
 @pytest.fixture
 def fronts(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
     return import_module("fronts")
 
 
@@ -282,7 +282,7 @@ def test_settings_are_told_in_words(fronts):
 
 
 def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
     healing = import_module("healing")
 
     def tried(grid: list[float], bottom: float) -> list[float]:
@@ -316,7 +316,7 @@ def benchmark(monkeypatch, tmp_path, texts):
 
     model = tiny.llama(5, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     file = write_gguf(model, folders.tokenizer(), tmp_path / "tiny.gguf", "Q4_1")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
     quick.leave_out(monkeypatch)
     frontier = import_module("frontier")
     # no key fits a tiny tokenizer's context

@@ -126,7 +126,7 @@ def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(c
 
 @pytest.mark.parametrize("method", ["perplexity", "taylor", "sleb", "evolution"])
 def test_layers_that_have_to_stay_are_kept_by_every_method_of_the_benchmark(method, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
     kept = importlib.import_module("keep_recall").Kept
     stack, tokens = DecoderRunner(tiny.llama(num_hidden_layers=6)), tiny.some_tokens(rows=2)
     free, none = search(stack, tokens, n_layers=2, method=method), Restriction.none(6, 2)

@@ -1,4 +1,4 @@
-"""Every engine on every model: `make test-engines`, which writes benchmarks/results/engines.json and the guide's table.
+"""Every engine on every model: `make test-engines`, which writes research/results/engines.json and the guide's table.
 
     python -m tests.engines [ENGINE …]     # all but vLLM (3.4 GB) where none is named
 
@@ -27,7 +27,7 @@ from engines.gguf import gguf_of
 from engines.judge import Judged, judged, version
 from engines.models import MODELS, Case, MissingError, case, real_tokenizer
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "engines.json"
+RESULTS = Path(__file__).parents[2] / "research" / "results" / "engines.json"
 
 
 def main() -> int:

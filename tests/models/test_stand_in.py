@@ -218,7 +218,7 @@ def test_peak_memory_is_the_devices(counts, tiny_model):
 
 
 def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "research")
     monkeypatch.setattr(machine, "ENOUGH", 0.0)
     import gpu
 

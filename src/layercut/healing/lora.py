@@ -27,7 +27,7 @@ from layercut.progress import say
 RANK = 32
 ALPHA = 2 * RANK
 LEARNING_RATE = 1e-3
-"""The best of three on SmolLM2-135M at this rank (benchmarks/healing.py)."""
+"""The best of three on SmolLM2-135M at this rank (research/healing.py)."""
 RECIPE = [RANK, ALPHA, LEARNING_RATE]
 """What of it decides the result."""
 PLAIN = ("Linear", "Conv1D", "FalconLinear")

@@ -8,7 +8,7 @@
                 the sets of least sum of what their segments cost alone
 
 Halving and climb go by the real cut alone, so that a bad proposal costs time and not the answer. What each part is
-worth was measured: docs/log.md, benchmarks/gate_ablation.py.
+worth was measured: docs/log.md, research/gate_ablation.py.
 """
 
 from __future__ import annotations

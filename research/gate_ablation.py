@@ -1,0 +1,238 @@
+"""Claim: the gate's gradients find the segments that real cuts would find, for a fraction of the cuts.
+
+    python research/gate_ablation.py families [--seeds 2]                       random weights, four families
+    python research/gate_ablation.py pairs [--seeds 2]                          as they, K = 2, beside all sets priced
+    python research/gate_ablation.py one --data TEXT [--ratios 0.1 0.2 …] [--seeds 3]
+    python research/gate_ablation.py several --data TEXT [--ratios 0.2 0.3]      K = 3, against SLEB and evolution
+    python research/gate_ablation.py deep                                       80 and 126 layers, planted segments
+
+Each is added, case by case, to research/results/gate_ablation.json; cases that are there are not run again, and a run
+that was stopped goes on. `--again clp` runs these methods of the cases that are there once more, and nothing else;
+seconds of the others stay those of before. Regret is the price of what was found, KL of the real cut on all calibration
+rows, over the best there is, or, with several segments, over the best that any method found. Cost is counted in layers
+applied to a row of tokens, a backward as `backward_over_forward` of them, measured beside.
+
+families, pairs: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many
+landscapes.
+deep: as they, and K segments whose layers add little, in a stack in which all sets cannot be priced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+
+from common import RESULTS, blocks, named, open_model
+from layercut.files.json_values import write_json
+from layercut.layer_search import SearchResult, search
+from layercut.layer_search.greedy import sleb_work
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import set_costs
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.provenance import environment
+from layercut.segments import Segment, joined_segments, layers_to_remove
+
+ALONE = ("gate", "race", "clp", "exhaustive")
+SEVERAL = ("gate", "clp", "race", "sleb", "evolution")
+KEYS = ("kind", "model", "layers", "ratio", "seed")
+SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: LlamaConfig(**SIZES, num_hidden_layers=n),
+    "qwen2": lambda n: Qwen2Config(**SIZES, num_hidden_layers=n),
+    "gemma2": lambda n: Gemma2Config(**SIZES, num_hidden_layers=n, head_dim=12),
+    "gpt2": lambda n: GPT2Config(
+        vocab_size=128, n_embd=48, n_head=4, n_layer=n, n_positions=64, initializer_range=0.08, bos_token_id=0,
+        eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def rugged(family: str, layers: int, seed: int, planted: tuple[Segment, ...] = ()) -> DecoderRunner:
+    """A random model whose layers weigh a tenth to ten times their initialisation; planted ones a hundredth."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](layers)).eval().requires_grad_(False).float()
+    cheap = {i for segment in planted for i in range(segment.start, segment.stop)}
+    for i, layer in enumerate(DecoderRunner(model).layers):
+        factor = 0.01 if i in cheap else 10 ** (2 * torch.rand(()).item() - 1)
+        for weight in layer.parameters():
+            if weight.ndim > 1:
+                weight.mul_(factor**0.5)
+    return DecoderRunner(model)
+
+
+def backward_cost(stack: DecoderRunner, tokens: torch.Tensor, repeats: int = 9) -> float:
+    """Seconds of a backward through a frozen layer, to its input alone, over seconds of its forward; median."""
+    hidden, calls = stack.enter(tokens)
+    middle, ratios = len(stack) // 2, []
+    for _ in range(repeats + 1):
+        begun = time.process_time()
+        with torch.no_grad():
+            stack.layer(middle, hidden, calls)
+        forward = time.process_time() - begun
+        leaf = hidden.detach().requires_grad_(True)
+        out = stack.layer(middle, leaf, calls)
+        begun = time.process_time()
+        out.backward(torch.ones_like(out))
+        ratios.append((time.process_time() - begun) / forward)
+    return statistics.median(ratios[1:])
+
+
+def row_of(result: SearchResult, seconds: float) -> dict[str, Any]:
+    return {
+        "segments": " ".join(map(str, result.segments)),
+        "kl": result.kl,
+        "layer_forwards": result.cost.layer_forwards,
+        "layer_backwards": result.cost.layer_backwards,
+        "cpu_seconds": seconds,
+    }
+
+
+class Cases:
+    """The cases of the result file, and which methods of one are to be run."""
+
+    def __init__(self, file: Path, again: list[str]) -> None:
+        self.file, self.again = file, again
+        new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
+        self.there = json.loads(file.read_text()) if file.exists() else new
+
+    def at(self, case: dict[str, Any]) -> int:
+        """Where a case stands, or would."""
+        keys = [tuple(each[key] for key in KEYS) for each in [*self.there["cases"], case]]
+        return keys.index(keys[-1])
+
+    def found(self, case: dict[str, Any]) -> dict[str, Any]:
+        """What methods found of it before."""
+        there = self.there["cases"][self.at(case) :]
+        return there[0]["methods"] if there else {}
+
+    def lacking(self, case: dict[str, Any], methods: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of its methods that are to be run."""
+        before = self.found(case)
+        return tuple(m for m in methods if (m in self.again and m in before if self.again else m not in before))
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Keep a case on disk, in its place; refuse one of other text than it had there."""
+        at = self.at(case)
+        for old in self.there["cases"][at : at + 1]:
+            if text := {name: old[name] for name in ("rows", "window", "data") if old.get(name) != case.get(name)}:
+                raise SystemExit(f"error: the case that is there was measured on {text}\nhint: give the same")
+            if "backward_over_forward" in old:
+                case["backward_over_forward"] = old["backward_over_forward"]
+        self.there["cases"][at : at + 1] = [case]
+        command = [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]
+        self.there["environment"] = environment() | {"command": command}
+        write_json(self.file, self.there)
+        print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
+              row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
+
+
+def by_methods(
+    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1,
+    *, before: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What each method finds and spends, and its regret against the best that any of them, or of `before`, found."""
+    found = dict(before)
+    for method in methods:
+        takes: dict[str, Any] = {} if method in ("sleb", "evolution") else {"num_segments": count}
+        begun = time.process_time()
+        result = search(stack, tokens, n_layers=length, method=method, seed=seed, **takes)
+        found[method] = row_of(result, time.process_time() - begun)
+    # priced once more in one sweep, so that equal sets have equal prices
+    sets = {name: joined_segments(i for text in row["segments"].split() for i in range(*map(int, text.split(":"))))
+            for name, row in found.items()}  # fmt: skip
+    prices = {c.segments: c.kl for c in set_costs(stack, tokens, sets.values(), Cost())}
+    best = min(prices.values())
+    for name, row in found.items():
+        row |= {"kl": prices[sets[name]], "regret": prices[sets[name]] / best}
+    return found
+
+
+def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One segment, or two, of random stacks; the sweep, or all sets, says what the best is."""
+    count = 2 if args.what == "pairs" else 1
+    for seed, layers in product(range(args.seeds), (12, 24) if count == 2 else (12, 24, 40)):
+        for family, ratio in product(FAMILIES, args.ratios):
+            case = {"kind": args.what, "model": family, "layers": layers, "ratio": ratio, "seed": seed}
+            if asked := args.cases.lacking(case, ALONE):
+                stack = rugged(family, layers, seed)
+                tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
+                length = layers_to_remove(ratio, layers)
+                found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
+                yield case | {"length": length, "rows": 16, "segments": count, "methods": found}
+
+
+def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One segment, or several, of a real model."""
+    count = 1 if args.what == "one" else 3
+    model = open_model(args.model)
+    stack = DecoderRunner(model.model)
+    backward = None
+    for seed in range(args.seeds):
+        text = blocks(model, args.data, args.tokens, args.window, seed)
+        for ratio in args.ratios:
+            name = Path(model.checkpoint.name).name
+            case = {"kind": args.what, "model": name, "layers": len(stack), "ratio": ratio, "seed": seed}
+            if asked := args.cases.lacking(case, ALONE if count == 1 else SEVERAL):
+                backward = backward or backward_cost(stack, text.tokens[:2])
+                length = layers_to_remove(ratio, len(stack))
+                found = by_methods(stack, text.tokens, length, seed, asked, count, before=args.cases.found(case))
+                yield case | {
+                    "length": length, "rows": len(text.tokens), "window": args.window, "data": args.data,
+                    "segments": count, "backward_over_forward": backward, "methods": found,
+                }  # fmt: skip
+
+
+DEEP = (
+    (80, (Segment(11, 15), Segment(37, 38), Segment(52, 59))),
+    (80, (Segment(11, 15), Segment(37, 38), Segment(52, 59), Segment(70, 73))),
+    (126, (Segment(9, 12), Segment(60, 68), Segment(101, 107))),
+)
+
+
+def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Stacks so deep that pricing single segments is dear; the planted set is known, and may not be the best."""
+    for seed, (layers, planted) in product(range(args.seeds), DEEP):
+        length, count = sum(map(len, planted)), len(planted)
+        case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
+        if asked := args.cases.lacking(case, ("gate", "clp", "race")):
+            stack = rugged("llama", layers, seed, planted)
+            tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
+            found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
+            yield case | {
+                "length": length, "rows": 8, "segments": count, "planted": " ".join(map(str, planted)),
+                "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
+                "sleb_layer_forwards": sleb_work(length, layers, 8), "methods": found,
+            }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("families", "pairs", "one", "several", "deep"))
+    parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; the demo's SmolLM2 where not given")
+    parser.add_argument("--data", default="python-docstrings")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--again", nargs="+", default=[], choices=sorted({*ALONE, *SEVERAL}))
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
+    args = parser.parse_args()
+    args.cases = Cases(args.out, args.again)
+    for case in {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args):
+        args.cases.add(named(case))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Writes the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md and docs/engines.md.
+
+    python research/tables.py      # each from the file of research/results that its function names
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "engines.md")
+
+
+def read(name: str) -> Any:
+    return json.loads((ROOT / "research" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(headings: list[str], rows: list[list[str]], left: int = 1) -> str:
+    rule = ["---"] * left + ["---:"] * (len(headings) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *rows])
+
+
+def removed(segments: list[list[int]]) -> str:
+    """[[5, 7], [12, 16]] -> 5–6, 12–15."""
+    return ", ".join(str(start) if stop == start + 1 else f"{start}–{stop - 1}" for start, stop in segments)
+
+
+def kept(retained: dict[str, Any]) -> str:
+    return f"{100 * retained['mean']:.1f} ± {100 * retained['error']:.1f}"
+
+
+def found(rows: list[dict[str, Any]]) -> str:
+    return str(sum(row["found"] for row in rows))
+
+
+def headline() -> str:
+    """README's: SmolLM2-135M without a fifth of its layers."""
+    rows, speed = read("default")["rows"], read("speed")["rows"][0]["decode"]["ratio"]
+    dense = next(row for row in rows if row["segments"] == "nothing")
+    cut = next(row for row in rows if row["segments"] == "5:7,12:16" and not row["tokens"])
+    healed = next(row for row in rows if row["segments"] == "5:7,12:16" and row.get("chats"))
+    tasks = kept(read("survives-0.2-chats")["comparison"]["methods"][0]["judged"]["tuned"]["retained"])
+    ways = (dense, cut, healed)
+    table = [
+        ["perplexity, WikiText-2 (lower is better)", *(f"{row['perplexity']['wiki']:.1f}" for row in ways)],
+        ["score on seven tasks, share of the dense model's", "100 %", "", f"{tasks} %"],
+        ["numbers found that were hidden in the context, of 120", *(str(row["keys_found"]) for row in ways)],
+        ["size in bfloat16", "269 MB", "227 MB", "227 MB"],
+        ["decoding speed", "1×", f"{speed:.2f}×", f"{speed:.2f}×"],
+    ]
+    return markdown(["", "dense", "pruned", "pruned and healed"], table)
+
+
+def methods() -> str:
+    """Cuts of several methods, healed alike."""
+    table = []
+    for row in read("survives-0.2-chats")["comparison"]["methods"]:
+        judged, behind = row["judged"]["tuned"], ""
+        if judged["retained"]["behind"] is not None:
+            retained = judged["retained"]
+            p = max(retained["p_value"], 0.001)
+            behind = f"{100 * retained['behind']:.1f} ± {100 * retained['behind_error']:.1f} (p = {p:.2g})"
+        perplexity = [f"{value:.1f}" for value in row["texts"]["tuned"].values()]
+        recall = [found(judged["keys"]), found(judged["lists"])]
+        table.append([removed(row["segments"]), kept(judged["retained"]), behind, *recall, *perplexity])
+    headings = ["removed", "tasks kept, %", "behind, %", "keys of 40", "list values of 40", "WikiText-2", "C4"]
+    return markdown(headings, table)
+
+
+def healing() -> str:
+    """Ways to heal one cut on the same tokens."""
+    names = {
+        "fold": "fold alone", "endpoints": "endpoints, after the fold", "no-fold": "endpoints, without the fold",
+        "mix": "endpoints, next-token loss at 0.3", "lora": "LoRA on all layers",
+        "last-3-head": "last 3 layers and head", "full": "all weights",
+    }  # fmt: skip
+    rows = {row["method"]: row for row in read("healing")["rows"]}
+    table = []
+    for name, label in names.items():
+        row = rows[name]
+        weights = f"{row['trained_parameters'] / 1e6:.1f}M" if row.get("trained_parameters") else ""
+        closed = [f"{100 * share:.0f} %" for share in row["gap_closed"].values()]
+        table.append([label, weights, *closed])
+    return markdown(["method", "weights trained", "WikiText-2", "C4"], table)
+
+
+def speed() -> str:
+    """What fewer layers make faster, by two engines."""
+    table = [
+        [
+            f"{100 * row['ratio']:.0f} %", row.get("backend", "transformers, bfloat16"), str(row["prompt_tokens"]),
+            f"{row['prefill']['ratio']:.2f}×", f"{row['decode']['ratio']:.2f}×",
+        ]
+        for row in read("speed")["rows"]
+        if row["prompt_tokens"] == 512 and row.get("gguf_type", "as it came") == "as it came"
+    ]  # fmt: skip
+    return markdown(["removed", "engine", "prompt", "prefill", "decode"], table, left=2)
+
+
+def engines() -> str:
+    """What each engine makes of each model."""
+    result = read("engines")
+    names = list(dict.fromkeys(model for row in result["rows"].values() for model in row["models"]))
+    table, notes = [], dict[str, int]()
+    for name, row in result["rows"].items():
+        cells = [f"{name} {row['version']}".strip()]
+        for model in names:
+            each = row["models"].get(model, {"verdict": "not tried", "reason": row.get("not_installed", "")})
+            cell = each["verdict"]
+            if each.get("largest") is not None:
+                cell += f" ({each['largest']:.0e}, {each['greedy']}/24)"
+            said = each.get("layercut", "") if cell.startswith("misread") else ""
+            if reason := "; ".join(filter(None, [each["reason"] if cell != "right" else "", said])):
+                cell += f" [{notes.setdefault(reason.replace('|', '¦'), len(notes) + 1)}]"
+            cells.append(cell)
+        table.append([*cells, row["date"]])
+    intro = (
+        f"CPU ({result['machine']}); reference: {result['reference']}. In brackets: the largest difference of a "
+        "token's loss, in nats, and how many of 24 greedy tokens agree."
+    )
+    ends = [f"{number}. {text}" for text, number in notes.items()]
+    return "\n".join([intro, "", markdown(["engine", *names, "date"], table, left=len(names) + 2), "", *ends])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline, "methods": methods, "healing": healing, "speed": speed, "engines": engines,
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    for name, made_by in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            between = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
+            table = made_by().replace("\\", r"\\")
+            text = between.sub(rf"\1\n{table}\n\2", text)
+    return text
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
