@@ -49,7 +49,7 @@ from layercut.evaluation.generated_probes import found_of
 from layercut.evaluation.passkey import cases, passkey_grid
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.segments import Segment
@@ -132,7 +132,8 @@ def main() -> None:
     most = max([HELDOUT, *(part["tokens"] for part in parts)])
     after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
-    keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
+    longest = min(args.longest, decoder_stack.positions(dense.model.config) or args.longest)
+    keys = cases(dense.tokenizer, longest, args.seed)
     text = {kind: drawn(dense, dict(kind), after) for kind in {(), *map(rows_of, parts)}}
     given = Given(texts, text, gguf, dense.tokenizer, keys, partial(tasks_kept, dense, args=args), args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
@@ -214,7 +215,7 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
         told = healing(run)
     model = loading.load(checkpoints.resolve(str(place))).model
-    return model, told | {"layers": len(loading.find_decoder(model))}
+    return model, told | {"layers": len(decoder_stack.find_decoder(model))}
 
 
 def healing(run: Path) -> Row:
@@ -264,7 +265,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
     if setting in GGUF:
         yield rounding, throughout(model, GGUF[setting], segments, given)
     elif "=" not in setting:
-        yield rounding, {"bytes": loading.parameter_bytes(model), **judged(model, given)}
+        yield rounding, {"bytes": model_weights.parameter_bytes(model), **judged(model, given)}
     else:
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]
@@ -302,7 +303,7 @@ def kept_tensors(
     """The .gguf file cut and healed as it came, by `compress` and `export`: healed layers Q8_0, all else as it was."""
     if not ratio:
         model = loading.load(checkpoints.resolve(str(source))).model
-        told = {"segments": [], "layers": len(loading.find_decoder(model))}
+        told = {"segments": [], "layers": len(decoder_stack.find_decoder(model))}
         return told | {"bytes": source.stat().st_size, "perplexity": perplexities(model, texts)}
     search, text, heal = stages(args, ratio)
     apart = EvaluateConfig(
@@ -316,7 +317,7 @@ def kept_tensors(
     if cli.main(["export", str(run), f"--out={file}", "--gguf-type=q8_0", "--force"]):
         raise SystemExit(f"error: {run} could not be exported")
     model = loading.load(checkpoints.resolve(str(file))).model
-    told = healing(run) | {"layers": len(loading.find_decoder(model))}
+    told = healing(run) | {"layers": len(decoder_stack.find_decoder(model))}
     return told | {"bytes": file.stat().st_size, "perplexity": perplexities(model, texts)}
 
 

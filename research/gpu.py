@@ -41,7 +41,7 @@ from layercut.estimate import plan_run
 from layercut.evaluation.speed import peak_device_bytes, speed
 from layercut.files.json_values import write_json
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.provenance import environment
 from layercut.quantization import quantize
@@ -249,7 +249,7 @@ def by_transformers(
     row: dict[str, Any] = {
         "model": name,
         "weights": "random" if source is None else "the checkpoint's",
-        "parameters": loading.parameter_count(model),
+        "parameters": model_weights.parameter_count(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "made_in_seconds": time.perf_counter() - begun,
     }
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    device = loading.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if device.type == "cpu" and not args.tiny:
         print("error: this machine has no accelerator", "hint: --tiny tries this file out", sep="\n", file=sys.stderr)
         return 2

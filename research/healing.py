@@ -48,7 +48,7 @@ from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, usual_weight
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_pass import HeldOut, Pair
-from layercut.models import loading
+from layercut.models import loading, model_weights
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, shared_layers
@@ -358,13 +358,13 @@ def folded_student(
     dense: DecoderRunner, segment: Segment, calibration: torch.Tensor, folded: Path | None
 ) -> DecoderRunner:
     """The cut model; folded as well where a file is given, which the first to fold writes and the others read."""
-    student = loading.share(dense.model)
+    student = model_weights.share(dense.model)
     cut_segment_(student, [segment])
     stack = DecoderRunner(student)
     if folded is None:
         return stack
     if folded.is_file():
-        loading.replace_parameters_(student, load_file(folded))
+        model_weights.replace_parameters_(student, load_file(folded))
         return stack
     fold_cut_(stack, dense, segment, calibration)
     shared = {id(p) for p in dense.model.parameters()}
@@ -438,7 +438,7 @@ def healed_by_peer(
         command += ["--removed", *range(segment.start, segment.stop)]
         subprocess.run([str(word) for word in command], check=True)
         trained = AutoModelForCausalLM.from_pretrained(out, dtype=student.stored_dtype)  # as the others are saved
-        loading.replace_parameters_(student.model, dict(trained.named_parameters()))
+        model_weights.replace_parameters_(student.model, dict(trained.named_parameters()))
         return json.loads((out / "report.json").read_text())
 
 

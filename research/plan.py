@@ -30,7 +30,7 @@ from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.data.blocks import Blocks
 from layercut.files.json_values import write_json
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
     Artefact,
@@ -199,7 +199,7 @@ def measure(job: dict[str, Any]) -> None:
     with Run(Path(job["folder"])) as run:
         run.describe({"model": job["model"]})
         work = RunContext(checkpoint, config, run)
-        layers = loading.count_layers(loading.load_config(checkpoint))
+        layers = decoder_stack.count_layers(loading.load_config(checkpoint))
         length = round(LENGTH * layers)
         segments = [Segment((layers - length) // 2, (layers - length) // 2 + length)]
         draw_tokens(work, config)

@@ -30,7 +30,7 @@ from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_state import StateFile, asked_to_stop
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
@@ -60,7 +60,7 @@ def main() -> None:
         return {"perplexity": figures, "heldout_kl": mean_kl(dense, student, heldout)}
 
     def cut() -> DecoderRunner:
-        student = loading.share(model.model)
+        student = model_weights.share(model.model)
         cut_segment_(student, segment)
         return DecoderRunner(student)
 
@@ -72,7 +72,7 @@ def main() -> None:
 
     def folded() -> DecoderRunner:
         student = cut()
-        loading.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
+        model_weights.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
         return student
 
     work = Path(args.work)

@@ -25,7 +25,7 @@ import torch
 from common import arguments, finish, open_model
 from layercut.evaluation import speed
 from layercut.export.gguf_tensors import requantized
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.segments import Segment, layers_to_remove
 from layercut.surgery import cut_gguf, cut_segment_
 
@@ -39,7 +39,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = open_model(args.model)
-    layers = len(model.decoder)
+    layers = len(decoder_stack.find_decoder(model.model).layers)
     segments = {}
     for ratio in args.ratios:
         length = layers_to_remove(ratio, layers)
@@ -48,7 +48,7 @@ def main() -> None:
         segments[ratio] = Segment(start, start + length)
     rows: list[dict[str, Any]] = []
     for ratio, segment in segments.items() if not args.only_llama_cpp else ():
-        student = loading.share(model.model)
+        student = model_weights.share(model.model)
         cut_segment_(student, [segment])
         for prompt in args.prompts:
             found = speed.speed(model.model, student, prompt=prompt, decode=args.decode, repeats=args.repeats)

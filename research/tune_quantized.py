@@ -46,8 +46,8 @@ from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
-from layercut.models import loading, memory
-from layercut.models.loading import parameter_bytes
+from layercut.models import loading, memory, model_weights
+from layercut.models.model_weights import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.pipeline.resolve_options import LONG_ROW
 from layercut.pipeline.stages.quantize import FIRST_TEST
@@ -127,7 +127,7 @@ def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Q
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
-    return quantize_(loading.share(student), calibration, config, target=target)
+    return quantize_(model_weights.share(student), calibration, config, target=target)
 
 
 def trained_(
@@ -174,7 +174,8 @@ def replaced_by_peer_(
         rounded = load_file(files[2])
     missing = [n for n, p in small.named_parameters() if p.dim() == 2 and ".layers." in n and n not in rounded]
     assert not missing, f"auto-round left {missing}"
-    loading.replace_parameters_(small, {n: torch.nn.Parameter(w.to(small.dtype), False) for n, w in rounded.items()})
+    new: dict[str, torch.Tensor] = {n: torch.nn.Parameter(w.to(small.dtype), False) for n, w in rounded.items()}
+    model_weights.replace_parameters_(small, new)
     return {"quantize_cpu_seconds": cpu_of_children() - before}
 
 

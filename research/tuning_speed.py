@@ -30,7 +30,7 @@ from common import arguments, blocks, finish, open_model
 from healers import autograd_
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuneSettings, endpoints, own_parameters_
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
@@ -91,7 +91,7 @@ def main() -> None:
     dense = DecoderRunner(model.model)
 
     def cut() -> DecoderRunner:
-        student = loading.share(model.model)
+        student = model_weights.share(model.model)
         cut_segment_(student, segment)
         return DecoderRunner(student)
 

@@ -22,7 +22,7 @@ import torch
 
 import families
 from layercut.errors import LayercutError, ModelError, SurgeryError
-from layercut.models.loading import find_decoder
+from layercut.models.decoder_stack import find_decoder
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_segment_
 

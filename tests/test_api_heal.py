@@ -21,7 +21,7 @@ from layercut.healing import FoldResult, TuningResult, endpoint_tuning, fold_, t
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.stored_teacher import store_teacher
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.objectives import KL, Hidden, NextToken, Objective, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.registries import objectives
@@ -33,7 +33,7 @@ FROZEN = "model.layers.1.mlp.down_proj.weight"
 
 
 def cut_copy(model, *segments):
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, list(segments))
     return student
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_healed_is_refused():
     student = cut_copy(model, Segment(3, 5))
     for heal in (fold_, tune_):
         with pytest.raises(ConfigError, match="has all 8 layers"):
-            heal(loading.share(model), model, tokens)
+            heal(model_weights.share(model), model, tokens)
         with pytest.raises(ConfigError, match=r"\[8\].*token ids \[N, T\]"):
             heal(student, model, tokens[:, 0])
         with pytest.raises(ConfigError, match="float32"):

@@ -23,7 +23,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError, ModelError, RunError, SurgeryError
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.quantization import quantize_, quantized_weights
 from layercut.registries import exporters, quantizers
 from layercut.segments import Segment, as_segments
@@ -90,7 +90,7 @@ def test_cut_is_a_clone_that_shares_all_weights():
     given = Unchanged()
     small = lc.cut(given.model, [(1, 3), "4:5"])
     given.check()
-    expected = loading.share(given.model)
+    expected = model_weights.share(given.model)
     cut_segment_(expected, [Segment(1, 3), Segment(4, 5)])
     assert small.config.original_layer_index == [0, 3, 5]
     assert torch.equal(logits(small.eval()), logits(expected.eval()))
@@ -121,7 +121,7 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     given = Unchanged(attention_dropout=0.5)
     found = lc.quantize(given.model, TOKENS, bits=4, quantizer=quantizer, quantize_embeddings=True)
     given.check()
-    in_place = loading.share(given.model).eval()
+    in_place = model_weights.share(given.model).eval()
     command = quantize_(in_place, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer, quantize_embeddings=True))
     assert torch.equal(logits(found.model), logits(in_place))
     assert found.packed.keys() == command.packed.keys()
@@ -129,7 +129,7 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     facts = json.loads(json.dumps(found.to_dict()))
     assert facts == json.loads(json.dumps(command.to_dict()))
     assert (facts["bits"], facts["quantizer"], facts["group_size"]) == (4, quantizer, None)
-    assert facts["bytes"] == {"before": loading.parameter_bytes(given.model), "after": found.bytes_after}
+    assert facts["bytes"] == {"before": model_weights.parameter_bytes(given.model), "after": found.bytes_after}
     assert found.bytes_after < 0.5 * found.bytes_before
     assert f"<td>{quantizer}</td>" in found._repr_html_()
     runner = lc.DecoderRunner(copy.deepcopy(given.model).eval())

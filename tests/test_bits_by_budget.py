@@ -22,7 +22,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.export import checkpoint, consumers
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.losses import kl_divergence
 from layercut.quantization import bit_choice, quantize_, sensitivity
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment
@@ -104,11 +104,11 @@ def test_costs_are_the_kl_of_rounding_one_weight():
     found = sensitivity.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
     pairs = []
     for name, width in itertools.product(names[::3], widths):
-        copy = loading.share(model)
+        copy = model_weights.share(model)
         weight = copy.get_submodule(name).weight
         grid = fit_grid(weight, *width[:2], asymmetric=width[2], dtype=torch.bfloat16)
         rounded = torch.nn.Parameter(decode(encode(weight, grid), grid).to(weight.dtype), False)
-        loading.replace_parameters_(copy, {f"{name}.weight": rounded})
+        model_weights.replace_parameters_(copy, {f"{name}.weight": rounded})
         pairs.append((kl(model, copy), found[name][width]))
     ranks = [torch.tensor(column).argsort().argsort().float() for column in zip(*pairs, strict=True)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9, pairs
@@ -193,7 +193,7 @@ def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkey
 def test_only_what_is_allowed_is_chosen():
     model = half(tiny.llama(3, **SIZES))
     config = QuantizeConfig(bits="auto", quantizer="rtn", bits_allowed="8,4", embedding_bits=16)
-    found = quantize_(loading.share(model), TOKENS, config, target=110_000)
+    found = quantize_(model_weights.share(model), TOKENS, config, target=110_000)
     assert {row.bits for row in found.weights} == {8, 4}
     assert not any(row.name in ("model.embed_tokens", "lm_head") for row in found.weights)
     assert consumers.written_as(found.config) == consumers.written_by(config) == "int4", "as vLLM reads it"
@@ -203,7 +203,7 @@ def test_only_what_is_allowed_is_chosen():
         bit_choice.check_target(model, config, 10_000)
     assert "--embedding-bits" in str(refusal.value.hint)
     grouped = replace(config, group_size=16, embedding_bits=None, bits_allowed="6,3")
-    found = quantize_(loading.share(model), TOKENS, grouped, target=100_000)
+    found = quantize_(model_weights.share(model), TOKENS, grouped, target=100_000)
     assert {row.group_size for row in found.weights} == {16}
 
 

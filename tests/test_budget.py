@@ -16,7 +16,7 @@ from layercut.layer_search.gate import foretell
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
-from layercut.models import devices, loading, memory
+from layercut.models import devices, memory, model_weights
 from layercut.models.memory import Budget, kept_bytes
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.quantization import quantize
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def cut_copy(model):
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [Segment(3, 5)])
     return student
 

@@ -24,7 +24,7 @@ from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.files.json_values import SEAL
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
@@ -72,7 +72,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     for row in comparison["methods"]:
         segments = [Segment(*bounds) for bounds in row["segments"]]
         assert sum(map(len, segments)) == 2
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, segments)
         assert row["perplexity"]["cut"] == pytest.approx(evaluation.perplexity(student, heldout), rel=1e-5)
         assert (row["perplexity"]["folded"] is None) == all(fold["skipped"] for fold in row["fold"])
@@ -96,14 +96,14 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         assert tuning["trained_layers"] == endpoints(segments, 8)
         assert tuning["heldout"]["best"] <= tuning["heldout"]["start"]
         # the start is the fold where that helps on held-out rows, and else the bare cut
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, segments)
         bare = (1 - DEFAULT_MIX) * mean_kl(DecoderRunner(model), DecoderRunner(student), blocks["heldout"])
         bare += DEFAULT_MIX * math.log(evaluation.perplexity(student, blocks["heldout"]))
         assert tuning["heldout"]["start"] <= bare * (1 + 1e-5)
         assert tuning["from_fold"] or tuning["heldout"]["start"] == pytest.approx(bare, rel=1e-5)
         # what else is measured of the tuned state is measured of these weights
-        loading.replace_parameters_(student, load_file(finished / f"{states.stem(segments)}-tuned.safetensors"))
+        model_weights.replace_parameters_(student, load_file(finished / f"{states.stem(segments)}-tuned.safetensors"))
         assert evaluation.perplexity(student, blocks["evaluation"]) == pytest.approx(row["perplexity"]["tuned"])
         if tuning["best_step"] == 0:
             state = "folded" if tuning["from_fold"] else "cut"
@@ -122,7 +122,7 @@ def test_the_triangle_holds_the_price_of_every_segment(finished, tiny_model):
     with torch.no_grad():
         dense = model(input_ids=tokens, use_cache=False).logits
         for bounds in [(0, 1), (3, 5), (6, 8)]:
-            student = loading.share(model)
+            student = model_weights.share(model)
             cut_segment_(student, [Segment(*bounds)])
             expected = kl_divergence(dense, student(input_ids=tokens, use_cache=False).logits).mean().item()
             assert prices[bounds] == pytest.approx(expected, rel=1e-4)
@@ -157,7 +157,7 @@ def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
         assert {state for state, error in row["standard_error"].items() if error is not None} == known
         assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
     row = comparison["methods"][0]
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [Segment(*bounds) for bounds in row["segments"]])
     expected = evaluation.paired_error(evaluation.window_losses(student, heldout), dense)
     assert row["standard_error"]["cut"] == pytest.approx(expected, rel=1e-4)

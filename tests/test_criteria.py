@@ -12,7 +12,7 @@ from layercut.layer_search.greedy import distinct, evolution, level_switch, sleb
 from layercut.layer_search.result import Cost
 from layercut.layer_search.statistics import Similarity, cosine_sums, similarity, taylor_scores
 from layercut.layer_search.sweep import DENSE, set_costs, set_losses, set_work
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments
@@ -32,7 +32,7 @@ SETS = [
 
 def without(model, cuts):
     """The model that is really cut."""
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, cuts)
     return student
 

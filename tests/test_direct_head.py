@@ -16,7 +16,7 @@ from transformers import (
 import families
 import tiny
 from layercut.healing import endpoint_tuning, tune_
-from layercut.models import direct_head, loading
+from layercut.models import direct_head, model_weights
 from layercut.models.runner import DecoderRunner, same_values
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -166,7 +166,7 @@ def test_a_step_of_many_passes_is_read_once(monkeypatch):
     monkeypatch.setattr(endpoint_tuning._Training, "step_", counting)
     monkeypatch.setattr("layercut.models.memory.PASS_TOKENS", 32)
     for batch_tokens in (32, 128):
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, [Segment(3, 5)])
         heldout = tiny.some_tokens(1, seed=1)
         tune_(student, model, tiny.some_tokens(8), heldout=heldout, batch_tokens=batch_tokens, epochs=2)
@@ -183,8 +183,8 @@ def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
 
     def tuned(dtype, scale):
         model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
-        loading.convert_parameters_(model, dtype)
-        student, found = loading.share(model), []
+        model_weights.convert_parameters_(model, dtype)
+        student, found = model_weights.share(model), []
         cut_segment_(student, [Segment(1, 3)])
 
         def noting(self):

@@ -25,7 +25,7 @@ from layercut.export import checkpoint
 from layercut.files import reading
 from layercut.healing.endpoint_tuning import SCORES, is_scored
 from layercut.healing.tuning_state import StateFile
-from layercut.models import checkpoints, config_checks, layer_reader, loading
+from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_store import Run
 from layercut.quantization import endpoints_of
@@ -159,9 +159,9 @@ def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):
 
 def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
     config = loading.load_config(resolve(str(tiny_model)))
-    loading.check_tokens(torch.tensor([[0, folders.VOCABULARY - 1]]), config, "m")
+    decoder_stack.check_tokens(torch.tensor([[0, folders.VOCABULARY - 1]]), config, "m")
     with pytest.raises(ModelError, match="gives token 300, and the model's vocabulary has 300"):
-        loading.check_tokens(torch.tensor([[0, folders.VOCABULARY]]), config, "m")
+        decoder_stack.check_tokens(torch.tensor([[0, folders.VOCABULARY]]), config, "m")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}

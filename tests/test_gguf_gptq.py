@@ -16,7 +16,7 @@ from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes, with_scales
 from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_export import CutGguf, write_cut
 from layercut.export.gguf_gptq import choose_codes_
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.quantization import coordinate_descent, scales
 from layercut.quantization import gptq as gptq_module
@@ -136,7 +136,7 @@ def healed(tmp_path_factory):
         for name, weight in student.named_parameters()
         if name.startswith(("model.layers.1.", "model.layers.2."))
     }
-    loading.replace_parameters_(student, changed)
+    model_weights.replace_parameters_(student, changed)
     few = torch.randint(0, folders.VOCABULARY, (40,), generator=draw)
     tokens = few[torch.randint(0, 40, (24, 32), generator=draw)]
     return CutGguf(checkpoint=checkpoint, segments=[SEGMENT], healed=changed), student, tokens

@@ -27,7 +27,7 @@ from layercut.healing.endpoint_tuning import (
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import loading, losses, memory
+from layercut.models import losses, memory, model_weights
 from layercut.models.memory import Budget
 from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -37,7 +37,7 @@ from layercut.surgery import cut_segment_
 
 
 def cut_copy(model, *segments):
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, list(segments))
     return student
 
@@ -589,7 +589,7 @@ def test_a_state_of_other_making_is_not_gone_on_with(tmp_path):
 def test_what_layers_share_is_no_part_of_one_of_them():
     """Zamba 2 has one block of attention in several layers: trained in one, it would be put into all when saved."""
     model = families.tiny("zamba2")
-    student = DecoderRunner(loading.share(model))
+    student = DecoderRunner(model_weights.share(model))
     shared = {id(p) for p in student.layers[1].parameters()} & {id(p) for p in student.layers[5].parameters()}
     assert shared, "the hybrid layers"
     trained = own_parameters_(student, [5])

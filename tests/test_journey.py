@@ -23,7 +23,7 @@ from layercut.config import (
 )
 from layercut.errors import ModelError
 from layercut.export import checkpoint
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.pipeline.journey import compress
 
 FRESH = """
@@ -91,7 +91,7 @@ def test_a_fresh_process_loads_what_was_exported(run):
 def test_only_the_endpoints_differ_from_the_dense_model(run):
     segment = json.loads((run / "search.json").read_text())["segments"][0]
     original = json.loads((run / "cut.json").read_text())["original_layer_index"]
-    dense = loading.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
+    dense = model_weights.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
     saved = load_file(run / "model" / "model.safetensors")
     changed = set()
     for name, weight in saved.items():

@@ -18,7 +18,7 @@ from layercut.layer_search import SearchResult, longest_within, perplexity_rise,
 from layercut.layer_search.budgets import length_for_size, length_for_speedup, triangle
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import all_segments, segment_costs
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.resolve_options import length_for_saved_size, wanted_length
@@ -45,12 +45,12 @@ def test_what_is_no_size_is_refused(text):
 
 def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
     model = tiny.llama()
-    total = loading.parameter_bytes(model)
-    weights = [loading.parameter_bytes(layer) for layer in DecoderRunner(model).layers]
+    total = model_weights.parameter_bytes(model)
+    weights = [model_weights.parameter_bytes(layer) for layer in DecoderRunner(model).layers]
     for n in range(1, 8):
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, [Segment(0, n)])
-        exact = loading.parameter_bytes(student)
+        exact = model_weights.parameter_bytes(student)
         assert length_for_size(weights, total, exact) == n
         if n < 7:
             assert length_for_size(weights, total, exact - 1) == n + 1
@@ -77,7 +77,7 @@ def test_a_speedup_is_met_by_as_few_layers_as_can():
 
 def test_the_rise_of_perplexity_is_that_of_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [Segment(1, 2), Segment(5, 7)])
     losses = [next_token_loss(m(input_ids=tokens, use_cache=False).logits, tokens).mean() for m in (model, student)]
     expected = (losses[1].exp() / losses[0].exp() - 1).item()
@@ -154,7 +154,7 @@ def test_a_size_is_counted_in_the_bits_that_are_saved(tiny_model, texts, tmp_pat
     flags += ["--eval-tokens=128"]
     config = QuantizeConfig(bits=4, quantizer="rtn", group_size=16)
     dense = loading.load(checkpoints.resolve(str(tiny_model))).model
-    saved = saved_bytes(dense, config, loading.stored_dtype(dense))
+    saved = saved_bytes(dense, config, model_weights.stored_dtype(dense))
     target = saved.total - 2 * saved.layers[0]
     assert main(["plan", str(tiny_model), *flags[1:6], "--no-calibrate", "--json", f"--target-size={target}"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["after"] == 8 - 2
@@ -172,7 +172,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     config = json.loads((tiny_model / "config.json").read_text())
     assert config["num_hidden_layers"] == 8
     dense = loading.load(checkpoints.resolve(str(tiny_model))).model
-    target = loading.parameter_bytes(dense) - 2 * loading.parameter_bytes(DecoderRunner(dense).layers[0])
+    target = model_weights.parameter_bytes(dense) - 2 * model_weights.parameter_bytes(DecoderRunner(dense).layers[0])
     _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
     assert sum(stop - start for start, stop in found["segments"]) == 2
     scores = [candidate["score"] for candidate in found["candidates"]]
@@ -233,9 +233,9 @@ def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
     least = re.search(r"--target-size (\S+)\n", said)
     if target == "100":
         config = loading.load_config(checkpoints.resolve(str(tiny_model)))
-        one_left = loading.parameter_bytes(loading.skeleton(config, torch.float32)) - 7 * loading.parameter_bytes(
-            loading.find_decoder(loading.skeleton(config, torch.float32)).layers[0]
-        )
+        dense = loading.skeleton(config, torch.float32)
+        layer = decoder_stack.find_decoder(dense).layers[0]
+        one_left = model_weights.parameter_bytes(dense) - 7 * model_weights.parameter_bytes(layer)
         assert 0 <= parse_bytes("", least[1]) - one_left < 1000
 
 

@@ -18,7 +18,7 @@ from layercut.errors import ModelError
 from layercut.healing import lora as room
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
 from layercut.healing.lora import tune_lora_
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -131,7 +131,9 @@ def test_compare_trains_it_where_it_is_named_and_once(command, tiny_model, tmp_p
     for row in found["methods"]:
         (bounds,) = row["segments"]
         student = cut(model, [Segment(*bounds)])
-        loading.replace_parameters_(student, load_file(out / f"compare-at-{bounds[0]}.{bounds[1]}-lora.safetensors"))
+        model_weights.replace_parameters_(
+            student, load_file(out / f"compare-at-{bounds[0]}.{bounds[1]}-lora.safetensors")
+        )
         measured = evaluation.perplexity(student, stored_blocks(out, "evaluation"))
         assert row["perplexity"]["lora"] == pytest.approx(measured, rel=1e-6)
         assert row["lora"]["trained_layers"] == list(range(6))

@@ -19,7 +19,7 @@ from layercut.healing.least_squares import Normal, fold_cut_
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, regret, search
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import set_losses
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.artefacts import Artefact, FrontierRecord
@@ -99,7 +99,7 @@ def test_losses_and_budgets_know_it(sound):
 
 
 def without_bad(model: Any) -> Any:
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [BAD])
     return student
 
@@ -112,7 +112,7 @@ def test_a_fold_is_judged_by_finite_figures_only(sound):
     sums.add_(torch.ones(1, 2), torch.full((1, 2), math.nan))
     assert sums.left(torch.zeros(2, 2).double()) == math.inf
     assert not sums.finite
-    ruined = loading.share(sound)
+    ruined = model_weights.share(sound)
     ruined.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), 6e4).half(), requires_grad=False)
     cut_segment_(ruined, [BAD])
     fold = fold_cut_(DecoderRunner(ruined), dense, BAD, tokens)
@@ -124,7 +124,7 @@ def test_tuning_keeps_the_first_finite_state(monkeypatch):
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
     monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: {"loss": next(scores)})
     model = tiny.llama(4)
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [Segment(1, 2)])
     heldout = tiny.some_tokens(2, 16, 1)
     report = tune_(student, model, tiny.some_tokens(4, 16), heldout=heldout, batch_tokens=16, learning_rate=1e-3)
@@ -144,7 +144,7 @@ def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_name
 
 def test_tuning_refuses_such_a_teacher_too(sound):
     dense, tokens = without_bad(sound), tiny.some_tokens(2, 8)
-    student = loading.share(dense)
+    student = model_weights.share(dense)
     cut_segment_(student, [Segment(1, 2)])
     with pytest.raises(ModelError, match="layer 3 is the first of 7"):
         tune_(student, dense, tokens, heldout=tokens)

@@ -16,7 +16,7 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.evaluation import perplexity
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.quantization import quantize_
 from layercut.quantization.grid import decode, encode, fit_grid
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def lacking(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
     """A CPU that has what is named, and nothing else."""
-    monkeypatch.setattr(loading, "cpu_has", lambda feature: feature in features)
+    monkeypatch.setattr(devices, "cpu_has", lambda feature: feature in features)
 
 
 def load(folder: Path, **how: str) -> loading.LanguageModel:
@@ -54,24 +54,24 @@ def load(folder: Path, **how: str) -> loading.LanguageModel:
 def test_what_is_computed_in_and_what_is_saved_in(checkpoint, monkeypatch, features, asked, computed, stored):
     lacking(monkeypatch, *features)
     loaded = load(checkpoint, dtype=asked)
-    assert (loaded.dtype, loaded.model.dtype, loading.stored_dtype(loaded.model)) == (computed, computed, stored)
-    count = loading.parameter_count(loaded.model)
-    assert loading.parameter_bytes(loaded.model) == count * stored.itemsize
+    assert (loaded.dtype, loaded.model.dtype, model_weights.stored_dtype(loaded.model)) == (computed, computed, stored)
+    count = model_weights.parameter_count(loaded.model)
+    assert model_weights.parameter_bytes(loaded.model) == count * stored.itemsize
 
 
 def test_float16_is_computed_in_float32_and_stays_float16(tmp_path):
     tiny.llama(3).to(torch.float16).save_pretrained(tmp_path)
     folders.tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path).model
-    assert (model.dtype, loading.stored_dtype(model)) == (torch.float32, torch.float16)
-    assert loading.as_stored(model).dtype == torch.float16
+    assert (model.dtype, model_weights.stored_dtype(model)) == (torch.float32, torch.float16)
+    assert model_weights.as_stored(model).dtype == torch.float16
 
 
 def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypatch):
     lacking(monkeypatch)
     model = load(checkpoint).model
     model.model.norm.weight.data[0] = 1 + 2**-20  # bfloat16 does not hold it: as weights that a class keeps wide
-    narrow = loading.as_stored(model)
+    narrow = model_weights.as_stored(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     wide = [name for name, p in narrow.named_parameters() if p.dtype == torch.float32]
     assert wide == ["model.norm.weight"]

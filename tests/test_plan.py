@@ -53,7 +53,7 @@ from layercut.layer_search.budgets import triangle
 from layercut.layer_search.result import Cost
 from layercut.layer_search.search_cost import costs, measured_once, search_cost, unknown_search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, model_weights
 from layercut.models.cost import Peak, PlannedRun, Work, total
 from layercut.models.placement import spread_peak
 from layercut.models.runner import DecoderRunner
@@ -105,10 +105,10 @@ def test_parameters_bytes_and_cache_are_those_of_the_real_model_before_and_after
     segments, after = cut_parts(stock(name), torch.float32, CUT, 2)
     assert segments == CUT
     for parts in (before, after):
-        assert parts.total == loading.parameter_count(model)
-        assert sizes(parts, torch.float32)["saved"] == loading.parameter_bytes(model)
-        layers = loading.find_decoder(model).layers
-        assert parts.layers == [loading.parameter_count(layer) for layer in layers]
+        assert parts.total == model_weights.parameter_count(model)
+        assert sizes(parts, torch.float32)["saved"] == model_weights.parameter_bytes(model)
+        layers = decoder_stack.find_decoder(model).layers
+        assert parts.layers == [model_weights.parameter_count(layer) for layer in layers]
         assert parts.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
         assert parts.embedding == model.get_input_embeddings().weight.numel()
         assert parts.head == (0 if parts.tied else model.get_output_embeddings().weight.numel())
@@ -140,7 +140,7 @@ def test_caches_are_told_apart():
 def test_operations_of_a_layer_are_those_that_torch_counts_on_the_real_one(name):
     model = tiny.tiny(stock(name))
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    path = loading.find_decoder(model).path
+    path = decoder_stack.find_decoder(model).path
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
     counted = counter.get_flop_counts()
@@ -326,7 +326,7 @@ def test_the_cache_of_chats_being_written_counts_where_it_is_larger_than_tuning(
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama
-    student = DecoderRunner(loading.share(dense.model))
+    student = DecoderRunner(model_weights.share(dense.model))
     cut_segment_(student.model, [Segment(4, 7)])
     student = DecoderRunner(student.model)
     report = tune_(student, dense, tokens[:2], heldout=tokens[2:4], batch_tokens=32, radius=radius)

@@ -25,7 +25,7 @@ from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.models.memory import Budget, memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.iterative import recipes
@@ -409,7 +409,7 @@ def linears(model) -> dict[str, nn.Module]:
 
 def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
     dense = tiny.llama(4)
-    student = loading.share(dense)
+    student = model_weights.share(dense)
     found = quantize_(student, TOKENS, QuantizeConfig(bits=4))
     rows = {row.name: row for row in found.weights}
     assert set(rows) == set(linears(dense))
@@ -502,9 +502,9 @@ def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
 
 def test_rounding_needs_no_mode_of_its_own():
     dense = tiny.llama(2)
-    found = [quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
+    found = [quantize_(model_weights.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
     with torch.inference_mode():
-        found.append(quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
+        found.append(quantize_(model_weights.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -552,7 +552,7 @@ def error_of_3_bits(seed: int) -> float:
     dense = tiny.tiny(tiny.llama(2).config, seed)
     names = [name for name in linears(dense) if ".layers.0." in name]
     weights, found = token_weights(dense, TOKENS, names), 0.0
-    quantize_(student := loading.share(dense), TOKENS, QuantizeConfig(bits=3))
+    quantize_(student := model_weights.share(dense), TOKENS, QuantizeConfig(bits=3))
     for _, name, h in each_with_hessian(DecoderRunner(dense), TOKENS, {0: names}, lambda _: None, weights=weights):
         was = linears(dense)[name].weight.double()
         left = was - linears(student)[name].weight.double()
@@ -575,7 +575,7 @@ def test_what_is_left_out_makes_few_bits_worse(left_out, monkeypatch):
 def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
     dense, distance = tiny.llama(4), {}
     for quantizer in ("rtn", "gptq"):
-        student = loading.share(dense)
+        student = model_weights.share(dense)
         quantize_(student, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer))
         heldout = tiny.some_tokens(seed=9)
         logits = [m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student)]
@@ -626,7 +626,7 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     counts = token_weights(dense, TOKENS, ["lm_head"])["lm_head"]
     hessian = gram(caught[0] * counts.sqrt().unsqueeze(-1)).double()
     options = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
-    student = loading.share(dense)
+    student = model_weights.share(dense)
     rows = {row.name: row for row in quantize_(student, TOKENS, options).weights}
     row = rows["model.embed_tokens" if tied else "lm_head"]
     assert row.method == "gptq"
@@ -638,13 +638,15 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     if not tied:
         assert rows["model.embed_tokens"].method == "rtn", "what rows are read as they are is not calibrated"
     monkeypatch.setattr("layercut.quantization.gptq.ROWS", 7)
-    by_parts = loading.share(dense)
+    by_parts = model_weights.share(dense)
     quantize_(by_parts, TOKENS, options)
     assert torch.equal(by_parts.lm_head.weight, rounded)
     several = rows_of_head(dense, monkeypatch)
     by_row = caught[0] * row_weights().sqrt().unsqueeze(-1)
     assert torch.allclose(several, gram(by_row).double(), rtol=1e-5, atol=1e-2)
-    whole_bytes = quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)).weights
+    whole_bytes = quantize_(
+        model_weights.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)
+    ).weights
     assert {row.method for row in whole_bytes if row.bits == 8} == {"rtn"}
 
 
@@ -653,7 +655,7 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
 def test_the_packed_tensors_are_the_model(tied, asymmetric):
     dense = half(tiny.llama(4, tie_word_embeddings=tied))
     before = {name: weight.clone() for name, weight in dense.named_parameters()}
-    student = loading.share(dense)
+    student = model_weights.share(dense)
     width = {"bits": 8} if asymmetric else {"bits": 4, "endpoint_bits": 8}
     config = QuantizeConfig(quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, **width)
     found = quantize_(student, TOKENS, config, endpoints=[1, 2])
@@ -973,9 +975,9 @@ def test_bytes_are_known_before_anything_is_rounded(asked, tied):
     model = half(tiny.llama(3, tie_word_embeddings=tied))
     model.stored_dtype = torch.bfloat16
     found = saved_bytes(model, config, torch.bfloat16, endpoints=ends)
-    whole = loading.parameter_bytes(model)
+    whole = model_weights.parameter_bytes(model)
     if config.rounds:
-        whole = quantize_(loading.share(model), None, config, endpoints=ends).bytes_after
+        whole = quantize_(model_weights.share(model), None, config, endpoints=ends).bytes_after
     assert found.total == whole
     if not config.endpoint_bits:
         fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)

@@ -15,7 +15,7 @@ import quick
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.pipeline.iterative import round_lengths
 from layercut.pipeline.stages import quantize
 from layercut.segments import Removal, Segment, kept_layers
@@ -105,7 +105,7 @@ def test_what_is_exported_is_what_the_last_round_left(two_rounds, tiny_model):
         cut_segment_(model, [Segment(*bounds) for bounds in artefact(two_rounds, f"search-{number}")["cut"]])
         for name, stage, key in (("folded", "fold", "changed"), ("tuned", "heal", "tuning")):
             if artefact(two_rounds, f"{stage}-{number}")[key]:
-                loading.replace_parameters_(model, load_file(two_rounds / f"{name}-{number}.safetensors"))
+                model_weights.replace_parameters_(model, load_file(two_rounds / f"{name}-{number}.safetensors"))
     exported = loading.load(checkpoints.resolve(str(two_rounds / "model"))).model
     theirs = exported.state_dict()
     assert {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])} == set()

@@ -14,7 +14,7 @@ from layercut.layer_search.gate_walls import (
 from layercut.layer_search.prices import Prices, halving
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, sweep_work
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.progress import progress_to
@@ -24,7 +24,7 @@ from layercut.surgery import cut_segment_
 
 def brute_force(model, tokens, segment):
     """KL of the model that is really cut."""
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [segment])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
     return kl_divergence(p, q).mean().item()
@@ -75,7 +75,7 @@ def test_two_segments_by_the_gate_are_the_exhaustive_answer_at_the_price_of_brut
     assert result.oracle["regret"] == pytest.approx(1.0, abs=1e-5)
     split = next(c for c in result.candidates if len(c.segments) == 2)
     for candidate in (result.candidates[0], split):
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, list(candidate.segments))
         p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
         assert candidate.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)
@@ -155,7 +155,7 @@ def test_other_objectives_choose_by_their_own_score(objective, method):
     result = search(stack, tokens, n_layers=2, method=method, seed=0, objective=objective)
     scores = {}
     for segment in all_segments(2, len(stack)):
-        student = loading.share(model)
+        student = model_weights.share(model)
         cut_segment_(student, [segment])
         if objective == "next-token":
             logits = student(input_ids=tokens, use_cache=False).logits

@@ -6,7 +6,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, GPTNeoXConfig, OPTConfi
 
 import tiny
 from layercut.errors import ModelError
-from layercut.models import loading
+from layercut.models import model_weights
 from layercut.models.losses import Teacher, kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner, intercepted, mean_kl
 from layercut.segments import Segment
@@ -95,7 +95,7 @@ def test_next_token_loss_is_the_models_own_loss():
 
 def test_mean_kl_against_full_forwards():
     dense, tokens = tiny.llama(), tiny.some_tokens()
-    student = loading.share(dense)
+    student = model_weights.share(dense)
     cut_segment_(student, [Segment(3, 5)])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (dense, student))
     expected = pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-5)

@@ -34,7 +34,7 @@ from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
-from layercut.models import checkpoints, layer_reader, loading, placement
+from layercut.models import checkpoints, layer_reader, model_weights, placement
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -75,7 +75,7 @@ def spread_llama(**changes: Any) -> Any:
 
 
 def student_of(model: Any) -> Any:
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, CUT)
     return student
 
@@ -129,7 +129,7 @@ def spreading(model: Path) -> dict[str, Any]:
     report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, batch_tokens=32)
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
-        "bytes": loading.parameter_bytes(spread),
+        "bytes": model_weights.parameter_bytes(spread),
         "held": sharding.bytes_held(spread),
         "student_held": sharding.bytes_held(student.model),
         "whole_before_each_layer": whole,

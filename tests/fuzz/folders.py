@@ -36,7 +36,7 @@ from layercut.cli import single_stage
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
 from layercut.estimate import plan_run
-from layercut.models import config_checks, layer_reader, loading
+from layercut.models import config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 
 SECONDS = 10.0
@@ -213,7 +213,7 @@ def load_and_run(folder: Path, out: Path, *, on_disk: bool = False) -> None:
     checkpoint.fingerprint()
     loaded = (layer_reader.open_on_disk if on_disk else loading.load)(checkpoint, device="cpu")
     tokens = torch.tensor([loaded.tokenizer("some text").input_ids])
-    loading.check_tokens(tokens, loaded.model.config, checkpoint.name)
+    decoder_stack.check_tokens(tokens, loaded.model.config, checkpoint.name)
     with torch.no_grad():
         loaded.model(input_ids=tokens, use_cache=False)
 

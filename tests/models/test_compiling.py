@@ -12,7 +12,7 @@ from layercut.evaluation import likelihood
 from layercut.healing import tune_
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs
-from layercut.models import compiling, loading
+from layercut.models import compiling, model_weights
 from layercut.models.losses import token_loss
 from layercut.models.runner import DecoderRunner, layer_output
 from layercut.segments import Segment
@@ -25,7 +25,7 @@ def traced():
 
 
 def tuned(model):
-    student = loading.share(model)
+    student = model_weights.share(model)
     cut_segment_(student, [Segment(2, 4)])
     tokens = tiny.some_tokens(7)
     found = tune_(student, model, tokens[:-2], heldout=tokens[-2:], batch_tokens=3 * tokens.shape[1])

@@ -25,7 +25,16 @@ from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.least_squares import fold_cut_
-from layercut.models import checkpoints, layer_reader, loading, memory, placement, weight_sharing
+from layercut.models import (
+    checkpoints,
+    devices,
+    layer_reader,
+    loading,
+    memory,
+    model_weights,
+    placement,
+    weight_sharing,
+)
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
@@ -157,9 +166,9 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
-    loading.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
+    model_weights.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
     memory = opened(llama, CUT, "off")[1].model
-    loading.replace_parameters_(memory, {name: torch.zeros(32, 64)})
+    model_weights.replace_parameters_(memory, {name: torch.zeros(32, 64)})
     assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
     disk.leave_()
@@ -232,7 +241,7 @@ def test_files_in_another_number_format(llama, tmp_path):
 
 
 def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "cpu_has", lambda feature: False)
+    monkeypatch.setattr(devices, "cpu_has", lambda feature: False)
     narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
     dense, student = opened(narrow, CUT, "on")
     fold_cut_(student, dense, CUT[0], tiny.some_tokens(24))

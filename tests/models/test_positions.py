@@ -16,7 +16,7 @@ from layercut.errors import ModelError
 from layercut.evaluation.speed import DECODE, PROMPT, speed
 from layercut.export.checkpoint import verify_reload
 from layercut.healing.fold_prices import FoldPrices
-from layercut.models.loading import BEHIND_PADDING, positions
+from layercut.models.decoder_stack import BEHIND_PADDING, positions
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.text import check_prompt
 from layercut.segments import Segment

@@ -24,7 +24,7 @@ from layercut.estimate import fits_in_memory, machine, plan_run
 from layercut.estimate.shape import measure_shape
 from layercut.evaluation import speed
 from layercut.layer_search.prices import Judge
-from layercut.models import checkpoints, loading, placement, several_devices
+from layercut.models import checkpoints, loading, model_weights, placement
 from layercut.models.cost import total
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
@@ -131,11 +131,11 @@ def test_layers_on_two_devices_go_through_compress_to_the_end(counts, journey, o
 
 
 def test_layers_are_divided_so_that_the_fullest_device_is_as_empty_as_can_be():
-    assert several_devices.place_layers([2, 2, 2, 2], 2, [10, 10]) == [0, 0, 1, 1]
-    assert several_devices.place_layers([2, 2, 2, 2], 5, [100, 100]) == [0, 1, 1, 1]
-    assert several_devices.place_layers([1, 1, 4, 1], 0, [9, 9]) == [0, 0, 1, 1]
-    assert several_devices.place_layers([5, 5], 1, [5, 100]) == [1, 1]
-    assert several_devices.place_layers([5, 5], 1, [9, 4]) is None
+    assert placement.place_layers([2, 2, 2, 2], 2, [10, 10]) == [0, 0, 1, 1]
+    assert placement.place_layers([2, 2, 2, 2], 5, [100, 100]) == [0, 1, 1, 1]
+    assert placement.place_layers([1, 1, 4, 1], 0, [9, 9]) == [0, 0, 1, 1]
+    assert placement.place_layers([5, 5], 1, [5, 100]) == [1, 1]
+    assert placement.place_layers([5, 5], 1, [9, 4]) is None
 
 
 def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model,
     with pytest.raises(ConfigError, match="are 1"):
         placement.over_devices(files, device="standin:0", device_map="on")
     model = placement.load(files).model
-    assert several_devices.placed_over(model) == [torch.device("standin", 0), torch.device("standin", 1)]
+    assert placement.placed_over(model) == [torch.device("standin", 0), torch.device("standin", 1)]
     clone, tokens = surgery.cut(model, "3:5"), tiny.some_tokens(2, 8)
     there = tokens.to("standin:0")
     assert clone(there).logits.device == torch.device("standin:0")
@@ -283,7 +283,7 @@ def test_what_layers_hold_is_told_wherever_they_are(counts):
     model = tiny.llama(3, vocab_size=folders.VOCABULARY)
     there = copy.deepcopy(model)
     room = dict.fromkeys((torch.device("standin", 0), torch.device("standin", 1)), 10**6)
-    several_devices.dispatch_(there, room)
+    placement.dispatch_(there, room)
     maps = [lc.capability_map(each, probes=probes, lengths=(2,)) for each in (model, there)]
     for one, other in zip(*(each.matrix(2) for each in maps), strict=True):
         assert other == pytest.approx(one, rel=1e-3)
@@ -294,7 +294,7 @@ def test_float16_is_tuned_as_well_as_bfloat16(counts):
     tokens, left = torch.randint(8192, (5, 64), generator=torch.Generator().manual_seed(0)), {}
     for dtype in (torch.bfloat16, torch.float16):
         model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
-        loading.convert_parameters_(model, dtype)
+        model_weights.convert_parameters_(model, dtype)
         model.to("standin:1")
         rates = {"batch_tokens": 256, "epochs": 4, "learning_rate": 3e-3}
         told = lc.tune_(lc.cut(model, "1:3"), model, tokens[:-1], heldout=tokens[-1:], **rates)

@@ -32,7 +32,7 @@ from layercut.layer_search.sweep import (
     streams_held,
 )
 from layercut.layer_search.sweep import sweep as carry
-from layercut.models import checkpoints, layer_reader, loading, placement, runner
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement, runner
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
 from test_search import brute_force
@@ -103,7 +103,7 @@ def test_on_disk_is_in_memory_to_the_bit(name, tmp_path):
     assert torch.equal(stack.exit(stack.run(hidden, calls, 0, len(stack)), tokens), expected)
     assert disk.layers_read == [2] * len(disk.layers)  # neither the check nor the way in and out read any
     stored = sum(tensor.elements * 4 for tensor in layer_reader.stored_tensors(checkpoint.folder).values())
-    layers = sum(p.nbytes for layer in loading.find_decoder(memory).layers for p in layer.parameters())
+    layers = sum(p.nbytes for layer in decoder_stack.find_decoder(memory).layers for p in layer.parameters())
     assert disk.bytes_read == stored + layers  # the rest once, the layers twice
     for name, buffer in memory.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name))

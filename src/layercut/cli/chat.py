@@ -20,7 +20,7 @@ from layercut.config import ChatConfig
 from layercut.data.chat_templates import render_chat
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, open_ended, padding
-from layercut.models import checkpoints, loading, placement
+from layercut.models import checkpoints, decoder_stack, loading, model_weights, placement
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of
 from layercut.report.formatting import printable
@@ -42,7 +42,7 @@ class Speaker:
 
     def prompt(self, room: int) -> torch.Tensor:
         """Token ids [1, T] of the chat; the oldest messages are left out where no `room` would be left."""
-        tokenizer, positions = self.loaded.tokenizer, loading.positions(self.loaded.model.config)
+        tokenizer, positions = self.loaded.tokenizer, decoder_stack.positions(self.loaded.model.config)
         while True:
             if tokenizer.chat_template:
                 text = render_chat(tokenizer, self.said, prompt=True, today=True)
@@ -84,7 +84,7 @@ def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         loaded = placement.load(checkpoint, **asdict(config.load))
         if layers_on_disk(loaded.model):
-            raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+            raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
         speakers.append(Speaker(name, loaded))
     return speakers
 

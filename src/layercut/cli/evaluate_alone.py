@@ -21,7 +21,7 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation.generated_probes import Probed, probed, probes_for
 from layercut.files.json_values import digest, jsonable, write_json
-from layercut.models import checkpoints, loading, memory, placement
+from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.compiling import compiled
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of, versions
@@ -193,7 +193,7 @@ class _Judged:
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if text is not None:
             stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-            self.window = config.eval_window or loading.reported_window(stock)
+            self.window = config.eval_window or decoder_stack.reported_window(stock)
             check_window("--eval-window", self.window, stock)
         self.name, self.config, self.run = name, config, asked.run
         self.loaded = placement.load(checkpoint, **asdict(config.load))
@@ -255,7 +255,7 @@ class _Judged:
             text, loaded.tokenizer, tokens=config.eval_tokens, window=self.window, seed=config.seed,
             order="as written", model=loaded.model,
         )  # fmt: skip
-        loading.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
+        decoder_stack.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
         if self.run:
             check_unseen(self.run, blocks)
         say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.perplexity_protocol(self.window)}")

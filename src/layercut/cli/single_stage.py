@@ -29,7 +29,7 @@ from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import checkpoints, loading, memory, placement
+from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.source_card import source_card
 from layercut.pipeline.conversion import export
 from layercut.pipeline.handover import describe_, destination, upload
@@ -70,7 +70,7 @@ def cut(model: str, config: CutConfig) -> Path:
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     engines.warn_misread("cut", engines.readings(stock, config.segments, written))
-    describe_(config.out, _cut_model(model, config, loading.count_layers(stock)))
+    describe_(config.out, _cut_model(model, config, decoder_stack.count_layers(stock)))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
@@ -111,7 +111,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     if placement.wanted(source, **asdict(config.load)):
-        raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+        raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
     loaded = placement.load(source, **asdict(config.load))
     tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
     if most:
@@ -159,7 +159,7 @@ def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tenso
         text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
         chat_template=text.chat_template, model=loaded.model,
     ).tokens  # fmt: skip
-    loading.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
+    decoder_stack.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
     return tokens
 
 

@@ -33,7 +33,7 @@ from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cos
 from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.on_trial import LONGER, PLACES, TRIED, VARIANTS, priced_after_fold
 from layercut.layer_search.search_cost import search_cost, unknown_search
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, devices, loading
 from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
 from layercut.models.gguf_header import read_header
 from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
@@ -143,7 +143,7 @@ class _Planner:
     @property
     def checkpoint_dtype(self) -> torch.dtype:
         """The number format of the files."""
-        return loading.pick_dtype("auto", self.stock, self.checkpoint)
+        return devices.pick_dtype("auto", self.stock, self.checkpoint)
 
     def costs(
         self, config: CompressConfig, on_cpu: bool, least: bool = False, room: int | None = None
@@ -305,13 +305,13 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if checkpoint.gguf:
         check_output(journey, checkpoint)  # else it is about --out, which a plan has not
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    device, asked = loading.pick_device(config.load.device), config.load.dtype
-    stored = loading.pick_dtype(asked, stock, checkpoint)
+    device, asked = devices.pick_device(config.load.device), config.load.dtype
+    stored = devices.pick_dtype(asked, stock, checkpoint)
     _check_as_a_run(journey, checkpoint, stock)
     journey = _planned_score(with_windows(journey, stock))
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
-    dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
+    dtypes = {True: devices.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
     on_cpu, before = device.type == "cpu", count_parts(loading.skeleton(stock, stored))
     segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, stock, before, stored))
     base = resident_bytes()
@@ -340,7 +340,7 @@ def _check_as_a_run(journey: CompressConfig, checkpoint: checkpoints.Checkpoint,
     capability_names(journey.search.preserve)
     if journey.heal.teacher_topk:
         check_topk(journey.heal.teacher_topk, stock.get_text_config().vocab_size)
-    layers = loading.count_layers(stock)
+    layers = decoder_stack.count_layers(stock)
     wanted, length = checked_segments(journey.search.segments, layers), wanted_length(journey.search, layers)
     check_consumers(journey, stock, wanted, length, gguf=keeps_gguf(journey, checkpoint))
     check_names(journey, checkpoint, stock)
@@ -450,7 +450,7 @@ def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int
     model = loading.skeleton(config, dtype)
     if not length:
         return [], count_parts(model)
-    layers = len(loading.find_decoder(model))
+    layers = len(decoder_stack.find_decoder(model))
     middle = (layers - length) // 2
     starts = sorted(range(layers - length + 1), key=lambda s: (abs(s - middle), s))[:TRIES]
     refusals: list[SurgeryError] = []

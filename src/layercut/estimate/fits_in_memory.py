@@ -30,7 +30,7 @@ class Device:
     spread: bool = False
     """Whether the weights are spread over all of the devices."""
     one_process: bool = False
-    """Whether they are spread layer by layer, in one process (`models/several_devices.py`); else by torchrun."""
+    """Whether they are spread layer by layer, in one process (`models/placement.py`); else by torchrun."""
 
     @property
     def room(self) -> int:

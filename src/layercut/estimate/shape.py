@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from layercut.evaluation.speed import cache_bytes
 from layercut.healing.linear_outputs import read_widths
 from layercut.models.cost import LayerCost, Parts, Shape
-from layercut.models.loading import build, find_decoder, quiet_transformers, skeleton
+from layercut.models.decoder_stack import find_decoder
+from layercut.models.loading import build, quiet_transformers, skeleton
 from layercut.models.memory import kept_bytes
 from layercut.models.runner import hidden_of, intercepted, replaced_hidden
 

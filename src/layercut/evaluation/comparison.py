@@ -13,7 +13,7 @@ import torch
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
 from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
-from layercut.models import loading
+from layercut.models import decoder_stack
 from layercut.models.memory import memory_limit
 from layercut.models.model_in_memory import in_eval_mode, model_of
 from layercut.models.runner import DecoderRunner
@@ -186,10 +186,10 @@ def _check_tokens(tokens: Any, model: Any) -> None:
             f"the tokens are {got}; allowed are token ids [N, T], N at least 1, T at least 2",
             "layercut.token_blocks(text, tokenizer, tokens=32768) makes them",
         )
-    limit = loading.positions(model.config)
+    limit = decoder_stack.positions(model.config)
     if limit and tokens.shape[1] > limit:
         raise DataError(
             f"windows of {tokens.shape[1]:,} tokens are longer than the model's {limit:,} positions",
             "give shorter windows: token_blocks(…, window=256)",
         )
-    loading.check_tokens(tokens, model.config, type(model).__name__)
+    decoder_stack.check_tokens(tokens, model.config, type(model).__name__)

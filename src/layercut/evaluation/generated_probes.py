@@ -15,7 +15,7 @@ from layercut.data.probes import ProbeRows, probe_rows
 from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.passkey import TRIALS, cases, passkey_grid
-from layercut.models.loading import positions
+from layercut.models.decoder_stack import positions
 from layercut.progress import say
 
 LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256

@@ -17,8 +17,8 @@ from layercut.data.blocks import by_origin
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.models import compiling
+from layercut.models.decoder_stack import positions
 from layercut.models.layer_reader import layers_on_disk
-from layercut.models.loading import positions
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
 from layercut.models.memory import ShrinkingParts, budget, slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes

@@ -33,7 +33,8 @@ from layercut.data.text_files import content
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.files.json_values import digest, restored, write_json
-from layercut.models.loading import positions, quiet_transformers
+from layercut.models.decoder_stack import positions
+from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget
 from layercut.progress import bar
 from layercut.registries import source_digest

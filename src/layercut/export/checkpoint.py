@@ -29,11 +29,11 @@ from layercut.files.writing import check_replaceable, partial_of, replace_folder
 from layercut.models import checkpoints, layer_reader, memory
 from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
-from layercut.models.loading import as_stored, quiet_transformers, share
+from layercut.models.loading import quiet_transformers
+from layercut.models.model_weights import as_stored, share
 from layercut.models.older_names import add_older_names_
-from layercut.models.placement import weights_peak
+from layercut.models.placement import device_map_of, placed_over, weights_peak
 from layercut.models.runner import DecoderRunner
-from layercut.models.several_devices import device_map_of, placed_over
 from layercut.progress import bar, say
 from layercut.quantization import Quantized
 from layercut.surgery.checkpoint_cut import BESIDE, companions

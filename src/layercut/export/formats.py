@@ -39,7 +39,7 @@ from layercut.export.gguf_export import (
     write_requantized,
 )
 from layercut.export.gguf_tensors import tensor_types
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, model_weights
 from layercut.segments import Segment
 
 
@@ -137,7 +137,7 @@ def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[
     """
     if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
         loaded = cut_of_run(source.run, came).student()
-        loading.convert_parameters_(loaded.model, torch.bfloat16)
+        model_weights.convert_parameters_(loaded.model, torch.bfloat16)
         loaded.model.stored_dtype = torch.bfloat16
     else:
         loaded = loading.load(checkpoints.resolve(str(source.model)))

@@ -40,7 +40,7 @@ from layercut.export.gguf_tensors import (
     types_as_they_came,
 )
 from layercut.export.importance import importance
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import read_header
 from layercut.progress import bar, say
@@ -90,7 +90,7 @@ class CutGguf:
         loaded = loading.load(self.checkpoint, dtype="float32", device="cpu")
         if self.segments:
             cut_segment_(loaded.model, self.segments)
-        loading.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
+        model_weights.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
         return loaded
 
 
@@ -259,7 +259,7 @@ def _read_and_measured(file: Path, loaded: Any, text: torch.Tensor, source: Path
 
 def _some_text(loaded: Any) -> torch.Tensor:
     """Token ids [N, T] of Python's own documentation."""
-    window = min(WINDOW, loading.positions(loaded.model.config) or WINDOW)
+    window = min(WINDOW, decoder_stack.positions(loaded.model.config) or WINDOW)
     return load_blocks(
         "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
     ).tokens

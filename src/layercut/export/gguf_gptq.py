@@ -21,7 +21,7 @@ from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes, with_scales
 from layercut.export.gguf_check import largest_error, readable, relative_distance, weights_in
 from layercut.export.gguf_tensors import CONVERTED as FLOATS
 from layercut.export.gguf_tensors import architecture_of, file_rows, possible_names, stored_types
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.models.gguf_header import open_gguf
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
@@ -39,7 +39,7 @@ from layercut.surgery import cut_gguf
 def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collection[str]) -> list[str]:
     """Choose the codes of matrices in a GGUF file again, by GPTQ, and scales that are a block's own."""
     tensors = {t.name: t for t in open_gguf(file)[1].tensors if t.tensor_type.name.lower() in LAYOUTS}
-    student, architecture = loading.share(model).eval(), architecture_of(file)
+    student, architecture = model_weights.share(model).eval(), architecture_of(file)
     try:
         found = possible_names(student, architecture) if tensors else {}
         names = {parameter: name for parameter, name in found.items() if parameter in rounded and name}
@@ -70,7 +70,7 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
                 unlike.append(parameter)
                 continue
             chosen, points = _chosen(packed, tensor.tensor_type, weight, hessian)
-            loading.replace_parameters_(student, {parameter: points.to(weight.dtype)})
+            model_weights.replace_parameters_(student, {parameter: points.to(weight.dtype)})
             replaced[tensor.name] = (chosen[order], tensor.tensor_type)
     if unlike:
         say(
@@ -87,7 +87,7 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
 
 def _by_layer(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
     """Linear modules with one of these weights, by decoder layer."""
-    decoder = loading.find_decoder(model)
+    decoder = decoder_stack.find_decoder(model)
     found: dict[int, list[str]] = {}
     for i, layer in enumerate(decoder.layers):
         inside = (name for name, module in layer.named_modules() if isinstance(module, nn.Linear))
@@ -101,7 +101,7 @@ def _round_the_others_(student: Any, file: Path, names: Mapping[str, str], layer
     """Put in what the file has of rounded weights whose codes stay, so that later layers see it."""
     types, chosen = stored_types(file), {f"{module}.weight" for group in layers.values() for module in group}
     coarse = [n for n, name in names.items() if types.get(name, FLOATS[0]) not in FLOATS]
-    loading.replace_parameters_(student, weights_in(file, student, [n for n in coarse if n not in chosen]))
+    model_weights.replace_parameters_(student, weights_in(file, student, [n for n in coarse if n not in chosen]))
 
 
 def _is(packed: np.ndarray, kind: Any, weight: torch.Tensor) -> bool:

@@ -42,10 +42,10 @@ from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
-from layercut.models.loading import weight_as_stored
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.memory import kept_bytes, slices
 from layercut.models.model_in_memory import prepared
+from layercut.models.model_weights import weight_as_stored
 from layercut.models.objectives import KL, Objective, objective_of
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError
-from layercut.models.loading import check_tokens
+from layercut.models.decoder_stack import check_tokens
 from layercut.models.model_in_memory import model_of
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments

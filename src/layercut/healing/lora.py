@@ -19,8 +19,9 @@ from torch import nn
 from layercut.errors import ConfigError, ModelError
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_result import TuningResult
-from layercut.models.loading import find_decoder, weight_as_stored
+from layercut.models.decoder_stack import find_decoder
 from layercut.models.model_in_memory import prepared
+from layercut.models.model_weights import weight_as_stored
 from layercut.models.runner import DecoderRunner
 from layercut.progress import say
 

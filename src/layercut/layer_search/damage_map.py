@@ -21,7 +21,7 @@ from layercut.errors import ConfigError, DataError
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
 from layercut.layer_search.weighted_rows import check_calibration
-from layercut.models.loading import positions
+from layercut.models.decoder_stack import positions
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner, passes_in_step, teacher_of

@@ -17,8 +17,8 @@ from layercut.distributed import processes
 from layercut.errors import ModelError
 from layercut.layer_search.result import Cost
 from layercut.models.devices import place_of_float64
-from layercut.models.loading import taking_gradients
 from layercut.models.losses import next_token_loss
+from layercut.models.model_weights import taking_gradients
 from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
 
 BUDGET_BYTES = 512 * 2**20

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import DataError
-from layercut.models.loading import check_tokens, positions
+from layercut.models.decoder_stack import check_tokens, positions
 from layercut.models.runner import DecoderRunner
 
 

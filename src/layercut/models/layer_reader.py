@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from layercut.errors import ModelError, first_line
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, devices, loading
 from layercut.progress import say
 
 IN_MEMORY = "load it in memory instead: --stream off"
@@ -107,9 +107,9 @@ def open_on_disk(
     """Open a safetensors folder with its decoder layers left on disk."""
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)
-    place = loading.pick_device(device)
-    own = loading.pick_dtype(dtype, config, checkpoint)
-    number = loading.computing_dtype(dtype, own, place)
+    place = devices.pick_device(device)
+    own = devices.pick_dtype(dtype, config, checkpoint)
+    number = devices.computing_dtype(dtype, own, place)
     stored = stored_tensors(checkpoint.folder)
     loading.refuse_larger(config, checkpoint)
     skeleton = _build(checkpoint, config, stored, number)
@@ -185,7 +185,7 @@ def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Sto
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    weights, decoder = model.state_dict(), loading.find_decoder(model)
+    weights, decoder = model.state_dict(), decoder_stack.find_decoder(model)
     by_layer: list[dict[str, Stored]] = [{} for _ in range(len(decoder))]
     rest: dict[str, Stored] = {}
     for key, tensor in stored.items():
@@ -200,7 +200,7 @@ def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Sto
 
 def _refuse_sharing(model: Any) -> None:
     """A weight that two layers hold, or a layer and the rest, would have to be kept when a layer is dropped."""
-    layers, name = list(loading.find_decoder(model).layers), type(model).__name__
+    layers, name = list(decoder_stack.find_decoder(model).layers), type(model).__name__
     holder: dict[int, int] = {}
     for i, layer in enumerate(layers):
         for path, tensor in _tensors(layer).items():
@@ -234,7 +234,7 @@ class LayersOnDisk:
 
     def __init__(self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.layers: list[nn.Module] = list(loading.find_decoder(model).layers)
+        self.layers: list[nn.Module] = list(decoder_stack.find_decoder(model).layers)
         self.layers_read, self.bytes_read = [0] * len(self.layers), 0
         self.resident: int | None = None
         self._stored = stored

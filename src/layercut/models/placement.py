@@ -1,24 +1,32 @@
 """Where a model's weights lie while it runs: in memory, on several accelerators or processes, or on disk.
 
 The one entry point for all commands: `models/loading.py` loads, `models/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` shards, `models/several_devices.py` places layers over accelerators.
+`distributed/sharding.py` shards. Over several accelerators of one process the layers are placed one after the other,
+each run on the device it is on: accelerate's hooks move what a module is given to the device of its weights. What is no
+layer, embeddings and head among it, is on the first device, and so are logits and losses. Models that transformers
+dispatched itself (`device_map="auto"`) are run alike, wherever their head is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from layercut.config import DeviceMapMode, ShardMode, StreamMode
 from layercut.distributed import processes, sharding
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, ModelError
+from layercut.files.sizes import size
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
-from layercut.models.layer_reader import open_on_disk, read_by_layer, stored_tensors
+from layercut.models.decoder_stack import find_decoder
+from layercut.models.devices import accelerators, computing_dtype, pick_device, pick_dtype
+from layercut.models.layer_reader import open_on_disk, read_by_layer
 from layercut.models.memory import available_bytes, memory_limit
-from layercut.models.several_devices import accelerators, dispatch_, fullest
 
 FITS = 0.8
 """A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
@@ -41,9 +49,13 @@ def load(
     """
     with memory_limit(max_memory):
         if spread(checkpoint, stream=stream, shard=shard, **how):
-            return load_spread(checkpoint, **how)
+            return _load_spread(checkpoint, **how)
         if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
-            return load_over_devices(checkpoint, **how)
+            place = pick_device(how.pop("device", "auto"))
+            loaded = loading.load(checkpoint, device="cpu", **_as_computed_on(place, checkpoint, **how))
+            devices = accelerators(place)
+            dispatch_(loaded.model, {device: int(FITS * available_bytes(device)) for device in devices})
+            return replace(loaded, device=devices[0])
         if wanted(checkpoint, stream=stream, device_map=device_map, **how):
             return open_on_disk(checkpoint, **how)
         return loading.load(checkpoint, **how)
@@ -57,38 +69,21 @@ def over_devices(
     **how: Any,
 ) -> bool:
     """Whether `load` in one process would place the layers over several accelerators. Reads headers only."""
-    if device_map == "off" or (device_map == "auto" and (stream == "on" or processes.on_this_machine() > 1)):
+    several = processes.on_this_machine() > 1
+    if device_map == "off" or (device_map == "auto" and (stream == "on" or several)):
         return False
-    devices = accelerators(loading.pick_device(how.get("device", "auto")))
+    devices = accelerators(pick_device(how.get("device", "auto")))
     if device_map == "on":
-        if len(devices) < 2 or processes.on_this_machine() > 1:
+        if len(devices) < 2 or several:
             raise ConfigError(
                 "--device-map on places the layers over several accelerators of one process, and there "
-                + ("are several processes" if processes.on_this_machine() > 1 else f"are {len(devices)}"),
+                + ("are several processes" if several else f"are {len(devices)}"),
                 "leave it out",
             )
         return True
-    if len(devices) < 2 or share_of_memory(checkpoint, **how) <= FITS:
+    if len(devices) < 2 or _share_of_memory(checkpoint, **how) <= FITS:
         return False
     return weight_bytes(checkpoint, **how) <= FITS * sum(map(available_bytes, devices))
-
-
-def load_over_devices(
-    checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
-) -> loading.LanguageModel:
-    """`loading.load`, of which each accelerator has some layers (`models/several_devices.py`)."""
-    place = loading.pick_device(device)
-    loaded = loading.load(checkpoint, dtype=_fixed_dtype(checkpoint, dtype, place, **how), device="cpu", **how)
-    devices = accelerators(place)
-    dispatch_(loaded.model, {device: int(FITS * available_bytes(device)) for device in devices})
-    return replace(loaded, device=devices[0])
-
-
-def _fixed_dtype(checkpoint: checkpoints.Checkpoint, dtype: str, place: torch.device, **how: Any) -> str:
-    """The dtype by name, where a CPU, by which the weights come to their device, might decide on another."""
-    config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    stored = loading.pick_dtype(dtype, config, checkpoint)
-    return str(stored).removeprefix("torch.") if loading.computing_dtype(dtype, stored, place) == stored else dtype
 
 
 def wanted(
@@ -103,7 +98,7 @@ def wanted(
         return stream == "on"
     if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
         return False
-    return share_of_memory(checkpoint, **how) > FITS
+    return _share_of_memory(checkpoint, **how) > FITS
 
 
 def spread(
@@ -118,15 +113,14 @@ def spread(
         )
     if count == 1 or shard != "auto" or stream == "on":
         return count > 1 and shard == "on"
-    share = share_of_memory(checkpoint, **how)
+    share = _share_of_memory(checkpoint, **how)
     return bool(processes.most(share > FITS)) and not processes.most(share / count > FITS)
 
 
-def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
+def _share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
     """Bytes of the weights over those that this process has; 0 of what can only be loaded at once."""
-    device = loading.pick_device(how.get("device", "auto"))
-    with memory_limit(how.get("max_memory")):  # they pass through the machine's memory
-        room = min(available_bytes(place) for place in (device, torch.device("cpu")))
+    device = pick_device(how.get("device", "auto"))
+    room = min(available_bytes(place) for place in (device, torch.device("cpu")))  # they pass through the machine's
     return weight_bytes(checkpoint, **how) / max(1, room)
 
 
@@ -137,15 +131,24 @@ def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if getattr(config, "quantization_config", None):
         return 0
-    device, dtype = loading.pick_device(how.get("device", "auto")), how.get("dtype", "auto")
-    number = loading.computing_dtype(dtype, loading.pick_dtype(dtype, config, checkpoint), device)
-    elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
-    return elements * number.itemsize
+    device, dtype = pick_device(how.get("device", "auto")), how.get("dtype", "auto")
+    number = computing_dtype(dtype, pick_dtype(dtype, config, checkpoint), device)
+    return checkpoints.stored_elements(checkpoint.folder) * number.itemsize
 
 
-def load_spread(
-    checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
-) -> loading.LanguageModel:
+def _as_computed_on(place: torch.device, checkpoint: checkpoints.Checkpoint, **how: Any) -> dict[str, Any]:
+    """How to load by way of the CPU, which must not decide on another dtype than the device."""
+    config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+    dtype = how.get("dtype", "auto")
+    stored = pick_dtype(dtype, config, checkpoint)
+    same = computing_dtype(dtype, stored, place) == stored
+    return how | ({"dtype": str(stored).removeprefix("torch.")} if same else {})
+
+
+# --- over several processes -----------------------------------------------------------------------------------
+
+
+def _load_spread(checkpoint: checkpoints.Checkpoint, *, device: str = "auto", **how: Any) -> loading.LanguageModel:
     """`loading.load`, of which each process keeps its shard of every weight (`distributed/sharding.py`).
 
     A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
@@ -154,17 +157,112 @@ def load_spread(
     """
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if read_by_layer(checkpoint, config):
-        loaded = open_on_disk(checkpoint, dtype=dtype, device=device, **how)
+        loaded = open_on_disk(checkpoint, device=device, **how)
         sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
         return loaded
-    place = loading.pick_device(device)
-    dtype = _fixed_dtype(checkpoint, dtype, place, **how)
+    place = pick_device(device)
+    how = _as_computed_on(place, checkpoint, **how)
     for turn in range(processes.world()):
         if turn == processes.rank():
-            loaded = loading.load(checkpoint, dtype=dtype, device="cpu", **how)
-            sharding.spread_(loaded.model, loaded.decoder.layers, place)
+            loaded = loading.load(checkpoint, device="cpu", **how)
+            sharding.spread_(loaded.model, find_decoder(loaded.model).layers, place)
         processes.barrier()
     return replace(loaded, device=place)
+
+
+# --- over several accelerators --------------------------------------------------------------------------------
+
+
+def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> list[int] | None:
+    """Which device each layer goes to: in order, and so that the fullest device is as empty as can be."""
+
+    def within(share: float) -> list[int] | None:
+        places, device, left = [], 0, room[0] * share - rest
+        for layer in layers:
+            while layer > left:
+                if (device := device + 1) == len(room):
+                    return None
+                left = room[device] * share
+            places.append(device)
+            left -= layer
+        return places if rest <= room[0] * share else None
+
+    least, most = 0.0, 1.0
+    for _ in range(50):
+        middle = (least + most) / 2
+        least, most = (least, middle) if within(middle) else (middle, most)
+    return within(most)
+
+
+def fullest(layers: Sequence[int], rest: int, devices: int) -> int:
+    """Bytes of weights on the fullest of so many equal devices."""
+    places = place_layers(layers, rest, [sum(layers) + rest] * devices)
+    assert places is not None  # one device has room for all
+    held = [rest] + [0] * (devices - 1)
+    for place, layer in zip(places, layers, strict=True):
+        held[place] += layer
+    return max(held)
+
+
+def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
+    """Move a model's weights to several devices and have its modules' inputs follow them."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    decoder, devices = find_decoder(model), list(room)
+    names = [f"{decoder.path}.{name}" for name, _ in decoder.layers.named_children()]
+    sizes = [_bytes(model.get_submodule(name)) for name in names]
+    places = place_layers(sizes, _bytes(model) - sum(sizes), list(room.values()))
+    if places is None:
+        needed, there = size(_bytes(model)), size(sum(room.values()))
+        raise ModelError(
+            f"the weights, {needed}, do not fit layer by layer into {len(devices)} devices with {there} for them",
+            "leave the layers on disk: --stream on",
+        )
+    found = dict.fromkeys(_outside(model, decoder.path), devices[0])
+    found |= {name: devices[place] for name, place in zip(names, places, strict=True)}
+    for name, device in found.items():
+        add_hook_to_module(model.get_submodule(name).to(device), AlignDevicesHook(device))
+    for module in model.modules():  # what holds the list of layers may have weights of its own
+        for table in (module._parameters, module._buffers):
+            here: dict[str, Any] = {name: t for name, t in table.items() if t is not None and t.device.type == "cpu"}
+            table.update({name: _moved(tensor, devices[0]) for name, tensor in here.items()})
+    add_hook_to_module(model, AlignDevicesHook(devices[0], io_same_device=True))
+    model.hf_device_map = {name: str(device) for name, device in found.items()}
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> Any:
+    moved = tensor.detach().to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def placed_over(model: nn.Module) -> list[torch.device]:
+    """The devices that a model's weights are on, in the order in which they are used."""
+    return list(dict.fromkeys(p.device for p in model.parameters() if not p.is_meta))
+
+
+def device_map_of(model: nn.Module) -> dict[str, str]:
+    """Where the parts of a model are, by their names: what `from_pretrained(device_map=…)` takes."""
+    path = find_decoder(model).path
+    names = chain(_outside(model, path), (f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()))
+    found = {name: next(iter(model.get_submodule(name).state_dict(keep_vars=True).values()), None) for name in names}
+    first = next(model.parameters()).device
+    return {name: str(first if tensor is None else tensor.device) for name, tensor in found.items()}
+
+
+def _outside(model: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
+    """Names of the modules that hold what is no layer, none of them inside another."""
+    for name, child in model.named_children():
+        full = f"{prefix}{name}"
+        if full == path:
+            continue
+        if path.startswith(f"{full}."):
+            yield from _outside(child, path, f"{full}.")
+        else:
+            yield full
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
 
 
 # --- what it costs, told beforehand ---
@@ -199,7 +297,7 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, st
 
 
 def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
-    """A stage over layers that are placed over several devices (`models/several_devices.py`), of the fullest."""
+    """A stage over layers that are placed over several devices (`models/placement.py`), of the fullest."""
     layers = [layer * shape.itemsize for layer in shape.dense.layers]
     return {**peak, "weights": fullest(layers, shape.outside * shape.itemsize, devices)}
 

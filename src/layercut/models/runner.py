@@ -33,12 +33,13 @@ from layercut.errors import ConfigError, ModelError
 from layercut.files.sizes import size
 from layercut.models import compiling
 from layercut.models.cost import Peak, PlannedRun
+from layercut.models.decoder_stack import find_decoder, positions
 from layercut.models.devices import placed
 from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader import layers_on_disk
-from layercut.models.loading import find_decoder, positions, stored_dtype
 from layercut.models.losses import Teacher, as_price, compared_bytes
 from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget
+from layercut.models.model_weights import stored_dtype
 from layercut.progress import say
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]

@@ -18,21 +18,21 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.models.layer_reader import LayersOnDisk, layers_on_disk
 
 
 def share(model: Any) -> Any:
-    """`loading.share`, also of a model whose layers are on disk, or of a clone of one."""
+    """`model_weights.share`, also of a model whose layers are on disk, or of a clone of one."""
     disk = layers_on_disk(model)
     if disk is None:
-        return loading.share(model)
+        return model_weights.share(model)
     source = disk.source if isinstance(disk, SharedLayers) else disk
     assert isinstance(source, LayersOnDisk)
     source.leave_()  # what is copied are layers without data
     gc.collect()  # layers and their `forward` refer to each other: unused clones would keep their own weights
     numbers = disk.numbers() if isinstance(disk, SharedLayers) else range(len(source.layers))
-    copied = loading.copied(model)
+    copied = model_weights.copied(model)
     copied.layers_on_disk = SharedLayers(source, copied, numbers)
     return copied
 
@@ -46,7 +46,7 @@ class SharedLayers:
     def __init__(self, source: LayersOnDisk, model: Any, numbers: Sequence[int]) -> None:
         self.source = source
         self._lowest: int | None = None  # while layers are entered upwards from there and down again
-        self._layers = loading.find_decoder(model).layers  # the list itself: a cut removes layers from it
+        self._layers = decoder_stack.find_decoder(model).layers  # the list itself: a cut removes layers from it
         self._number = WeakKeyDictionary(zip(self._layers, numbers, strict=True))
         for layer, number in self._number.items():
             layer.__dict__.pop("forward", None)  # the original's

@@ -27,7 +27,7 @@ from layercut.files.json_values import jsonable, restored
 from layercut.healing.lora import check_lora
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
-from layercut.models import checkpoints, loading, memory, placement
+from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.compiling import compiled
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
 from layercut.pipeline.compare_artefacts import (
@@ -74,7 +74,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     journey = config.journey()
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     if placement.wanted(checkpoint, **asdict(config.load)):
-        raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+        raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
     if config.tasks.names:
         evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
@@ -83,7 +83,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
     if "lora" in config.compare.state_names:
         check_lora(loading.skeleton(architecture, torch.float32))
-    layers = loading.count_layers(architecture)
+    layers = decoder_stack.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)
     check_methods(config.compare, layers, length)
     check_sources(journey)

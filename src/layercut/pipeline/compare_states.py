@@ -21,7 +21,7 @@ from layercut.healing import lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_result import TuningResult
-from layercut.models import loading, memory
+from layercut.models import memory, model_weights
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.artefacts import segments_of
 from layercut.pipeline.compare_artefacts import (
@@ -145,7 +145,7 @@ def start_of(work: RunContext, segments: Sequence[Segment], folded: list[str]) -
     plain = cut(work.dense.model, segments)
     if folded:
         with_fold = cut(work.dense.model, segments)
-        loading.replace_parameters_(with_fold, load_file(work.run / folded[0]))
+        model_weights.replace_parameters_(with_fold, load_file(work.run / folded[0]))
         if mean_kl(stack, DecoderRunner(with_fold), heldout) < mean_kl(stack, DecoderRunner(plain), heldout):
             return with_fold, True
     return plain, False
@@ -178,7 +178,7 @@ def in_state(work: RunContext, segments: Sequence[Segment], state: str) -> Any:
     """The model without the segments, in a state whose weights the run folder has."""
     student = cut(work.dense.model, segments)
     if state != "cut":
-        loading.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
+        model_weights.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
     return student
 
 

@@ -33,7 +33,7 @@ from layercut.export.gguf_tensors import architecture_of, check_converts, possib
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.provenance import is_run
@@ -128,7 +128,7 @@ def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arch
     if not keeps_gguf(config, checkpoint) or not config.heal.tune_tokens:
         return
     kind, bare = architecture_of(checkpoint.file), loading.skeleton(architecture, torch.float32)
-    names, layers = possible_names(bare, kind), f"{loading.find_decoder(bare).path}."
+    names, layers = possible_names(bare, kind), f"{decoder_stack.find_decoder(bare).path}."
     nameless = [name for name, known in names.items() if known is None and name.startswith(layers)]
     if nameless:
         raise ConfigError(

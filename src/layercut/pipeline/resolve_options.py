@@ -23,7 +23,7 @@ from layercut.export import engines
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import most_segments, names
-from layercut.models import checkpoints, loading, placement
+from layercut.models import checkpoints, decoder_stack, devices, loading, placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice, endpoints_of
 from layercut.quantization.saved_size import saved_bytes_of_any_cut
@@ -73,7 +73,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     config = with_windows(config, architecture)
     if config.heal.teacher_topk:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
-    layers = loading.count_layers(architecture)
+    layers = decoder_stack.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_output(config, checkpoint, chooses=until == "report")
     if until != "search":
@@ -81,7 +81,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
-    loading.pick_device(config.load.device)
+    devices.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
     on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
     score = score_of(config, heals=until != "search")
@@ -133,7 +133,7 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     if keeps_gguf(config, checkpoint):
         length_for_target(config, checkpoint, config.search.target_bytes)
         return
-    stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
+    stored = devices.pick_dtype(config.load.dtype, architecture, checkpoint)
     try:
         bare = loading.skeleton(architecture, stored)
     except ModelError:
@@ -144,14 +144,14 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     elif config.shares_size:
         bit_choice.numbers_left_open(bare, config.quantize, target)
     else:
-        layers = len(loading.find_decoder(bare))
+        layers = len(decoder_stack.find_decoder(bare))
         cut = sum(map(len, config.search.segments)) or wanted_length(config.search, layers) or 0
         bit_choice.check_target(bare, config.quantize, target, without=cut)
 
 
 def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype) -> int:
     """Layers to remove for --target-size of a checkpoint folder, in the bits that it is saved in."""
-    search, quantize, layers = config.search, config.quantize, len(loading.find_decoder(model))
+    search, quantize, layers = config.search, config.quantize, len(decoder_stack.find_decoder(model))
     there = len(endpoints_of(model.config, layers))  # of earlier cuts
     saved, criterion = saved_bytes_of_any_cut(model, quantize, dtype), criteria.get(search.method)
     before = saved.beside(there)
@@ -245,7 +245,7 @@ def needs_memory(flag: str) -> ConfigError:
 
 def check_window(flag: str, window: int, architecture: Any) -> None:
     """Refuse rows of tokens that do not fit the positions that the model knows."""
-    limit = loading.positions(architecture)
+    limit = decoder_stack.positions(architecture)
     if limit and window > limit:
         raise ConfigError(
             f"{flag} {window} is longer than the model's {limit} positions",
@@ -255,8 +255,8 @@ def check_window(flag: str, window: int, architecture: Any) -> None:
 
 def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
     """The config with the windows that are tuned on and that perplexity is reported on filled in."""
-    reported, heal = config.evaluate.eval_window or loading.reported_window(architecture), config.heal
-    fits = (loading.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
+    reported, heal = config.evaluate.eval_window or decoder_stack.reported_window(architecture), config.heal
+    fits = (decoder_stack.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
     long = min(LONG_ROW, heal.batch_tokens) if fits else 0
     short = config.text.window
     tuned = heal.tune_window or max(short, long // short * short)

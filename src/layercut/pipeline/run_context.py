@@ -30,10 +30,10 @@ from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
-from layercut.models import checkpoints, layer_reader, loading, placement
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, model_weights, placement
 from layercut.models.gguf_header import read_header
+from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
-from layercut.models.several_devices import placed_over
 from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact, TuningRecord
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
@@ -104,7 +104,7 @@ class RunContext:
     @cached_property
     def layers(self) -> int:
         """L, before anything is removed."""
-        return loading.count_layers(self.architecture)
+        return decoder_stack.count_layers(self.architecture)
 
     @property
     def dense(self) -> loading.LanguageModel:
@@ -133,7 +133,7 @@ class RunContext:
             where = f", sharded over {processes.world()} processes, {held} in this one"
         if len(devices := placed_over(loaded.model)) > 1:
             where = f" to {devices[-1]}, layers placed over {len(devices)} devices"
-        stored = loading.stored_dtype(loaded.model)
+        stored = model_weights.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
@@ -192,7 +192,7 @@ class RunContext:
     @cached_property
     def reported_window(self) -> int:
         """Tokens in the windows that perplexity is reported on."""
-        return self.config.evaluate.eval_window or loading.reported_window(self.architecture)
+        return self.config.evaluate.eval_window or decoder_stack.reported_window(self.architecture)
 
     @property
     def held_out_text(self) -> torch.Tensor:
@@ -298,10 +298,10 @@ class Round:
                 quantized = run.artefact(QuantizeArtefact, "quantize")
                 if quantized.gguf:
                     rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
-                    loading.replace_parameters_(student, rounded)
+                    model_weights.replace_parameters_(student, rounded)
                 if quantized.quantization_config:
                     packed = load_file(run / "quantized.safetensors")
-                    loading.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
+                    model_weights.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
                 continue
             is_changed = (
                 run.artefact(FoldArtefact, self.name("fold")).changed
@@ -309,7 +309,7 @@ class Round:
                 else run.artefact(HealArtefact, self.name("heal")).tuning
             )
             if is_changed:
-                loading.replace_parameters_(student, load_file(run / f"{self.name(each)}.safetensors"))
+                model_weights.replace_parameters_(student, load_file(run / f"{self.name(each)}.safetensors"))
         return student
 
     def save_changes(self, student: Any, weights: Weights) -> list[str]:

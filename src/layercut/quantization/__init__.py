@@ -23,10 +23,10 @@ from torch import nn
 from layercut.config import NEAR_ENOUGH, Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.files.sizes import parse_bytes
-from layercut.models import loading
-from layercut.models.loading import replace_parameters_, stored_dtype
+from layercut.models import decoder_stack, model_weights
 from layercut.models.memory import memory_limit
 from layercut.models.model_in_memory import model_of
+from layercut.models.model_weights import replace_parameters_, stored_dtype
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
@@ -109,7 +109,7 @@ def quantize(
         bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
         endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own,
     )  # fmt: skip
-    clone = loading.share(model_of(model)).eval()
+    clone = model_weights.share(model_of(model)).eval()
     target = parse_bytes("target_size", str(target_size)) if target_size else None
     return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer, target=target)
 
@@ -135,7 +135,7 @@ def quantize_(
     if tokens is not None:
         _check_tokens(tokens, model)
     targets, mixture = _assigned(model, tokens, config, endpoints, target)
-    left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
+    left, before = left_as_they_are(model, targets), model_weights.parameter_bytes(model)
     rows, packed = list[QuantizedWeight](), dict[str, torch.Tensor]()
 
     def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
@@ -165,7 +165,7 @@ def _assigned(
 ) -> tuple[list[Assignment], Mixture | None]:
     """What is quantized, and to how many bits: as the config says, or chosen for a size."""
     if config.bits != "auto":
-        layers = len(loading.find_decoder(model))
+        layers = len(decoder_stack.find_decoder(model))
         return plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)})), None
     if tokens is None or target is None:
         raise ConfigError("bits are to be chosen, and no size is given", "give --target-size, as 60MB")
@@ -184,7 +184,7 @@ def _decoder_layers(
     """The weights in the decoder layers, layer by layer; tokens: to calibrate on, where the quantizer is calibrated."""
     inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
     wanted = {layer: {target.name: target for target in group} for layer, group in inside if layer is not None}
-    with memory_limit(), bar("quantizing", len(loading.find_decoder(model))) as advance:
+    with memory_limit(), bar("quantizing", len(decoder_stack.find_decoder(model))) as advance:
         if tokens is None or not wanted:
             for group in wanted.values():
                 for target in group.values():
@@ -204,7 +204,7 @@ def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
     if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         got = f"{list(tokens.shape)} of {str(tokens.dtype).removeprefix('torch.')}"
         raise DataError(f"tokens are {got}; wanted are token ids [N, T] of int64", "layercut.token_blocks makes them")
-    loading.check_tokens(tokens, model.config, type(model).__name__)
+    decoder_stack.check_tokens(tokens, model.config, type(model).__name__)
 
 
 def endpoints_of(config: Any, layers: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.models.loading import find_decoder
+from layercut.models.decoder_stack import find_decoder
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""

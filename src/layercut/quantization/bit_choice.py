@@ -22,7 +22,7 @@ from torch import nn
 from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.quantization import sensitivity
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, Width, plan
 from layercut.quantization.packing import stored_bytes, unpacks_while_loading
@@ -120,12 +120,12 @@ def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
         for i, candidate in enumerate(candidates)
         for part in candidate.targets
     }
-    return sensitivity.measure(model, tokens, widths, dtype=loading.stored_dtype(model))
+    return sensitivity.measure(model, tokens, widths, dtype=model_weights.stored_dtype(model))
 
 
 def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> Mixture | None:
     """The mixture of least cost within a size, from costs that are known. Needs no weights."""
-    dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
+    dtype, candidates = model_weights.stored_dtype(model), _candidates(model, config)
     rest = _rest(model, candidates, dtype)
     every = (_within(each, candidates, costs, target - rest, dtype) for each in _formats(candidates, config))
     best = min((each for each in every if each), key=lambda each: each.cost, default=None)
@@ -157,8 +157,8 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
 
 def _sizes_between(model: Any, config: QuantizeConfig) -> Callable[[int], tuple[int, int]]:
     """The least bytes that a choice of bits can make, and the bytes without any, by how many layers are removed."""
-    dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
-    rest, layers = _rest(model, candidates, dtype), len(loading.find_decoder(model))
+    dtype, candidates = model_weights.stored_dtype(model), _candidates(model, config)
+    rest, layers = _rest(model, candidates, dtype), len(decoder_stack.find_decoder(model))
     every: list[Sequence[Sequence[Assignment | None]]] = [each.ways for each in _formats(candidates, config)]
     sizes = [
         [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
@@ -175,7 +175,7 @@ def _sizes_between(model: Any, config: QuantizeConfig) -> Callable[[int], tuple[
 
 def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:
     """Numbers of layers that leave something to choose: with some bits they meet the size, and without they do not."""
-    layers = len(loading.find_decoder(model))
+    layers = len(decoder_stack.find_decoder(model))
     ends = list(map(_sizes_between(model, config), range(layers)))
     found = [n for n, (least, whole) in enumerate(ends) if least <= target < whole]
     if not found and target < (least := ends[-1][0]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.loading import replace_parameters_
+from layercut.models.model_weights import replace_parameters_
 from layercut.quantization.packing import quantized_weights
 
 

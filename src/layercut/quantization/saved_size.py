@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from layercut.config import QuantizeConfig
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
 from layercut.quantization.packing import stored_bytes
 
@@ -31,10 +31,10 @@ class SavedBytes:
 
 def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: Sequence[int] = ()) -> SavedBytes:
     """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size."""
-    decoder = loading.find_decoder(model)
+    decoder = decoder_stack.find_decoder(model)
     targets = plan(model, config, endpoints) if config.rounds else []
-    saved = [loading.parameter_bytes(layer, dtype) for layer in decoder.layers]
-    total, done = loading.parameter_bytes(model, dtype), set[int]()
+    saved = [model_weights.parameter_bytes(layer, dtype) for layer in decoder.layers]
+    total, done = model_weights.parameter_bytes(model, dtype), set[int]()
     for target in targets:
         weight = model.get_submodule(target.name).weight
         plain = weight.numel() * min(weight.itemsize, dtype.itemsize)
@@ -55,12 +55,12 @@ def _of_tied_head(target: Assignment, parts: dict[str, int]) -> int:
 
 def saved_bytes_of_any_cut(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> SavedBytes:
     """The same where it is not known yet which layers stand beside a cut."""
-    layers = loading.find_decoder(model).layers
+    layers = decoder_stack.find_decoder(model).layers
     plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])  # none of them
     if not (config.rounds and config.endpoint_bits):
         return plain
     if config.endpoint_bits == 16:
-        alone = tuple(loading.parameter_bytes(layer, dtype) for layer in layers)
+        alone = tuple(model_weights.parameter_bytes(layer, dtype) for layer in layers)
     else:
         alone = saved_bytes(model, config, dtype, endpoints=range(len(layers))).layers
     return replace(plain, more=tuple(sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)))

@@ -23,7 +23,8 @@ import torch
 from layercut.errors import ModelError, SurgeryError
 from layercut.files.writing import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
-from layercut.models.loading import OTHER_TOWERS, load_config
+from layercut.models.decoder_stack import OTHER_TOWERS
+from layercut.models.loading import load_config
 from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from layercut.errors import LayercutError, ModelError, SurgeryError, first_line
-from layercut.models.loading import Decoder, find_decoder, quiet_transformers
+from layercut.models.decoder_stack import Decoder, find_decoder
+from layercut.models.loading import quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
 from layercut.surgery import config_cut, layer_differences, weight_adjustments
 from layercut.surgery.cut_plan import CutPlan

@@ -29,8 +29,8 @@ from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
 from layercut.models import layer_reader
 from layercut.models.cost import PlannedRun, Work
+from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
-from layercut.models.several_devices import placed_over
 from layercut.pipeline.artefacts import (
     CapabilitiesArtefact,
     CloserLook,

@@ -21,7 +21,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_s
 from layercut.healing.offloaded import FrozenStates
 from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
 from layercut.healing.tuning_state import StateFile
-from layercut.models import layer_reader, loading, memory
+from layercut.models import decoder_stack, layer_reader, memory, model_weights
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
@@ -64,10 +64,10 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
     """What is left without these segments of the dense model's layers."""
     dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
     if layer_reader.layers_on_disk(dense):  # what would otherwise fail at the end of the run
-        layers = loading.find_decoder(student)
+        layers = decoder_stack.find_decoder(student)
         names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
         surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
-    parameters, sizes = loading.parameter_count, loading.parameter_bytes
+    parameters, sizes = model_weights.parameter_count, model_weights.parameter_bytes
     return CutArtefact(
         segments=bounds_of(segments),
         original_layer_index=kept_layers(segments, work.layers),

@@ -17,7 +17,7 @@ from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS
 from layercut.files.json_values import digest
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import loading
+from layercut.models import decoder_stack, model_weights
 from layercut.models.losses import as_price
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierRecord, QuantizeArtefact
@@ -136,7 +136,7 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
 
 def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
     """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out text."""
-    size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
+    size, layers = model_weights.parameter_bytes(model), len(decoder_stack.find_decoder(model))
     if bits < 16:
         asked = replace(work.config.quantize, bits=bits)
         rows = rows_to_round_on(work, tests_to_round_on(work, asked))

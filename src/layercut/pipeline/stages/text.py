@@ -25,7 +25,7 @@ from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, decoder_stack
 from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
@@ -227,7 +227,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
                 had = text_wanted(work, other, CHATS in work.text[other].reads)
                 reader.skip_blocks(other, **asdict(had), keys=keys_of(work, other))
             blocks = reader.draw(use, **asdict(asked))
-            loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
+            decoder_stack.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.run.drawn(f"text-{use}", blocks.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
@@ -318,7 +318,7 @@ def check_prompt(work: RunContext) -> None:
     """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early."""
     if work.tokenizer.chat_template:
         asked = torch.tensor(prompt_ids(work.tokenizer, "a word"))
-        loading.check_tokens(asked, work.architecture, work.checkpoint.name)
+        decoder_stack.check_tokens(asked, work.architecture, work.checkpoint.name)
 
 
 def key_tensor(keys: frozenset[int]) -> torch.Tensor:

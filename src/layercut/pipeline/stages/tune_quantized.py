@@ -21,7 +21,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_par
 from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile
-from layercut.models import loading, memory
+from layercut.models import memory, model_weights
 from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
@@ -79,7 +79,7 @@ def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], 
     if (state := kept.load(key)) is not None:
         tensors, facts = state
         say("quantize", "rounded before the run was stopped: only the training goes on")
-        return Quantized.restored(loading.share(before), {name: one for name, (one,) in tensors.items()}, facts)
+        return Quantized.restored(model_weights.share(before), {name: one for name, (one,) in tensors.items()}, facts)
     found = rounded()
     kept.save(key, {name: [tensor] for name, tensor in found.packed.items()}, found.to_dict())
     return found
