@@ -59,7 +59,7 @@ from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.quantization.saved_size import saved_bytes, saved_bytes_of_any_cut
 from layercut.segments import Segment, checked_segments
-from layercut.surgery.planning import plan_cut
+from layercut.surgery.cut_plan import plan_cut
 
 GROUP = 128
 """Numbers that share one 16-bit scale in weight-only quantization."""

@@ -1,8 +1,7 @@
 """Cut layers out of a checkpoint folder without loading the model.
 
-The plan is made on models without weights; then the byte ranges of the tensors that stay are copied under
-their new names, shard by shard. Memory does not grow with the model, and the time is that of copying the
-files.
+The plan is made on models without weights; then the byte ranges of the tensors that stay are copied under their new
+names, shard by shard. Memory does not grow with the model, and the time is that of copying the files.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,10 +26,9 @@ from layercut.models.loading import load_config
 from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
-from layercut.surgery.cut_plan import CutPlan, Read
-from layercut.surgery.planning import plan_cut
+from layercut.surgery.cut_plan import CutPlan, plan_cut
 from layercut.surgery.safetensors_io import Entry, Output, Shard, read_shard, write_shard
-from layercut.surgery.tensor_names import DiskNames, in_reading_order, layer_of, renumbered
+from layercut.surgery.tensor_names import DiskNames, Names, new_names
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "special_tokens_map.json",
@@ -62,7 +59,7 @@ def cut_checkpoint(
     healed: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Write to `out` the checkpoint in `folder` without the layers of `segments`.
+    """Write to `out` the checkpoint in `folder` without the layers of `segments`; returns the files not copied.
 
     Weights are copied as byte ranges (a tensor is read only where its values change), config and index rewritten,
     `COMPANIONS` copied. `out` appears at the end, whole; the source is only read.
@@ -70,14 +67,27 @@ def cut_checkpoint(
     folder, out = Path(folder).resolve(), Path(out)
     beside, left = companions(folder)
     jobs, raw = _planned(folder, segments, healed or {}, dtype)
-    need = sum(out.size for _, outputs in jobs for out in outputs)
-    with appearing(out, force=force, need=need, source=folder) as work:
+    with appearing(out, force=force, need=sum(out.size for _, some in jobs for out in some), source=folder) as work:
         for path in beside:
             (work / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         add_older_names_(work)
-        _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
+        jobs = [(shard, outputs) for shard, outputs in jobs if outputs]
+        weight_map: dict[str, str] = {}
+        for number, (shard, outputs) in enumerate(jobs, start=1):
+            name = SINGLE if len(jobs) == 1 else f"model-{number:05d}-of-{len(jobs):05d}.safetensors"
+            write_shard(work / name, outputs, shard.metadata or {"format": "pt"})
+            weight_map |= {output.name: name for output in outputs}
+        if len(jobs) != 1:
+            listed = used_index(folder)
+            every = [output for _, outputs in jobs for output in outputs]
+            metadata = dict((read_json(listed) if listed else {}).get("metadata") or {})
+            metadata["total_size"] = sum(output.size for output in every)
+            if "total_parameters" in metadata:
+                metadata["total_parameters"] = sum(prod(output.shape) for output in every)
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return left
 
 
@@ -89,40 +99,124 @@ def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapp
 def _planned(
     folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> tuple[list[tuple[Shard, list[Output]]], dict[str, Any]]:
-    """What to write in place of each shard, and config.json."""
+    """What to write in place of each shard, in the order the bytes lie in, and config.json."""
     check_folder(folder)
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
     shards = [read_shard(file) for file in weight_files(folder)]
     _check_index(folder, shards)
-    names = _new_names([key for shard in shards for key in shard.entries], plan)
-    read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
+    names = new_names([key for shard in shards for key in shard.entries], plan)
     raw = config_json(read_json(folder / "config.json"), config, plan)
     raw.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
-    changes = Changes(plan, read, healed, dtype if _declare_(raw, config, dtype) else None)
-    jobs = [(shard, _outputs(shard, names, changes)) for shard in shards]
-    if unplaced := sorted(healed.keys() - changes.placed):
+    dtype = dtype if _declare_(raw, config, dtype) else None
+    before, homes = DiskNames(plan.before), dict[str, list[Entry]]()
+    for entry in (entry for shard in shards for entry in shard.entries.values()) if plan.edits else ():
+        homes.setdefault(before.to_memory(entry.name), []).append(entry)
+
+    def read(name: str) -> torch.Tensor:
+        """A tensor by its name in memory before the cut; only where disk and memory hold the same tensor."""
+        if len(found := homes.get(name, [])) != 1:
+            raise SurgeryError(
+                f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
+                "load the model and cut it in memory instead",
+            )
+        return _tensor(found[0])
+
+    placed = set[str]()
+
+    def output(entry: Entry) -> Output:
+        """The entry's bytes; or a healed weight, an edited or a converted one, made when its turn comes."""
+        name, in_memory = names.on_disk[entry.name], names.in_memory[entry.name]
+        for one in (name, in_memory):
+            if one in healed and tuple(healed[one].shape) == entry.shape:
+                placed.add(one)
+                return _made(name, entry, entry.shape, dtype, partial(healed.__getitem__, one))
+        if (edit := plan.edits.get(in_memory)) is not None:  # worked out twice rather than held until its turn comes
+            return _made(name, entry, tuple(edit(read).shape), dtype, partial(edit, read))
+        if dtype is not None and FLOATS.get(entry.dtype, dtype) != dtype:
+            return _made(name, entry, entry.shape, dtype, partial(_tensor, entry))
+        return Output(name, entry.dtype, entry.shape, entry.size, entry)
+
+    jobs = []
+    for shard in shards:
+        kept = (entry for entry in shard.entries.values() if entry.name in names.on_disk)
+        jobs.append((shard, [output(entry) for entry in sorted(kept, key=lambda entry: entry.start)]))
+    if unplaced := sorted(healed.keys() - placed):
         raise SurgeryError(
             f"the checkpoint stores {len(unplaced)} healed weights in another way than its class saves them "
             f"(first: {unplaced[0]})",
             "load the model and cut it in memory instead",
         )
-    return _with_added(jobs, names, plan), raw
+    for name, shape in plan.added.items():
+        _add_zeros_(jobs, names, name, shape)
+    return jobs, raw
 
 
-def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
-    """Have config.json name this dtype."""
-    text = config.get_text_config()
-    stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
-    name = str(dtype).removeprefix("torch.")
-    if dtype is None or name == stored:
+def _made(
+    name: str, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype | None, make: Callable[[], torch.Tensor]
+) -> Output:
+    """A tensor in the dtype of the entry whose place it takes, or in the one wanted."""
+    found = FLOATS.get(entry.dtype)
+    if found is not None and dtype is not None:
+        found = dtype
+    code = next((code for code, known in FLOATS.items() if known == found), entry.dtype)
+    width = found.itemsize if found is not None else entry.size // prod(entry.shape)
+
+    def content() -> bytes:
+        return make().to("cpu", found).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return Output(name, code, shape, width * prod(shape), content)
+
+
+def _tensor(entry: Entry) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(entry.file, framework="pt", backend="pread") as stream:
+        return stream.get_tensor(entry.name)
+
+
+def _add_zeros_(jobs: list[tuple[Shard, list[Output]]], names: Names, name: str, shape: torch.Size) -> None:
+    """A tensor of zeros that a new position calls for joins the shard of its nearest neighbour, in its dtype."""
+    memory = {names.on_disk[key]: in_memory for key, in_memory in names.in_memory.items()}
+    module = name
+    while module := module.rpartition(".")[0]:
+        for _, outputs in jobs:
+            for beside in outputs:
+                if (found := memory.get(beside.name, "")).startswith(module + "."):
+                    disk = beside.name.replace(found, name) if found in beside.name else name
+                    size = prod(shape) * (beside.size // max(prod(beside.shape), 1))
+                    outputs.append(Output(disk, beside.dtype, tuple(shape), size, partial(bytes, size)))
+                    return
+    raise SurgeryError(f"the cut model calls for {name}, and no weight beside it was found on disk")
+
+
+def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
+    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config
+    aside.
+    """
+    wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    for path in wanted:
+        if not _belongs(path, folder):
+            raise ModelError(
+                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
+                "put the file itself in the place of the link, or take it out of the folder",
+            )
+    weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
+    top = {path.relative_to(folder).parts[0] for path in wanted}
+    left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
+    return [path.relative_to(folder) for path in wanted], left
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a regular file in the folder, or in the Hub's cache in the same repository's blobs."""
+    target = path.resolve()
+    home = folder
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        home = folder.parent.parent
+    try:
+        return target.is_relative_to(home) and stat.S_ISREG(target.stat().st_mode)
+    except OSError:
         return False
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        for key in {"dtype", "torch_dtype"} & part.keys():
-            part[key] = name
-    raw.pop("torch_dtype", None)
-    raw["dtype"] = name
-    return True
 
 
 def model_class(config: Any) -> type:
@@ -159,269 +253,22 @@ def _check_index(folder: Path, shards: Sequence[Shard]) -> None:
             raise ModelError(f"{file} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
 
 
-# --- which tensor goes where ----------------------------------------------------------------------
+# --- config.json ---
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names of the kept tensors: by old disk name, the new disk name and the new name in memory."""
-
-    on_disk: dict[str, str]
-    in_memory: dict[str, str]
-
-
-def _new_names(keys: Sequence[str], plan: CutPlan) -> Names:
-    """Decide for every tensor on disk whether it stays, and under which name."""
-    before, after = DiskNames(plan.before), DiskNames(plan.after)
-    place = {old: new for new, old in enumerate(plan.kept)}
-    layers = len(plan.before.get_submodule(plan.path))
-    on_disk: dict[str, str] = {}
-    in_memory: dict[str, str] = {}
-    gone: dict[str, str] = {}
-    for key in in_reading_order(keys):
-        name = before.to_memory(key)
-        where = before.layer(key, plan.stacks)
-        if where is None:
-            on_disk[key], in_memory[key] = key, after.to_memory(key)
-        elif where[1] in place:
-            wanted = plan.rename(name) or name
-            if wanted in plan.dropped:
-                continue
-            new = place[where[1]]
-            wanted = wanted if name in before.known or wanted != name else _unprefixed(name, where, new)
-            on_disk[key], in_memory[key] = renumbered(key, where[1], new, after, wanted), wanted
-        elif where[1] < layers:
-            gone[name] = key
-    _move_shared(gone, on_disk, in_memory, plan, after)
-    _check_names(before, after, keys, on_disk, plan)
-    if len(set(on_disk.values())) != len(on_disk):
-        raise SurgeryError("two weights would get the same name on disk", "load the model and cut it in memory instead")
-    return Names(on_disk, in_memory)
-
-
-def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
-    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks `h.0.attn.bias`)."""
-    short = where[0].partition(".")[2]
-    return re.sub(rf"^{re.escape(short)}\.\d+(?=\.|$)", f"{short}.{new}", name)
-
-
-def _move_shared(
-    gone: dict[str, str], on_disk: dict[str, str], in_memory: dict[str, str], plan: CutPlan, after: DiskNames
-) -> None:
-    """Keep weights that removed layers share with kept ones, under a kept layer's name.
-
-    Weights shared between layers are stored under one of them; if that one is removed, another takes them over (Zamba).
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in plan.before.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    there = set(in_memory.values())
-    for name, key in gone.items():
-        shared = next((names for names in owners.values() if name in names), [])
-        heirs = [heir for other in shared if (heir := plan.rename(other)) is not None]
-        if not heirs or there & set(heirs):
-            continue
-        old, new = (layer_of(weight, plan.stacks) for weight in (name, heirs[0]))
-        if old is None or new is None:
-            continue
-        on_disk[key], in_memory[key] = renumbered(key, old, new, after, heirs[0]), heirs[0]
-
-
-def _check_names(
-    before: DiskNames, after: DiskNames, keys: Sequence[str], on_disk: dict[str, str], plan: CutPlan
-) -> None:
-    """Every weight that the model calls for must be there, before the cut and after it."""
-    had = {name for key in keys for name in before.all_in_memory(key)}
-    have = {name for key in on_disk.values() for name in after.all_in_memory(key)} | set(plan.added)
-    if any(key.endswith(".weight_packed") for key in keys):
-        raise ModelError(
-            "the checkpoint's weights are packed in few bits, and are cut before they are rounded",
-            "cut the float checkpoint that it was made from, then layercut quantize the result",
-        )
-    if lacked := [n for n in sorted(before.known.keys() - _with_aliases(had, plan.before)) if not before.may_lack(n)]:
-        raise ModelError(
-            f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",
-            "fetch the checkpoint again; if it is complete, its config.json does not fit it",
-        )
-    missing = [n for n in sorted(after.known.keys() - _with_aliases(have, plan.after)) if not after.may_lack(n)]
-    if missing:
-        raise SurgeryError(
-            f"the cut checkpoint would lack {len(missing)} weights of its class (first: {missing[0]})",
-            "load the model and cut it in memory instead",
-        )
-
-
-def _with_aliases(names: set[str], model: Any) -> set[str]:
-    """The names, and those of tensors that the model ties to them."""
-    aliases: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), set()).add(name)
-    return names.union(*(group for group in aliases.values() if group & names))
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What tensors are written otherwise than they were."""
-
-    plan: CutPlan
-    read: Read | None
-    healed: Mapping[str, torch.Tensor]
-    dtype: torch.dtype | None
-    """Dtype to convert floating-point tensors to."""
-    placed: set[str] = field(default_factory=set)
-    """Names of healed weights that have found their place."""
-
-
-def _outputs(shard: Shard, names: Names, changes: Changes) -> list[Output]:
-    """What to write in place of one shard, in the order the bytes lie in."""
-    outputs = []
-    for entry in sorted(shard.entries.values(), key=lambda e: e.start):
-        if entry.name in names.on_disk:
-            output = _output(shard, entry, names, changes)
-            outputs.append(output)
-    return outputs
-
-
-def _output(shard: Shard, entry: Entry, names: Names, changes: Changes) -> Output:
-    """The entry's bytes; or a healed weight, an edited or a converted one, made when its turn comes."""
-    name, in_memory = names.on_disk[entry.name], names.in_memory[entry.name]
-    for healed in (name, in_memory):
-        if healed in changes.healed and tuple(changes.healed[healed].shape) == entry.shape:
-            changes.placed.add(healed)
-            return _made(name, entry, entry.shape, changes, partial(changes.healed.__getitem__, healed))
-    edit, read = changes.plan.edits.get(in_memory), changes.read
-    if edit is not None and read is not None:
-        # worked out twice rather than held until its turn comes
-        return _made(name, entry, tuple(edit(read).shape), changes, partial(edit, read))
-    if changes.dtype is not None and entry.dtype in FLOATS and FLOATS[entry.dtype] != changes.dtype:
-        return _made(name, entry, entry.shape, changes, partial(_read_tensor, shard.file, entry.name))
-    return Output(name, entry.dtype, entry.shape, entry.size, source=entry)
-
-
-def _made(
-    name: str, entry: Entry, shape: tuple[int, ...], changes: Changes, make: Callable[[], torch.Tensor]
-) -> Output:
-    """A tensor in the dtype of the entry whose place it takes, or in the one wanted."""
-    dtype = FLOATS.get(entry.dtype)
-    if dtype is not None and changes.dtype is not None:
-        dtype = changes.dtype
-    code = next((code for code, known in FLOATS.items() if known == dtype), entry.dtype)
-    width = dtype.itemsize if dtype is not None else entry.size // prod(entry.shape)
-    return Output(name, code, shape, width * prod(shape), make=lambda: _bytes(make().to("cpu", dtype)))
-
-
-def _read_tensor(file: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt", backend="pread") as stream:
-        return stream.get_tensor(name)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _reader(shards: Sequence[Shard], before: DiskNames) -> Read:
-    """Read a tensor by its name in memory before the cut; only where disk and memory hold the same tensor."""
-    homes: dict[str, list[tuple[Path, str]]] = {}
-    for shard in shards:
-        for key in shard.entries:
-            homes.setdefault(before.to_memory(key), []).append((shard.file, key))
-
-    def read(name: str) -> Any:
-        from safetensors import safe_open
-
-        found = homes.get(name, [])
-        if len(found) != 1:
-            raise SurgeryError(
-                f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
-                "load the model and cut it in memory instead",
-            )
-        with safe_open(found[0][0], framework="pt", backend="pread") as stream:
-            return stream.get_tensor(found[0][1])
-
-    return read
-
-
-def _with_added(
-    jobs: list[tuple[Shard, list[Output]]], names: Names, plan: CutPlan
-) -> list[tuple[Shard, list[Output]]]:
-    """Tensors of zeros that a new position calls for join the shard of a neighbour, in its dtype."""
-    for name, shape in plan.added.items():
-        module = name.rpartition(".")[0]
-        neighbour = _neighbour(jobs, names, module)
-        if neighbour is None:
-            raise SurgeryError(f"the cut model calls for {name}, and no weight beside it was found on disk")
-        outputs, beside, memory = neighbour
-        disk = beside.name.replace(memory, name) if memory in beside.name else name
-        width = beside.size // max(prod(beside.shape), 1)
-        size = prod(shape) * width
-        outputs.append(Output(disk, beside.dtype, tuple(shape), size, make=partial(bytes, size)))
-    return jobs
-
-
-def _neighbour(jobs: Any, names: Names, module: str) -> tuple[list[Output], Output, str] | None:
-    memory = {names.on_disk[key]: name for key, name in names.in_memory.items()}
-    while module:
-        for _, outputs in jobs:
-            for output in outputs:
-                if memory.get(output.name, "").startswith(module + "."):
-                    return outputs, output, memory[output.name]
-        module = module.rpartition(".")[0]
-    return None
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> None:
-    single = len(jobs) == 1
-    weight_map: dict[str, str] = {}
-    for number, (shard, outputs) in enumerate(jobs, start=1):
-        name = SINGLE if single else f"model-{number:05d}-of-{len(jobs):05d}.safetensors"
-        write_shard(work / name, shard.file, outputs, shard.metadata or {"format": "pt"})
-        weight_map |= {output.name: name for output in outputs}
-    if not single:
-        listed = used_index(folder)
-        old = read_json(listed) if listed else {}
-        outputs = [output for _, some in jobs for output in some]
-        metadata = dict(old.get("metadata") or {}) | {"total_size": sum(o.size for o in outputs)}
-        if "total_parameters" in metadata:
-            metadata["total_parameters"] = sum(prod(o.shape) for o in outputs)
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
-    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config
-    aside.
-    """
-    wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    for path in wanted:
-        if not _belongs(path, folder):
-            raise ModelError(
-                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
-                "put the file itself in the place of the link, or take it out of the folder",
-            )
-    weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
-    top = {path.relative_to(folder).parts[0] for path in wanted}
-    left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
-    return [path.relative_to(folder) for path in wanted], left
-
-
-def _belongs(path: Path, folder: Path) -> bool:
-    """Whether a path leads to a regular file in the folder, or in the Hub's cache in the same repository's blobs."""
-    target = path.resolve()
-    home = folder
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        home = folder.parent.parent
-    try:
-        return target.is_relative_to(home) and stat.S_ISREG(target.stat().st_mode)
-    except OSError:
+def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
+    """Have config.json name this dtype."""
+    text = config.get_text_config()
+    stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == stored:
         return False
-
-
-# --- config.json ----------------------------------------------------------------------------------
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = name
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = name
+    return True
 
 
 def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
@@ -431,9 +278,10 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     planned (an old rule in it wins over the new list), the whole config is written instead.
     """
     wanted = config_cut.reread(plan.config).to_dict()
+    if isinstance(quantized := raw.get("quantization_config"), dict):
+        raw = raw | {"quantization_config": _renamed(quantized, plan)}
     patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
     _cut_unkept_(patched, old.to_dict(), plan)
-    _quantization_names_(patched, plan)
     try:
         if config_cut.read_as(type(old), json.dumps(patched)).to_dict() == wanted:
             return patched
@@ -443,7 +291,6 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
         if name in raw:
             whole[name] = raw[name]
-    _quantization_names_(whole, plan)
     return whole
 
 
@@ -465,21 +312,15 @@ def _cut_unkept_(patched: dict[str, Any], old: dict[str, Any], plan: CutPlan) ->
 
     Nemotron-H's `hybrid_override_pattern` is one. Other engines read them too.
     """
-    layers = len(plan.before.get_submodule(plan.path))
     for name in patched.keys() - old.keys():
-        patched[name] = config_cut.cut_value(name, patched[name], plan.kept, layers)
+        patched[name] = config_cut.cut_value(name, patched[name], plan.kept, plan.layers)
     for name, value in patched.items():
         if isinstance(value, dict) and isinstance(old.get(name), dict):
             _cut_unkept_(value, old[name], plan)
 
 
-def _quantization_names_(config: dict[str, Any], plan: CutPlan) -> None:
-    """Renumber the modules that a quantization config lists by name (`modules_to_not_convert`, `ignore`)."""
-    if isinstance(config.get("quantization_config"), dict):
-        config["quantization_config"] = _renamed(config["quantization_config"], plan)
-
-
 def _renamed(value: Any, plan: CutPlan) -> Any:
+    """A quantization config with the modules renumbered that it lists by name (`modules_to_not_convert`, `ignore`)."""
     if isinstance(value, dict):
         pairs = {_renamed(k, plan): _renamed(v, plan) for k, v in value.items()}
         return {k: v for k, v in pairs.items() if k is not None}

@@ -1,20 +1,44 @@
-"""A cut that was worked out (`planning.py`): what stays, what moves with it, what changes its value or its shape."""
+"""Works out what a cut changes, on models without weights, before anything is touched.
+
+The stock class is built twice on the meta device, from the old config and from the cut one. What differs between the
+two, layer by kept layer, is exactly what a loader would do differently after the cut:
+
+    an integer that moved as the layer did     a layer index (`layer_idx`, a shared layer's source): to be set
+    a count                                     to be set
+    anything else                               a fact the cut config does not carry over: the cut is refused, unless
+                                                `special_layers.py` can explain it
+
+So a per-layer fact that is not listed anywhere is not missed: it shows as a difference, and is named in the refusal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
+
+from layercut.errors import LayercutError, ModelError, SurgeryError, first_line
+from layercut.models.decoder_stack import Decoder, find_decoder
+from layercut.models.loading import quiet_transformers
+from layercut.segments import Segment, checked_segments, kept_layers
+from layercut.surgery import config_cut, special_layers
 
 Read = Callable[[str], torch.Tensor]
 """A weight by its name in memory before the cut."""
 Edit = Callable[[Read], torch.Tensor]
 """A weight as it must be after the cut, made from weights as they were; never in place."""
+PATIENCE = 15.0
+"""Seconds after which the search for segments that work instead of a refused one ends."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class CutPlan:
     """A cut that stock transformers can express."""
 
@@ -26,32 +50,259 @@ class CutPlan:
     """The model before the cut, on the meta device."""
     after: Any
     """The model after the cut, on the meta device."""
-    path: str
-    """Dotted name of the ModuleList of decoder layers."""
     stacks: tuple[str, ...]
-    """Dotted names of all lists with one entry per layer; `path` is the first."""
+    """Dotted names of all lists with one entry per layer; the first is the ModuleList of decoder layers."""
+    layers: int
+    """Before the cut."""
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module name before the cut, attribute, new value)"""
     edits: dict[str, Edit] = field(default_factory=dict)
-    """Tensors, by name after the cut, whose values change (`weight_adjustments.py`)."""
-    dropped: frozenset[str] = frozenset()
+    """Tensors, by name after the cut, whose values change."""
+    dropped: set[str] = field(default_factory=set)
     """Tensors, by name after the cut, that the new position must not have."""
     added: dict[str, torch.Size] = field(default_factory=dict)
     """Tensors of zeros, by name after the cut, that the new position must have."""
 
+    def layer_in(self, name: str) -> tuple[str, int, str] | None:
+        """Stack, layer index and rest of a name in memory before the cut; None: it is of no layer."""
+        for stack in self.stacks:
+            index, dot, rest = name[len(stack) + 1 :].partition(".")
+            if name.startswith(stack + ".") and index.isdigit():
+                return stack, int(index), dot + rest
+        return None
+
     def rename(self, name: str) -> str | None:
         """Name after the cut of a module or tensor in memory; None if it goes with its layer."""
-        return rename(name, self.stacks, self.kept)
+        if (found := self.layer_in(name)) is None:
+            return name
+        stack, layer, rest = found
+        return f"{stack}.{self.kept.index(layer)}{rest}" if layer in self.kept else None
 
 
-def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
-    """Renumber the layer in a dotted name."""
-    for stack in stacks:
-        if name.startswith(stack + "."):
-            index, dot, rest = name[len(stack) + 1 :].partition(".")
-            if not index.isdigit():
-                return name
-            if int(index) not in kept:
-                return None
-            return f"{stack}.{kept.index(int(index))}{dot}{rest}"
-    return name
+@dataclass(frozen=True)
+class Difference:
+    """Something the stock class does differently at a kept layer's new place."""
+
+    module: str
+    """Name of the module before the cut."""
+    what: str
+    """Attribute or tensor name within it; "" for the module itself."""
+    old: Any
+    """Of a parameter or buffer its shape, or None where there is none."""
+    new: Any
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether a parameter or buffer differs."""
+        return isinstance(self.old, torch.Size) or isinstance(self.new, torch.Size)
+
+    def __str__(self) -> str:
+        where = f"{self.module}.{self.what}".strip(".")
+        if not self.is_tensor:
+            return f"{where} is {self.old!r} and would become {self.new!r} at its new place"
+        old, new = ("absent" if size is None else "x".join(map(str, size)) for size in (self.old, self.new))
+        return f"weight {where} is {old} and would have to be {new}"
+
+
+def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
+    """Everything that a cut of `cls(config)` has to change, worked out without weights."""
+    before = _skeleton(cls, config, "check that this version of transformers can load the model")
+    try:
+        decoder = find_decoder(before)
+    except ModelError as error:
+        raise SurgeryError(error.message, error.hint) from None
+    segments = checked_segments(segments, len(decoder))
+    try:
+        return _plan(config, cls, before, decoder, kept_layers(segments, len(decoder)))
+    except SurgeryError as error:
+        text = ", ".join(map(str, segments))
+        hint = error.hint or nearby(
+            segments, len(decoder), lambda kept: _plan(config, cls, before, decoder, kept),
+            "no segment near this one can be cut out of this architecture",
+        )  # fmt: skip
+        raise SurgeryError(f"{cls.__name__}: layers {text} cannot be cut out: {error.message}", hint) from error
+
+
+def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]) -> CutPlan:
+    layers = len(decoder)
+    special_layers.refuse(decoder.config, kept, layers)
+    # the part of the caller's config that decoder.config (of a copy) stands for
+    named = (vars(config)[name] for name, value in vars(before.config).items() if value is decoder.config)
+    own = config if decoder.config is before.config else next(named, None) or config.get_text_config(decoder=True)
+    new = config_cut.cut_config(config, own, kept, layers)
+    loaded = config_cut.reread(new)
+    _copy_unsaved_(config, loaded)
+    after = _skeleton(cls, loaded, "")
+    lists, now = (nn.ModuleList, nn.ParameterList, nn.ModuleDict), dict(after.named_modules())
+    if not isinstance(now.get(decoder.path), lists) or len(now[decoder.path]) != len(kept):
+        raise SurgeryError(f"the config after the cut does not make {len(kept)} layers")
+    beside = (
+        name for name, module in before.named_modules()
+        if name != decoder.path and not name.startswith(decoder.path + ".") and isinstance(module, lists)
+        and len(module) == layers and isinstance(now.get(name), lists) and len(now[name]) == len(kept)
+    )  # fmt: skip
+    plan = CutPlan(
+        kept=kept, config=new, before=before, after=after, stacks=(decoder.path, *beside), layers=layers
+    )  # fmt: skip
+    unexplained = []
+    for difference in _differences(plan):
+        if _is_left_over(difference, plan):
+            continue
+        if _is_moved(difference, plan):
+            module = after.get_submodule(plan.rename(difference.module) or "")
+            value = copy.copy(vars(module).get(difference.what))
+            plan.attributes.append((difference.module, difference.what, value))
+        elif not special_layers.explain_(difference, plan, own):
+            unexplained.append(difference)
+    if unexplained:
+        more = f" (and {len(unexplained) - 2} more such facts)" if len(unexplained) > 2 else ""
+        raise SurgeryError("; ".join(map(str, unexplained[:2])) + more)
+    return plan
+
+
+def _skeleton(cls: type, config: Any, hint: str) -> Any:
+    """The model class built from a config, without weights: every tensor on the meta device."""
+    config = copy.deepcopy(config)
+    parts = [config]
+    for part in parts:
+        parts += [value for value in vars(part).values() if hasattr(value, "to_dict")]
+        if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
+            vars(part)["dtype"] = getattr(torch, dtype)
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            return cls(config)
+        except LayercutError:
+            raise
+        except Exception as error:
+            raise SurgeryError(f"{cls.__name__} cannot be built from the config: {first_line(error)}", hint) from error
+
+
+def _copy_unsaved_(old: Any, new: Any) -> None:
+    """Choices of the caller that config.json does not hold, such as the attention implementation."""
+    for name in ("_attn_implementation_internal", "_experts_implementation_internal", "dtype"):
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    for name in getattr(old, "sub_configs", {}):
+        if (a := getattr(old, name, None)) is not None and (b := getattr(new, name, None)) is not None:
+            _copy_unsaved_(a, b)
+
+
+# --- what differs ---
+
+_ASIDE = vars(nn.Module()).keys() | {"config", "generation_config", "name_or_path", "_is_hf_initialized"}
+
+
+def _differences(plan: CutPlan) -> Iterator[Difference]:
+    """Everything in which the model after the cut differs from the one before, at the same layer."""
+    every = plan.before.named_modules(remove_duplicate=False)  # layers may share a module, such as an activation
+    old = {name: module for name, module in every if plan.rename(name) is not None}
+    new = dict(plan.after.named_modules(remove_duplicate=False))
+    for name in sorted(new.keys() - {plan.rename(name) for name in old}):
+        yield Difference(name, "", None, type(new[name]).__name__)
+    for name, module in old.items():
+        other = new.get(plan.rename(name) or "") if name else plan.after
+        if other is None or type(module) is not type(other):
+            yield Difference(name, "", type(module).__name__, None if other is None else type(other).__name__)
+            continue
+        left, right = _tensors(module), _tensors(other)
+        for key in sorted(left.keys() | right.keys()):
+            if left.get(key) != right.get(key):
+                yield Difference(name, key, left.get(key), right.get(key))
+        for key in sorted((vars(module).keys() | vars(other).keys()) - _ASIDE):
+            a, b = _plain(vars(module).get(key)), _plain(vars(other).get(key))
+            if not _same(a, b):
+                yield Difference(name, key, a, b)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Size]:
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor.shape for name, tensor in own.items() if tensor is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared; None for objects that say nothing about a layer (modules, functions)."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
+        return value
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        # models compute in float32 at most, to which such numbers are rounded when they meet a tensor
+        return bool(torch.tensor([a]).equal(torch.tensor([b]))) or (math.isnan(a) and math.isnan(b))
+    return type(a) is type(b) and a == b
+
+
+def _is_left_over(difference: Difference, plan: CutPlan) -> bool:
+    """Whether something outside the layers serves a kind of layer that is removed, such as its RoPE: it may stay."""
+    if not difference.what or any(difference.module.startswith(stack + ".") for stack in plan.stacks):
+        return False
+    if difference.is_tensor:
+        module = plan.before.get_submodule(difference.module)
+        return difference.new is None and difference.what in module._non_persistent_buffers_set
+    return difference.what not in vars(plan.after.get_submodule(difference.module))
+
+
+def _is_moved(difference: Difference, plan: CutPlan) -> bool:
+    """Whether a difference only says where a layer sits, how many there are, or of what kinds."""
+    old, new, kept = difference.old, difference.new, plan.kept
+    if difference.is_tensor or not difference.what:
+        return False
+    if isinstance(old, list | dict) and not any(difference.module.startswith(stack + ".") for stack in plan.stacks):
+        return True  # a summary of the stack
+    if isinstance(old, bool) or isinstance(new, bool):
+        return False
+    if isinstance(old, int) and isinstance(new, int):
+        if (old in kept and kept.index(old) == new) or (old == plan.layers and new == len(kept)):
+            return True
+        # one of several caches of a layer, index * n + r (LongCat has two attentions a layer)
+        at = plan.layer_in(difference.module)
+        slot = difference.what == "layer_idx" and at is not None and at[0] == plan.stacks[0]
+        return slot and at is not None and old - new == 2 * (at[1] - kept.index(at[1]))
+    if isinstance(old, list) and len(old) == plan.layers:  # a layer that carries the whole stack's list about
+        return new == [old[i] for i in kept]
+    if isinstance(old, list) and all(isinstance(i, int) for i in old):  # a list of layers
+        return new == [kept.index(i) for i in old if i in kept]
+    if isinstance(old, dict) and isinstance(new, dict) and all(i.isdigit() for i in old):  # a table by layer
+        return new == {str(kept.index(int(i))): value for i, value in old.items() if int(i) in kept}
+    return False
+
+
+# --- the nearest cuts that work ---
+
+
+def nearby(segments: Sequence[Segment], layers: int, attempt: Callable[[list[int]], Any], none: str) -> str:
+    """Name up to three cuts near a refused one that can be made, nearest first; `none` where there are none.
+
+    Tried are the same segments shifted together, and each of them longer or shorter at either end. attempt: raises for
+    kept layers that cannot be left alone.
+    """
+    moves: list[tuple[int, list[Segment]]] = []
+    for shift in range(-layers, layers + 1):
+        for grow in range(-4, 5):
+            try:
+                candidate = [Segment(s.start + shift, s.stop + shift + grow) for s in segments]
+                moves.append((abs(shift) + abs(grow) + abs(shift + grow), checked_segments(candidate, layers)))
+            except LayercutError:
+                continue
+    found: list[str] = []
+    until = time.monotonic() + PATIENCE
+    for candidate in [one for distance, one in sorted(moves, key=lambda move: move[0])[:41] if distance]:
+        try:
+            attempt(kept_layers(candidate, layers))
+        except LayercutError:
+            continue
+        found.append(" ".join(f"--segment {segment}" for segment in candidate))
+        if len(found) == 3 or time.monotonic() > until:
+            break
+    return f"segments near it that can: {', or '.join(found)}" if found else none

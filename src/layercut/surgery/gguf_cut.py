@@ -1,26 +1,40 @@
 """Cut layers out of a GGUF file: blocks renumbered, their bytes untouched, per-layer metadata cut along.
 
-llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted again), and for
-some architectures by rules in its own source (`models/llama_cpp_rules.py`), such as "every sixth layer attends to
+llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted again), and for some
+architectures by rules in its own source (`models/llama_cpp_rules.py`), such as "every sixth layer attends to
 everything". Where a file can say otherwise it is made to say so; cuts that break any other rule are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercut.errors import ConfigError, LayercutError, SurgeryError
+from layercut import __version__
+from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.files.writing import appearing
 from layercut.models import llama_cpp_rules as rules
-from layercut.models.gguf_header import block_of, open_gguf
+from layercut.models.gguf_header import Header, block_of, open_gguf, raw_value
 from layercut.progress import say
 from layercut.segments import Segment, checked_segments, kept_layers
-from layercut.surgery.gguf_writer import write_gguf
+from layercut.surgery.cut_plan import nearby
 
 PACKED_TENSORS = ("per_layer_token_embd.weight", "per_layer_model_proj.weight")
+COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
+COUNTED_FROM_BACK = ("attention.shared_kv_layers",)
+NOT_BY_LAYER = ("rope.dimension_sections",)
+INDEX = "layercut.original_layer_index"
+OF_THE_SOURCE = ("organization", "author", "version", "url", "doi", "uuid", "repo_url")
+"""Keys under `general.` that name one model, its maker and its place."""
+TAGS = ("layercut", "layer-pruning")
+_LAYERS = re.compile(r" \((\d+) of (\d+) layers\)$")
 _CUT_FOLDER = "cut the original checkpoint folder instead, then convert it"
+
+Entry = tuple[Any, Any, Any]
+"""Of metadata: value, GGUF type, type of the items of an array."""
 
 
 def cut_gguf(
@@ -33,8 +47,12 @@ def cut_gguf(
     full: Sequence[bool] | None = None,
     as_loaded: bool = False,
 ) -> None:
-    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte."""
-    file, out = Path(file), Path(out)
+    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte.
+
+    replaced: other tensors, with their GGML types, in the place of those of these names after the cut. full: which
+    layers attend to everything, to be written. as_loaded: embeddings that are kept twice are written once.
+    """
+    file, out, replaced = Path(file), Path(out), replaced or {}
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} is not named as a GGUF file", f"--out {out.with_suffix('.gguf')}")
     header, reader = open_gguf(file, as_loaded=as_loaded)
@@ -50,7 +68,9 @@ def cut_gguf(
             _refuse(reader, name, facts, kept, layers)
         except SurgeryError as error:
             text = ", ".join(map(str, segments))
-            hint = error.hint or _nearby(reader, name, facts, segments, layers)
+            hint = error.hint or nearby(
+                segments, layers, lambda left: _refuse(reader, name, facts, left, layers), _CUT_FOLDER
+            )
             raise SurgeryError(
                 f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint
             ) from None
@@ -58,19 +78,37 @@ def cut_gguf(
     if full is not None:
         changes[rules.PATTERN] = [not each for each in full]
     need = sum(t.n_bytes for t in reader.tensors if block_of(t.name) in {None, *kept})
-    with appearing(out, force=force, need=need, source=Path(file)) as work:
+    with appearing(out, force=force, need=need, source=file) as work:
         if rules.PATTERN in changes and segments:
             note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
             say("note", f"{note} from {rules.NEEDS_BUILD} on")
-        write_gguf(reader, work / out.name, name, kept, layers, header.blocks, changes, replaced or {})
+        _write(reader, work / out.name, header, kept, changes, replaced)
 
 
-# --- what cannot be expressed ---------------------------------------------------------------------
+def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
+    """What the tensors that stay are called once segments are cut out of a file."""
+    return _names_after(header.tensors, header, kept_layers(segments, header.layers))
+
+
+def _names_after(names: Iterable[str], header: Header, kept: Sequence[int]) -> dict[str, str]:
+    place = {old: new for new, old in enumerate([*kept, *range(header.layers, header.blocks)])}
+    blocks = {name: block_of(name) for name in names}
+    return {
+        name: name if block is None else f"blk.{place[block]}.{name.split('.', 2)[2]}"
+        for name, block in blocks.items()
+        if block is None or block in place
+    }
+
+
+# --- what cannot be expressed, and what has to be said ---
 
 
 def _refuse(reader: Any, name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> None:
     if why := rules.broken_by_count(name, facts, layers, len(kept)):
-        raise SurgeryError(why, _other_count(name, facts, layers, len(kept)) or _CUT_FOLDER)
+        sound = [n for n in range(1, layers) if not rules.broken_by_count(name, facts, layers, n)]
+        nearest = min(sound, key=lambda n: (abs(n - len(kept)), -n), default=0)
+        other = f"remove {layers - nearest} layers instead of {layers - len(kept)}, or {_CUT_FOLDER}"
+        raise SurgeryError(why, other if sound else _CUT_FOLDER)
     if packed := [t.name for t in reader.tensors if t.name in PACKED_TENSORS]:
         raise SurgeryError(f"{packed[0]} packs a slice for every layer", _CUT_FOLDER)
     if not rules.known(name):
@@ -86,15 +124,6 @@ def _pattern_can_say(name: str, facts: dict[str, Any]) -> bool:
     return name in rules.PERIODS and rules.PERIODS[name].array and not any(key in facts for key in rules.PERIOD_KEYS)
 
 
-def _other_count(name: str, facts: dict[str, Any], layers: int, after: int) -> str:
-    """The nearest number of layers to remove that breaks no rule on their number."""
-    sound = [n for n in range(1, layers) if not rules.broken_by_count(name, facts, layers, n)]
-    if not sound:
-        return ""
-    nearest = min(sound, key=lambda n: (abs(n - after), -n))
-    return f"remove {layers - nearest} layers instead of {layers - after}, or {_CUT_FOLDER}"
-
-
 def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> dict[str, Any]:
     """Metadata that the cut file needs where llama.cpp would derive something else from it."""
     changes: dict[str, Any] = {
@@ -108,16 +137,150 @@ def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers
     return changes
 
 
-def _nearby(reader: Any, name: str, facts: dict[str, Any], segments: Sequence[Segment], layers: int) -> str:
-    from layercut.surgery.planning import neighbours
+# --- the file ---
 
-    found = []
-    for candidate in neighbours(segments, layers):
-        try:
-            _refuse(reader, name, facts, kept_layers(candidate, layers), layers)
-        except LayercutError:
+
+def _write(
+    reader: Any,
+    out: Path,
+    header: Header,
+    kept: list[int],
+    changes: Mapping[str, Any],
+    replaced: Mapping[str, tuple[Any, Any]],
+) -> None:
+    """Write the source's metadata, cut where it counts or lists layers, and the tensors of the layers that stay."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    name, layers, fields = header.architecture, header.layers, reader.fields
+    writer = GGUFWriter(out, name, endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
+    names = _names_after([tensor.name for tensor in reader.tensors], header, kept)
+    contents = {
+        names[t.name]: replaced.get(names[t.name], (t.data, t.tensor_type)) for t in reader.tensors if t.name in names
+    }
+    if unknown := replaced.keys() - contents.keys():
+        raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
+    for new, (data, kind) in contents.items():
+        writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
+    general: dict[str, Entry | None] = {}
+    if len(kept) < layers:
+        general |= _another_model(fields, layers, len(kept))
+    if len(kept) < layers or len(reader.tensors) < int(fields["GGUF.tensor_count"].contents()):  # once, for twice
+        general |= _size(fields, writer)
+    if replaced:
+        general |= _number_formats(fields, writer)
+    for key, field in fields.items():
+        own = key.removeprefix(f"{name}.")
+        skipped = key.startswith("GGUF.") or key in ("general.architecture", INDEX) or key in general
+        if skipped or (own != key and own in changes):
             continue
-        found.append(" ".join(f"--segment {segment}" for segment in candidate))
-    if not found:
-        return _CUT_FOLDER
-    return "segments near it that can: " + ", or ".join(found[:3])
+        value = raw_value(field) if own == key else _cut_value(own, raw_value(field), kept, layers, header.blocks)
+        kind = field.types[0]
+        item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value, kind, sub_type=item)
+    for key, entry in general.items():
+        if entry is not None:
+            writer.add_key_value(key, entry[0], entry[1], sub_type=entry[2])
+    for key, value in changes.items():
+        kind, item = (
+            (GGUFValueType.ARRAY, GGUFValueType.BOOL) if isinstance(value, list) else (GGUFValueType.FLOAT32, None)
+        )
+        writer.add_key_value(f"{name}.{key}", value, kind, sub_type=item)
+    index = [earlier[i] for i in kept] if (earlier := _index(fields, layers)) else kept
+    writer.add_key_value(INDEX, index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for new, (data, _) in contents.items():
+        writer.write_tensor_data(data, tensor_endianess=None if new in replaced else reader.endianess)
+    writer.close()
+
+
+def _index(fields: Mapping[str, Any], layers: int) -> list[int] | None:
+    """Where the layers stood in the first model of all, if an earlier cut has left that."""
+    found = fields[INDEX].contents() if INDEX in fields else None
+    sound = isinstance(found, list) and len(found) == layers and all(isinstance(i, int) for i in found)
+    return found if sound else None
+
+
+def _cut_value(key: str, value: Any, kept: list[int], layers: int, blocks: int) -> Any:
+    kept_blocks = [*kept, *range(layers, blocks)]
+    if key == "block_count":
+        return len(kept_blocks)
+    if key in COUNTED_FROM_FRONT and isinstance(value, int):
+        return sum(i < value for i in kept)
+    if key in COUNTED_FROM_BACK and isinstance(value, int):
+        return sum(i >= layers - value for i in kept)
+    if isinstance(value, list) and key not in NOT_BY_LAYER and len(value) in (blocks, layers):
+        return [value[i] for i in (kept_blocks if len(value) == blocks else kept)]
+    return value
+
+
+# --- what it says of itself under `general.` ---
+#
+# Licence, languages and what describes the model's kind stay as they came. A cut model is another model: what names its
+# source goes to `general.base_model.0`, its own name says how many layers are left, and the size is counted anew.
+
+
+def _another_model(fields: Mapping[str, Any], layers: int, left: int) -> dict[str, Entry | None]:
+    """Name, tags and the model that this one was made from."""
+    from gguf import GGUFValueType
+
+    text = GGUFValueType.STRING
+    raw = {key: raw_value(field) for key, field in fields.items() if key.startswith("general.")}
+    about = {key: value.decode(errors="replace") for key, value in raw.items() if isinstance(value, bytes)}
+    found: dict[str, Entry | None] = {}
+    base = about.get("general.name")
+    earlier, first = _LAYERS.search(base or ""), layers
+    if base and earlier:
+        base, first = base[: earlier.start()], int(earlier[2])
+    if base:
+        found["general.name"] = (f"{base} ({left} of {first} layers)", text, None)
+    tags = raw.get("general.tags")
+    tags = [one.decode(errors="replace") for one in tags if isinstance(one, bytes)] if isinstance(tags, list) else []
+    found["general.tags"] = ([*tags, *(tag for tag in TAGS if tag not in tags)], GGUFValueType.ARRAY, text)
+    index = fields[INDEX].contents() if INDEX in fields else None
+    if earlier or index not in (None, [*range(layers)]):  # what it names is the model before the first cut
+        return found
+    origin = {key: about.get(f"general.{key}") for key in OF_THE_SOURCE} | {"name": base}
+    found |= {f"general.{key}": None for key in OF_THE_SOURCE if f"general.{key}" in fields}
+    found |= {key: None for key in fields if key.startswith("general.base_model.")}
+    if any(origin.values()):
+        found["general.base_model.count"] = (1, GGUFValueType.UINT32, None)
+        found |= {f"general.base_model.0.{key}": (value, text, None) for key, value in origin.items() if value}
+    return found
+
+
+def _size(fields: Mapping[str, Any], writer: Any) -> dict[str, Entry | None]:
+    """The size label, and the number of parameters where the source gives it."""
+    from gguf import GGUFValueType
+    from gguf.utility import size_label
+
+    total, shared, experts, number = writer.get_total_parameter_count()
+    label = size_label(total, shared, experts, number)
+    found: dict[str, Entry | None] = {"general.size_label": (label, GGUFValueType.STRING, None)}
+    if "general.parameter_count" in fields:
+        found["general.parameter_count"] = (total, GGUFValueType.UINT64, None)
+    return found
+
+
+def _number_formats(fields: Mapping[str, Any], writer: Any) -> dict[str, Entry | None]:
+    """Who quantized, and the type that most of the matrices' bytes have, where that is no longer the source's."""
+    from gguf import GGUFValueType, LlamaFileType
+
+    found: dict[str, Entry | None] = {
+        "general.quantized_by": (f"layercut {__version__}", GGUFValueType.STRING, None),
+        "general.quantization_version": (2, GGUFValueType.UINT32, None),
+    }
+    kinds: Counter[str] = Counter()
+    for tensors in writer.tensors:
+        for info in tensors.values():
+            kinds[info.dtype.name] += info.nbytes if len(info.shape) > 1 else 0
+    kind = kinds.most_common(1)[0][0] if kinds else "F32"
+    now = LlamaFileType.__members__.get("ALL_F32" if kind == "F32" else f"MOSTLY_{kind}")
+    came = fields["general.file_type"].contents() if "general.file_type" in fields else None
+    mixtures = [int(each) for each in LlamaFileType if each.name.startswith(f"MOSTLY_{kind}")]  # such as MOSTLY_Q4_K_M
+    if now is not None or came not in mixtures:
+        now = LlamaFileType.GUESSED if now is None else now
+        found["general.file_type"] = (int(now), GGUFValueType.UINT32, None)
+    return found

@@ -12,9 +12,8 @@ from layercut.errors import SurgeryError
 from layercut.models.model_in_memory import model_of
 from layercut.models.weight_sharing import share
 from layercut.segments import Segment, as_segments
-from layercut.surgery.cut_plan import CutPlan
-from layercut.surgery.planning import plan_cut
-from layercut.surgery.weight_adjustments import rescaled
+from layercut.surgery.cut_plan import CutPlan, plan_cut
+from layercut.surgery.special_layers import rescaled
 
 
 def cut(model: Any, segments: Any) -> Any:
@@ -44,79 +43,70 @@ def cut(model: Any, segments: Any) -> Any:
 
 
 def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
-    """Remove the layers of `segments` from a transformers model, in place; it can be run and saved at once.
-
-    The layers leave every list that has one entry per layer; layer indices, counts and per-layer facts of the
-    config follow; tensors that must change are replaced, never written to, so a model that shares them stays
-    as it was.
-    `model.config.original_layer_index` says where the kept layers stood in the first model of all.
+    """`cut` in place. Tensors that must change are replaced, never written to: a model that shares them stays as it
+    was.
     """
     plan = plan_cut(model.config, type(model), segments)
-    _check_same(model, plan)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parts = _configs(modules, plan)
     weights = model.state_dict(keep_vars=True)
+    real = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
+    if odd := sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name)):
+        raise SurgeryError(  # the plan was made on a fresh model of the class
+            f"this {type(model).__name__} is not what its class makes of its config "
+            f"({len(odd)} tensors differ, first: {odd[0]})",
+            "take off adapters, wrappers and quantization before cutting",
+        )
     edits = plan.edits | rescaled(model, plan)
     if (edits or plan.added) and is_spread(model):
         raise SurgeryError(
             f"cutting a {type(model).__name__} changes weights, and they are sharded over several processes",
             "where the model fits each process's memory: --shard off",
         )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    configs = _configs(modules, plan)
     edited = {name: edit(lambda key: weights[key].detach()) for name, edit in edits.items()}
     for name, attribute, value in plan.attributes:
         setattr(modules[name], attribute, value)
-    for stack in plan.stacks:
-        _keep_(modules[stack], plan.kept)
-    for name, tensor in edited.items():
-        _replace_(model, name, tensor)
-    for name in plan.dropped:
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, None)
-    for name, shape in plan.added.items():
-        owner, _, leaf = name.rpartition(".")
-        like = next(model.parameters())
-        setattr(
-            model.get_submodule(owner),
-            leaf,
-            nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad),
-        )
+    for stack in (modules[name] for name in plan.stacks):
+        for table in (stack._modules, stack._parameters):
+            if entries := [*table.values()]:
+                table.clear()
+                table.update({str(new): entries[old] for new, old in enumerate(plan.kept)})
+        if isinstance(stack, nn.ParameterList):
+            stack._size = len(plan.kept)
+    like = next(model.parameters())
+    edited |= {name: like.new_zeros(shape) for name, shape in plan.added.items()}
+    for name, new in (edited | dict.fromkeys(plan.dropped)).items():
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        old = like if name in plan.added else getattr(owner, leaf)
+        if new is not None and isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(owner, leaf, new)
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled"):
             module.layers_are_rescaled = False
-    for part, facts in parts:
+    for part, facts in configs:
         vars(part).clear()
         vars(part).update(facts)
-
-
-def _check_same(model: Any, plan: CutPlan) -> None:
-    """Refuse a model that was changed since its class built it: the plan was made on a fresh model of the class."""
-    real = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
-    odd = sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name))
-    if odd:
-        raise SurgeryError(
-            f"this {type(model).__name__} is not what its class makes of its config "
-            f"({len(odd)} tensors differ, first: {odd[0]})",
-            "take off adapters, wrappers and quantization before cutting",
-        )
 
 
 def _configs(modules: dict[str, nn.Module], plan: CutPlan) -> list[tuple[Any, dict[str, Any]]]:
     """Every config object the model holds, with what it must say after the cut.
 
-    Most modules share the parts of one config; some keep a private copy, which follows the freshly built
-    model's.
+    Most modules share the parts of one config; some keep a private copy, which follows the freshly built model's.
+    Nested config objects, which modules share, stay; each is brought up to date on its own.
     """
-    seen: dict[int, tuple[Any, dict[str, Any]]] = {}
     after = dict(plan.after.named_modules(remove_duplicate=False))
-    pairs = list(_pairs(modules[""].config, plan.config))
+    pairs = [*_pairs(modules[""].config, plan.config)]
     for name, module in modules.items():
         renamed = plan.rename(name)
-        if hasattr(module, "config") and renamed is not None and renamed in after:
+        if hasattr(module, "config") and renamed in after:
             pairs += _pairs(module.config, getattr(after[renamed], "config", None))
+    found: dict[int, tuple[Any, dict[str, Any]]] = {}
     for old, new in pairs:
-        seen.setdefault(id(old), (old, _with_children(vars(new), old)))
-    return list(seen.values())
+        facts = {k: vars(old).get(k, v) if hasattr(v, "to_dict") else v for k, v in vars(new).items()}
+        found.setdefault(id(old), (old, facts))
+    return [*found.values()]
 
 
 def _pairs(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
@@ -125,31 +115,3 @@ def _pairs(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
         yield old, new
         for name, value in vars(old).items():
             yield from _pairs(value, vars(new).get(name))
-
-
-def _with_children(facts: dict[str, Any], old: Any) -> dict[str, Any]:
-    """Keep the nested config objects themselves, which modules share; each is brought up to date on its own."""
-    return {k: vars(old).get(k, v) if hasattr(v, "to_dict") else v for k, v in facts.items()}
-
-
-def _keep_(stack: nn.Module, kept: Sequence[int]) -> None:
-    """Leave only the entries `kept` in a list of modules or parameters, renumbered from 0."""
-    tables: tuple[dict[str, Any], ...] = (stack._modules, stack._parameters)
-    for table in tables:
-        if table:
-            entries = list(table.values())
-            table.clear()
-            table.update({str(new): entries[old] for new, old in enumerate(kept)})
-    if isinstance(stack, nn.ParameterList):
-        stack._size = len(kept)
-
-
-def _replace_(model: Any, name: str, new: Any) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    old = getattr(owner, leaf)
-    setattr(
-        owner,
-        leaf,
-        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
-    )
