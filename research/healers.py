@@ -24,7 +24,8 @@ from layercut.healing.lora import adapters_
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
+from layercut.models.passes import common_prefix
+from layercut.models.runner import DecoderRunner, hidden_of, replaced_hidden
 from layercut.segments import Segment
 
 PASS_TOKENS = 1024

@@ -51,7 +51,8 @@ from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.models import loading, model_weights
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner, shared_layers
+from layercut.models.passes import shared_layers
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.provenance import environment
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_

@@ -32,7 +32,8 @@ from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.models import model_weights
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

@@ -23,7 +23,8 @@ from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.stored_teacher import store_teacher
 from layercut.models import model_weights
 from layercut.models.objectives import KL, Hidden, NextToken, Objective, objective_of
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.registries import objectives
 from layercut.segments import Segment
 from layercut.surgery import cut, cut_segment_

@@ -18,7 +18,8 @@ from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
 from layercut.models import devices, memory, model_weights
 from layercut.models.memory import Budget, kept_bytes
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.quantization import quantize
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_

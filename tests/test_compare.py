@@ -26,7 +26,8 @@ from layercut.files.json_values import SEAL
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.losses import kl_divergence
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline import compare as module
 from layercut.pipeline import compare_states as states
 from layercut.pipeline.artefacts import Artefact

@@ -12,7 +12,8 @@ from layercut.healing.endpoint_tuning import endpoints, own_parameters_
 from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
 from layercut.models import model_weights
-from layercut.models.runner import DecoderRunner, hidden_of, mean_kl, shared_layers
+from layercut.models.passes import mean_kl, shared_layers
+from layercut.models.runner import DecoderRunner, hidden_of
 from layercut.segments import Segment, joined_segments
 from layercut.surgery import cut_segment_
 

@@ -17,7 +17,8 @@ from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_export import CutGguf, write_cut
 from layercut.export.gguf_gptq import choose_codes_
 from layercut.models import checkpoints, loading, model_weights
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.quantization import coordinate_descent, scales
 from layercut.quantization import gptq as gptq_module
 from layercut.quantization.gptq import gram, output_errors

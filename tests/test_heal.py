@@ -30,7 +30,8 @@ from layercut.healing.tuning_state import StateFile
 from layercut.models import losses, memory, model_weights
 from layercut.models.memory import Budget
 from layercut.models.objectives import KL, NextToken, objective_of
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.heal import tune_settings
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_

@@ -21,7 +21,8 @@ from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import set_losses
 from layercut.models import model_weights
 from layercut.models.losses import as_price
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import Artefact, FrontierRecord
 from layercut.pipeline.iterative import out_of_budget, within_budgets
 from layercut.pipeline.run_store import Run

@@ -8,7 +8,8 @@ import tiny
 from layercut.errors import ModelError
 from layercut.models import model_weights
 from layercut.models.losses import Teacher, kl_divergence, next_token_loss
-from layercut.models.runner import DecoderRunner, intercepted, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner, intercepted
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

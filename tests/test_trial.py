@@ -36,7 +36,8 @@ from layercut.layer_search.prices import Prices
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
 from layercut.pipeline.run_context import Round, RunContext

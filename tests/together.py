@@ -35,7 +35,8 @@ from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.models import checkpoints, layer_reader, model_weights, placement
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

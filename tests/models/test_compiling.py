@@ -88,25 +88,13 @@ def test_what_cannot_be_compiled_whole_is_an_error_and_not_run_as_before(monkeyp
     assert caught.value.hint == "leave out --compile"
 
 
-def wrong(graph, inputs):
-    """A backend whose code gives results of its own."""
-    return lambda *args: [out * 1.5 if isinstance(out, torch.Tensor) else out for out in graph(*args)]
-
-
-def test_code_that_computes_something_else_is_refused():
-    stack = DecoderRunner(tiny.llama(2))
-    hidden, calls = stack.enter(tiny.some_tokens(2))
-    with pytest.raises(ModelError, match="compiled, LlamaDecoderLayer gives other results"), compiled(backend=wrong):
-        stack.layer(0, hidden, calls)
-
-
-def test_no_compiler_is_said_before_anything_runs():
+def test_no_compiler_is_an_error_of_the_user():
     stack = DecoderRunner(tiny.llama(2))
     hidden, calls = stack.enter(tiny.some_tokens(2))
     missing = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
-    with pytest.raises(ConfigError, match="needs a C") as caught, missing, compiled():
+    with pytest.raises(ModelError, match="compile fails") as caught, missing, compiled():
         stack.layer(0, hidden, calls)
-    assert "leave out --compile" in caught.value.hint
+    assert caught.value.hint == "leave out --compile"
 
 
 @pytest.mark.parametrize(("attribute", "words"), [("on_disk", "read from disk"), ("_hf_hook", "on several devices")])

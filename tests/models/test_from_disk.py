@@ -36,7 +36,8 @@ from layercut.models import (
     weight_sharing,
 )
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment

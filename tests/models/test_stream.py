@@ -32,7 +32,7 @@ from layercut.layer_search.sweep import (
     streams_held,
 )
 from layercut.layer_search.sweep import sweep as carry
-from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement, runner
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, passes, placement
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
 from test_search import brute_force
@@ -219,10 +219,10 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
     tokens, segments = tiny.some_tokens(6), all_segments(2, 8)
     expected = segment_costs(memory, tokens, segments, Cost(), rows=2)
     per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
-    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row / runner.STREAMS_SHARE)
+    monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row / passes.STREAMS_SHARE)
     assert segment_costs(stack, tokens, segments, Cost(), rows=2) == expected
     assert disk.layers_read == [2] * 8
-    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row)
+    monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):
         taylor_scores(stack, tokens.repeat(4, 1), Cost())
 

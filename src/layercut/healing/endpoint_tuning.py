@@ -47,7 +47,8 @@ from layercut.models.memory import kept_bytes, slices
 from layercut.models.model_in_memory import prepared
 from layercut.models.model_weights import weight_as_stored
 from layercut.models.objectives import KL, Objective, objective_of
-from layercut.models.runner import DecoderRunner, shared_layers
+from layercut.models.passes import shared_layers
+from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.segments import Segment, kept_layers
 

@@ -25,7 +25,8 @@ from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work
 from layercut.models.losses import as_price
 from layercut.models.memory import slices
-from layercut.models.runner import DecoderRunner, carry_, enter_all, teacher_of
+from layercut.models.passes import carry_, enter_all, teacher_of
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 
 RIDGES = (1e-3, 1e-1)

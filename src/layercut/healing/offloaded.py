@@ -24,7 +24,8 @@ from layercut.files.sizes import size
 from layercut.healing.row_parts import RowParts, lengths_key, row_parts
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.devices import placed
-from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
+from layercut.models.passes import carry_, enter_all, rows_at_once, say_passes
+from layercut.models.runner import DecoderRunner
 from layercut.models.weight_sharing import SharedLayers
 
 KEY = "key"

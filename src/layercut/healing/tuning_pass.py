@@ -21,7 +21,8 @@ from layercut.models.compiling import fused
 from layercut.models.devices import placed
 from layercut.models.memory import slices
 from layercut.models.objectives import KL, NextToken, Objective, weighted
-from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
+from layercut.models.passes import carry_, common_prefix, enter_all, not_finite
+from layercut.models.runner import DecoderRunner
 
 
 class Batch(NamedTuple):

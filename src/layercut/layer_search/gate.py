@@ -35,7 +35,8 @@ from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.losses import LOSS_SCALE, likelihood_slope_
 from layercut.models.memory import slices
 from layercut.models.objectives import Objective
-from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
+from layercut.models.passes import dense_logits
+from layercut.models.runner import DecoderRunner, recomputed_layer
 
 DIFFERENCES_SHARE = 8
 """One part in so many of what the budget has for hidden states is had in float32 at once, to be subtracted."""

@@ -21,7 +21,8 @@ from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
-from layercut.models.runner import DecoderRunner, dense_logits
+from layercut.models.passes import dense_logits
+from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.registries import objectives
 from layercut.segments import Segment

@@ -19,7 +19,8 @@ from layercut.layer_search.result import Cost
 from layercut.models.devices import place_of_float64
 from layercut.models.losses import next_token_loss
 from layercut.models.model_weights import taking_gradients
-from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
+from layercut.models.passes import passes, passes_in_step
+from layercut.models.runner import Calls, DecoderRunner
 
 BUDGET_BYTES = 512 * 2**20
 """Hidden states held at once, [L + 1, B, T, D] in float32; one row at least."""

@@ -22,7 +22,8 @@ from layercut.layer_search.result import Candidate, Cost
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.losses import as_price, compared_bytes, next_token_loss
 from layercut.models.memory import slices
-from layercut.models.runner import Calls, DecoderRunner, passes_in_step, teacher_of
+from layercut.models.passes import passes_in_step, teacher_of
+from layercut.models.runner import Calls, DecoderRunner
 from layercut.segments import Segment
 
 Cuts = tuple[Segment, ...]

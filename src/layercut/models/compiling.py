@@ -4,12 +4,8 @@
         search(model, tokens)              # wherever `fused(function)(...)` is called, compiled code runs
 
 Layers of one class share one function, compiled once for all of them: their weights are its inputs. Sizes are dynamic,
-so that a last, smaller batch needs no other code; torch makes another one for a batch of one row, for weights that
-take gradients, and for each kind of mask. A graph that breaks is an error, never a part that quietly runs as before,
-and the first results of each are compared with those of the plain function.
-
-What is compiled belongs to the `compiled` that is open and is dropped with it: it hangs on copies of the functions'
-code, so that a caller's own compiled functions, limits and caches are left alone.
+so that a last, smaller batch needs no other code. A graph that breaks is an error, never a part that quietly runs as
+before. What is compiled belongs to the `compiled` that is open and is dropped with it.
 """
 
 from __future__ import annotations
@@ -22,52 +18,38 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from layercut.errors import ConfigError, LayercutError, ModelError, first_line
+from layercut.errors import LayercutError, ModelError, first_line
 from layercut.models.memory import ran_out
 
 Found = TypeVar("Found")
 
 WITHOUT = "leave out --compile"
-MOST_VERSIONS = 16
-"""Of one function for one class of layer; torch's own limit is 8."""
 
 
 class CompiledFunctions:
     """Functions compiled for one run, by what they are called with."""
 
     def __init__(self, backend: str = "inductor") -> None:
-        """Nothing is compiled yet."""
         self.backend = backend
         self._known: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    def call(self, function: Callable[..., Found], first: Any, *more: Any) -> Found:
+    def call(self, function: Any, first: Any, *more: Any) -> Any:
         """The function's result, by compiled code."""
         key = (function, type(first), torch.is_grad_enabled())
-        known = key in self._known
         try:
-            if not known:
-                if self.backend == "inductor":
-                    need_compiler(_device_of(first, *more))
-                self._known[key] = self._compiled(function)
+            if key not in self._known:
+                # torch keeps what it compiles with the code, and drops it with it: a copy leaves callers' caches alone
+                copied = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+                self._known[key] = torch.compile(  # type: ignore[call-overload]
+                    copied, fullgraph=True, dynamic=True, backend=self.backend, recompile_limit=16
+                )  # fmt: skip
             with torch._dynamo.config.patch(specialize_float=True):  # else torch finds out, and compiles again
-                found = self._known[key](first, *more)
+                return self._known[key](first, *more)
         except Exception as error:
             if ran_out(error) or isinstance(error, LayercutError):
                 raise
-            raise failed(error) from error
-        if not known:
-            with torch.no_grad(), not_compiled():
-                check_same(function(first, *more), found, type(first).__name__)
-        return found
-
-    def _compiled(self, function: Any) -> Callable[..., Any]:
-        """The function with code of its own: torch keeps what it compiles with the code, and drops it with it."""
-        copied = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        return torch.compile(  # type: ignore[call-overload]
-            copied, fullgraph=True, dynamic=True, backend=self.backend, recompile_limit=MOST_VERSIONS
-        )  # fmt: skip
+            raise _failed(error) from error
 
 
 _open: ContextVar[CompiledFunctions | None] = ContextVar("layercut_compiled", default=None)
@@ -99,7 +81,7 @@ def compiled(wanted: bool = True, *, backend: str = "inductor") -> Iterator[None
     try:
         yield
     except (BackendCompilerFailed, CppCompileError) as error:  # of a backward pass, compiled when it first runs
-        raise failed(error) from error
+        raise _failed(error) from error
     finally:
         _open.reset(token)
 
@@ -127,54 +109,6 @@ def fused(function: Callable[..., Found]) -> Callable[..., Found]:
     return function if functions is None else partial(functions.call, function)
 
 
-def failed(error: Exception) -> ModelError:
+def _failed(error: Exception) -> ModelError:
     """What is raised in the place of an error of torch's compiler."""
     return ModelError(f"torch.compile fails: {type(error).__name__}: {first_line(error)}", WITHOUT)
-
-
-def need_compiler(device: torch.device) -> None:
-    """See whether torch has what it compiles with."""
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise ConfigError(
-                "--compile needs a C++ compiler for the CPU, and there is none", f"install g++ or clang, or {WITHOUT}"
-            ) from error
-    elif device.type in ("cuda", "xpu"):
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise ConfigError(
-                f"--compile needs Triton for {device.type}, and it is not there or does not know the device",
-                f"install triton, or {WITHOUT}",
-            )
-
-
-def most_rounding(expected: torch.Tensor) -> float:
-    """By how much a result may differ where it is computed in another order.
-
-    2^10 units of its largest number's last bit, and a twentieth of that number at most.
-    """
-    return min(2**10 * torch.finfo(expected.dtype).eps, 0.05) * expected.float().nan_to_num().abs().max().item()
-
-
-def check_same(expected: Any, got: Any, name: str) -> None:
-    """Compare what compiled code returned with what the plain function does."""
-    for one, other in zip(tree_leaves(expected), tree_leaves(got), strict=True):
-        if not isinstance(one, torch.Tensor) or not one.is_floating_point() or not one.numel():
-            continue
-        away = (one.float() - other.detach().float()).nan_to_num().abs().max().item()
-        if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()) or away > most_rounding(one):
-            raise ModelError(
-                f"compiled, {name} gives other results: they differ by up to {away:.2g}, more than rounding", WITHOUT
-            )
-
-
-def _device_of(*arguments: Any) -> torch.device:
-    """That of the first tensor among arguments."""
-    leaves = tree_leaves(arguments)
-    return next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))

@@ -28,16 +28,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layercut.distributed import processes, sharding
+from layercut.distributed import sharding
 from layercut.errors import ConfigError, ModelError
-from layercut.files.sizes import size
 from layercut.models import compiling
-from layercut.models.cost import Peak, PlannedRun
 from layercut.models.decoder_stack import find_decoder, positions
 from layercut.models.devices import placed
 from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader import layers_on_disk
-from layercut.models.losses import Teacher, as_price, compared_bytes
 from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget
 from layercut.models.model_weights import stored_dtype
 from layercut.progress import say
@@ -101,19 +98,9 @@ def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
 
 MOST_SHAPES = 4
 """Shapes of tokens whose layer arguments (masks, rotary embeddings) are remembered."""
-
-
 REPEATS, NOISE = 3, 4
 """Where layer by layer a model's logits are not its own to the bit: runs that show how far its own are from each other,
 and how many times as far those may be."""
-
-
-class _Entered(Exception):
-    """Ends a model's forward at its first layer."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
 
 
 def same_values(one: Any, other: Any) -> bool:
@@ -162,7 +149,7 @@ class DecoderRunner:
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
         self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
-        self._embedding: nn.Module | None = None  # not known: the model's forward, ended at the first layer
+        self._embedding: nn.Module | None = None  # where nothing is between it and the first layer
         self._head: DirectHead | None = None  # not known: logits by a run of the whole model
         self._arguments: OrderedDict[torch.Size, Calls] | None = None  # by the tokens' shape, where that decides them
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
@@ -207,15 +194,7 @@ class DecoderRunner:
         return budget(self.device, self._free)
 
     def parts(self, stage: str, parts: Iterable[Part]) -> ShrinkingParts[Part]:
-        """Work in parts that become smaller where memory runs out; unless other processes wait for each of them.
-
-        Args:
-            stage: for the message.
-            parts: as of `memory.ShrinkingParts`.
-
-        Returns:
-            To be iterated over.
-        """
+        """Work in parts that become smaller where memory runs out; unless other processes wait for each of them."""
         return ShrinkingParts(stage, parts, self.device, alone=not sharding.is_spread(self.model))
 
     def loaded(self, i: int) -> nn.Module:
@@ -237,22 +216,14 @@ class DecoderRunner:
         return placed(tokens, self.device)
 
     def on_device_of(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
-        """h_i on the device of layer i, where layers are on several: for what is computed beside it.
-
-        Args:
-            i: the layer.
-            hidden: h_i [B, T, D].
-
-        Returns:
-            h_i, itself where it is there.
-        """
+        """h_i [B, T, D] on the device of layer i, where layers are on several: for what is computed beside it."""
         device = own_device(self.layers[i])
         return hidden if device is None else hidden.to(device)
 
     def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""
-        if known := self._known_arguments(tokens):
-            return (self._embedding or self._embedded)(self.place(tokens)), known
+        if self._embedding and (known := self._known_arguments(tokens)):
+            return self._embedding(self.place(tokens)), known
         calls: Calls = []
         embedded: list[torch.Tensor] = []
 
@@ -263,7 +234,8 @@ class DecoderRunner:
             return self._untouched(i, run, hidden, *args, **kwargs)
 
         with intercepted(self.layers, record), sharding.not_gathering(self.layers):
-            self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
+            one = self._keep(torch.zeros(1, dtype=torch.long, device=self.device))  # spares the head
+            self.model(input_ids=self.place(tokens), use_cache=False, **one)
         if self._arguments is not None:
             self._arguments[tokens.shape] = calls
             if len(self._arguments) > MOST_SHAPES:
@@ -281,39 +253,14 @@ class DecoderRunner:
         self._arguments.move_to_end(tokens.shape)
         return self._arguments[tokens.shape]
 
-    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer [B, T, D]; the model's forward ends there."""
-
-        def end(i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            raise _Entered(hidden)
-
-        with intercepted(self.layers[:1], end):
-            try:
-                self.model(input_ids=tokens, use_cache=False)
-            except _Entered as entered:
-                return entered.hidden
-        raise AssertionError("the first layer was not entered")
-
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights.
-
-        Args:
-            i: the layer.
-            hidden: h_i [B, T, D].
-            calls: the layers' further arguments, from `enter` of the same tokens.
-
-        Returns:
-            h_{i+1} [B, T, D].
-        """
+        """h_{i+1} = f_i(h_i) [B, T, D]. Under a gradient a layer on disk is recomputed, or the graph would hold it."""
         if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
             return recomputed_layer(self, i, hidden, calls)
         return self._computed(compiling.opened(), i, hidden, calls)
 
     def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """The same wherever the layer is, and never compiled: for who watches what happens inside.
-
-        Arguments as of `DecoderRunner.layer`.
-        """
+        """The same wherever the layer is, and never compiled: for who watches what happens inside."""
         return self._computed(None, i, hidden, calls)
 
     def _computed(
@@ -329,17 +276,7 @@ class DecoderRunner:
         return functions.call(layer_output, self.layers[i], hidden, args, kwargs)
 
     def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
-        """h_stop from h_start: layers start, start + 1, …, stop - 1.
-
-        Args:
-            hidden: h_start [B, T, D].
-            calls: the layers' further arguments, from `enter` of the same tokens.
-            start: the first layer.
-            stop: the layer after the last.
-
-        Returns:
-            h_stop [B, T, D].
-        """
+        """h_stop from h_start [B, T, D]: layers start, start + 1, …, stop - 1."""
         for i in range(start, stop):
             for j in range(i, min(i + 2, stop)):
                 sharding.gather_ahead(self.layers[j])
@@ -352,16 +289,7 @@ class DecoderRunner:
         return self.run(hidden, calls, 0, len(self))
 
     def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
-        """Logits from the last layer's output, by the model's own final norm and head.
-
-        Args:
-            hidden: h_L [B, T, D].
-            tokens: token ids [B, T].
-            part: positions whose logits are wanted; all where not given.
-
-        Returns:
-            Logits [B, T, V], or of the part.
-        """
+        """Logits [B, T, V] from h_L [B, T, D], or of some positions, by the model's own final norm and head."""
         if self._head:
             return self._head.logits(hidden if part is None else hidden[:, part], self.place(tokens))
         longest = positions(self.model.config) or tokens.shape[1]
@@ -394,10 +322,6 @@ class DecoderRunner:
                 output = run(hidden, *args, **kwargs)
             self._shapes[kind] = tuple(None for _ in output) if isinstance(output, tuple) else None
         return replaced_hidden(self._shapes[kind], hidden)
-
-    def _one_logit(self) -> dict[str, torch.Tensor]:
-        """Spare the head where only the way in is of interest."""
-        return self._keep(torch.zeros(1, dtype=torch.long, device=self.device))
 
     def _keep(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Have the head run on these positions only, where the model lets it."""
@@ -434,7 +358,6 @@ class DecoderRunner:
         others = [] if sharding.is_spread(self.model) else self._other_tokens(tokens)
         if others and all(same_values(calls, self.enter(other)[1]) for other in others):
             self._arguments = OrderedDict()
-            # where nothing is between them, what the embedding gives is what the first layer takes
             self._embedding = embedding if any(found is hidden for found in embedded) else None
 
     def _agrees(self, expected: torch.Tensor, got: torch.Tensor, tokens: torch.Tensor) -> bool:
@@ -451,7 +374,8 @@ class DecoderRunner:
         runs = [self.model(input_ids=tokens, use_cache=False).logits for _ in range(REPEATS)]
         noise = max((run.float() - expected.float()).nan_to_num().abs().max().item() for run in runs)
         # more than rounding: it remembers what it ran before
-        if away > NOISE * noise or noise > compiling.most_rounding(expected):
+        rounding = min(2**10 * torch.finfo(expected.dtype).eps, 0.05) * expected.float().nan_to_num().abs().max().item()
+        if away > NOISE * noise or noise > rounding:
             return False
         say(
             "model",
@@ -480,192 +404,3 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
     return checkpoint(
         lambda h: stack._computed(functions, i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
     )  # no randomness: models are in eval mode
-
-
-STREAMS_SHARE = 0.5
-"""Hidden states may take this share of the available memory; beyond it, rows go in several passes. A guess."""
-
-
-def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[torch.Tensor]]:
-    """Tokens as batches, grouped by pass through the stack.
-
-    In memory a batch is a pass, since another pass costs nothing. On disk all batches go in one pass, so that each
-    layer is read once; where the hidden states of all rows would not fit, in as few as possible. What they take is
-    logged.
-    """
-    if not len(tokens):
-        return []
-    fit = rows_at_once(stack, tokens.shape[1], streams)
-    if not stack.on_disk:
-        return [[batch] for batch in tokens.split(min(rows, fit))]
-    groups = [list(group.split(rows)) for group in tokens.split(fit)]
-    say_passes(stack, min(fit, len(tokens)) * tokens.shape[1], streams, len(groups))
-    return groups
-
-
-def passes_in_step(
-    stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int
-) -> list[tuple[list[torch.Tensor], bool]]:
-    """`passes` of this process's share of the rows, as many on every process."""
-    mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
-    return sharding.in_step(stack.model, mine, [tokens[:1]])
-
-
-def rows_at_once(stack: DecoderRunner, window: int, streams: int) -> int:
-    """Rows of tokens whose hidden states fit in memory."""
-    return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
-
-
-def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> None:
-    """Say what the hidden states of one pass take, and how often layers on disk are read."""
-    if stack.on_disk:
-        taken = size(streams * stack.stream_bytes(tokens))
-        often = f"layers are read {times} time{'s'[: times > 1]}"
-        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken}; {often}")
-
-
-def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
-    """This process's batches of rows, as slices; grouped by pass as in `passes`."""
-    parts = processes.share_of_batches(len(tokens), rows)
-    if not stack.on_disk:
-        return [[part] for part in parts]
-    window = tokens.shape[1]
-    together = max(1, rows_at_once(stack, window, streams) // rows)
-    groups = [parts[i : i + together] for i in range(0, len(parts), together)]
-    say_passes(stack, max(sum(len(tokens[part]) for part in group) for group in groups) * window, streams, len(groups))
-    return groups
-
-
-def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
-    """`DecoderRunner.enter` of several batches."""
-    hidden: list[torch.Tensor] = []
-    calls: list[Calls] = []
-    for batch in batches:
-        embedded, arguments = stack.enter(batch)
-        hidden.append(embedded)
-        calls.append(arguments)
-    return hidden, calls
-
-
-def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
-    """Replace h_start of several batches by h_stop; layers outermost: each is entered once for all."""
-    for i in range(start, stop):
-        for b, arguments in enumerate(calls):
-            hidden[b] = stack.layer(i, hidden[b], arguments)
-
-
-def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
-    """How many layers, from the first, are the very same weights in both models, embeddings included.
-
-    Found by identity, since after several rounds of cutting and healing no position shows it: below a new cut there
-    may be layers that were trained at an old one.
-    """
-
-    def weights(module: nn.Module) -> list[int]:
-        return [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-
-    def below(
-        stack: DecoderRunner,
-    ) -> list[int]:  # all that is not in a layer; a head of its own counts too, to be safe
-        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
-        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
-
-    if below(dense) != below(student):
-        return 0
-    pairs = zip(dense.layers, student.layers, strict=False)
-    same = [weights(one) == weights(other) for one, other in pairs]
-    return same.index(False) if False in same else len(same)
-
-
-def common_prefix(
-    dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int
-) -> tuple[torch.Tensor, Calls, Calls]:
-    """h_prefix of two models whose layers below `prefix` are the same, computed once."""
-    hidden, calls = dense.enter(tokens)
-    return dense.run(hidden, calls, 0, prefix), calls, student.arguments(tokens)
-
-
-def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
-    """The dense model's predictions, prepared for comparison with any number of students."""
-    return Teacher(dense_logits(stack, hidden, tokens))
-
-
-def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's logits, checked."""
-    logits = stack.exit(hidden, tokens)
-    finite = logits.isfinite().all(-1)
-    if not finite.all():
-        row = int((~finite).any(-1).nonzero()[0])
-        raise not_finite(stack, tokens[row : row + 1])
-    return logits
-
-
-def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
-    """The error for a model whose logits for a row of tokens are not finite.
-
-    Names the weights that hold NaN or Inf, if any do, else the first layer whose output is not finite. Of weights
-    that are sharded over several processes only this process's part is examined, and no layer is run, which would need
-    all.
-    """
-    number = str(stack.model.dtype).removeprefix("torch.")
-    what = f"the model's predictions are not finite (computed in {number})"
-    held = [name for name, p in stack.model.named_parameters() if not p.is_meta and not _all_finite(p)]
-    where = ""
-    if not sharding.is_spread(stack.model):
-        prefix, first = find_decoder(stack.model).path, None
-        with torch.no_grad():
-            hidden, calls = stack.enter(row)
-            for i in range(len(stack)):
-                layer = stack.loaded(i)
-                if stack.on_disk:
-                    held += [f"{prefix}.{i}.{name}" for name, p in layer.named_parameters() if not _all_finite(p)]
-                hidden = stack.layer(i, hidden, calls)
-                first = i if first is None and not hidden.isfinite().all() else first
-        after = f"layer {first} is the first of {len(stack)}, counted from 0, whose output is not"
-        where = f": {after}" if first is not None else ": the layers' outputs are, what the head makes of them is not"
-    if held := list(dict.fromkeys(held)):  # a layer of a copy that is on disk may have weights in memory as well
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-        return ModelError(
-            f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf",
-            "the checkpoint is damaged: fetch or convert it again",
-        )
-    wider = "--dtype bfloat16 or --dtype float32" if number == "float16" else "--dtype float32"
-    return ModelError(
-        f"{what}{where}; no weight holds NaN or Inf",
-        "compute in a wider dtype: " + wider if number != "float32" else "this model cannot be used",
-    )
-
-
-def _all_finite(parameter: torch.Tensor) -> bool:
-    return bool(sharding.local(parameter.detach()).isfinite().all())
-
-
-@torch.no_grad()
-def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int = 0) -> float:
-    """KL(p || q) of the student's predictions. Of several processes each takes a share of the rows."""
-    total, tokens = 0.0, dense.place(tokens)
-    mine = shared_passes(dense, tokens, dense.budget.logit_rows(tokens.shape[1], dense.vocabulary), streams=3)
-    queue = dense.parts("kl", sharding.in_step(dense.model, mine, [slice(0, 1)]))
-    for part in queue:
-        with queue.trying(part):
-            rows, counts = part
-            batches = [tokens[some] for some in rows]
-            p, calls = enter_all(dense, batches)
-            carry_(dense, p, calls, 0, prefix)
-            q, student_calls = list(p), [student.arguments(batch) for batch in batches]
-            carry_(dense, p, calls, prefix, len(dense))
-            carry_(student, q, student_calls, prefix, len(student))
-            found = [
-                teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum()
-                for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True)
-            ]
-            total += sum(torch.stack(found).tolist()) if counts else 0.0
-    return as_price(processes.summed([total])[0] / tokens.numel())
-
-
-def kl_peak(run: PlannedRun) -> Peak:
-    """What `mean_kl` of the held-out rows holds: hidden states, and a chunk of both models' logits."""
-    shape, rows = run.shape, run.heldout
-    held = rows if run.on_disk else min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
-    logits = compared_bytes(shape.chunk_logits(rows, run.budget), shape.itemsize, kept=2)
-    return {"streams": 3 * shape.stream(held), "logits": logits}

@@ -22,7 +22,8 @@ from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_result import TuningResult
 from layercut.models import memory, model_weights
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import segments_of
 from layercut.pipeline.compare_artefacts import (
     CompareCutArtefact,
