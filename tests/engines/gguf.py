@@ -8,7 +8,7 @@ from engines.environments import NotInstalledError, converter
 from engines.models import Case
 from layercut.config import ExportConfig
 from layercut.errors import LayercutError
-from layercut.pipeline.conversion import export
+from layercut.pipeline.handover import export
 
 
 def gguf_of(case: Case) -> Path | str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from engines.environments import Engine
 from engines.models import Case
-from layercut.export import consumers
+from layercut.export.engines import readings
 from layercut.models import checkpoints, loading
 
 TOLERANCE = 5e-3
@@ -88,7 +88,7 @@ def predicted(engine: Engine, case: Case) -> str:
     config = loading.load_config(checkpoints.resolve(str(case.folder)))
     packed = getattr(config, "quantization_config", None)
     bits = {8: "int8", 4: "int4"}[packed["config_groups"]["group_0"]["weights"]["num_bits"]] if packed else "float"
-    (reading,) = consumers.readings(config, [], bits, [engine.consumer])
+    (reading,) = readings(config, [], bits, [engine.consumer])
     return f"{reading.verdict}: {reading.words}" if reading.words else reading.verdict
 
 

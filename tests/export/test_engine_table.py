@@ -81,7 +81,7 @@ def test_the_table_stands_in_the_guide_with_where_each_rule_was_seen():
     for engine in ENGINES.values():
         assert engine.tried
         assert all(rule.source and any(c.isdigit() for c in rule.source + engine.tried) for rule in engine.rules)
-    guide = Path(__file__).parents[2] / "docs" / "guides" / "consumers.md"
+    guide = Path(__file__).parents[2] / "docs" / "engines.md"
     shown = guide.read_text(encoding="utf-8").split("<!-- consumers -->\n")[1].split("<!-- /consumers -->")[0]
     assert shown == table()
 

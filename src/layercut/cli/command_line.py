@@ -158,7 +158,7 @@ def export(
 
         layercut export runs/small --out small.gguf
     """
-    from layercut.pipeline.conversion import export
+    from layercut.pipeline.handover import export
 
     print(shown(str(export(model, config))))
 

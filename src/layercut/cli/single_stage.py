@@ -1,6 +1,6 @@
 """One stage alone, on a model or on a finished run: cut, quantize.
 
-Evaluation is in `cli/evaluate_alone.py`, export in `pipeline/conversion.py`.
+Evaluation is in `cli/evaluate_alone.py`, export in `pipeline/handover.py`.
 Beside `journey.compress`, by the same functions, for what is decided only when a run is done.
 """
 
@@ -31,8 +31,7 @@ from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.source_card import source_card
-from layercut.pipeline.conversion import export
-from layercut.pipeline.handover import describe_, destination, upload
+from layercut.pipeline.handover import describe_, destination, export, upload
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layercut.errors import ConfigError, LayercutError, first_line
 from layercut.progress import bar
@@ -17,9 +16,14 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def check_destination(name: str, *, private: bool = False) -> str:
-    """Ask the Hub whose the token is, and whether it may write there; nothing is written."""
+    """Ask the Hub whose the token is, and whether it may write there, as far as it tells; nothing is written."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -34,42 +38,26 @@ def check_destination(name: str, *, private: bool = False) -> str:
     except Exception as error:
         raise _refused(error, "the Hub cannot be asked who the token belongs to") from None
     owner, _, short = name.rpartition("/")
-    owner = owner or who["name"]
-    _check_owner(owner, who)
-    found = f"{owner}/{short}"
-    if private:
-        _check_not_public(found)
-    return found
-
-
-def _check_owner(owner: str, who: Mapping[str, Any]) -> None:
-    """Refuse what the token cannot write to, as far as the Hub tells it in advance."""
+    owner, own = owner or who["name"], f"--push-to-hub {who['name']}/NAME"
     roles = {each["name"]: each.get("roleInOrg") for each in who.get("orgs", [])} | {who["name"]: "admin"}
     if owner not in roles:
-        raise ConfigError(
-            f"the token is {who['name']}'s, who is no member of {owner!r}", f"--push-to-hub {who['name']}/NAME"
-        )
+        raise ConfigError(f"the token is {who['name']}'s, who is no member of {owner!r}", own)
     if roles[owner] == "read":
-        raise ConfigError(f"{who['name']} may only read in {owner!r}", f"--push-to-hub {who['name']}/NAME")
-    token = who.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
+        raise ConfigError(f"{who['name']} may only read in {owner!r}", own)
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ConfigError("the token may only read", LOGIN)
-
-
-def _check_not_public(repo_id: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
+    found = f"{owner}/{short}"
     try:
-        is_private = HfApi().model_info(repo_id, expand=["private"]).private
+        public = private and not HfApi().model_info(found, expand=["private"]).private
     except RepositoryNotFoundError:
-        return
+        return found
     except Exception as error:
-        raise _refused(error, f"the Hub cannot be asked about {repo_id}") from None
-    if not is_private:
+        raise _refused(error, f"the Hub cannot be asked about {found}") from None
+    if public:
         raise ConfigError(
-            f"{repo_id} is there and public, and --private is given", "name another, or leave out --private"
+            f"{found} is there and public, and --private is given", "name another, or leave out --private"
         )
+    return found
 
 
 def push(
@@ -90,13 +78,6 @@ def push(
     except Exception as error:
         raise _refused(error, f"{repo_id} could not be uploaded") from error
     return str(address)
-
-
-def folder_files(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint folder by their path in it, hidden ones left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    inside = {str(path.relative_to(folder)): path for path in found}
-    return {name: path for name, path in inside.items() if not any(part.startswith(".") for part in Path(name).parts)}
 
 
 def _refused(error: Exception, what: str) -> LayercutError:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layercut.config import CompressConfig, ExportConfig, RunConfig
+from layercut.config import CompressConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
@@ -36,12 +35,12 @@ from layercut.layer_search.criteria import most_segments
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
+from layercut.pipeline.handover import say_gguf
 from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.progress import say
 from layercut.quantization.scales import RECIPE
 from layercut.registries import criteria
-from layercut.report.stage_lines import describe_gguf_check
 from layercut.segments import Segment
 
 METADATA_GROWTH = 1024
@@ -92,7 +91,11 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
                 "give --ratio, or leave out --gguf-type",
             )
     if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tune_tokens):
-        check_own_types(checkpoint.file, type_of_healed(config))
+        # nothing is healed before it is known that llama.cpp is there, where only it writes the healed layers' formats
+        tensors, kind = open_gguf(checkpoint.file)[1].tensors, type_of_healed(config)
+        within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
+        if any(healed_type(kind, came) not in PLAIN for came in within):
+            require_llama_cpp()
     if not gguf and output.gguf_type in AS_THEY_CAME:
         raise ConfigError(
             f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
@@ -111,16 +114,6 @@ def type_of_healed(config: CompressConfig) -> str:
     Of a --target-size the bytes are better spent on a layer more (docs/log.md).
     """
     return config.output.gguf_type or (SAME if config.search.target_size else FINER)
-
-
-def check_own_types(file: Path, kind: str) -> None:
-    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes,
-    without it.
-    """
-    tensors = open_gguf(file)[1].tensors
-    within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
-    if any(healed_type(kind, came) not in PLAIN for came in within):
-        require_llama_cpp()
 
 
 def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
@@ -168,37 +161,29 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
     return length_for_size(blocks, whole + METADATA_GROWTH + 4 * header.layers, target, beside=beside)
 
 
-# --- the stages -----------------------------------------------------------------------------------------------------
+# --- the stages ---
 
 
-def what_is_left(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
+def cut_of(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
     """The run's .gguf file without segments, and what healing changed."""
     healed = work.changed(work.student(segments, "folded", "tuned"))
     return CutGguf(checkpoint=work.checkpoint, segments=[*segments], healed=healed)
 
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
-    """The .gguf file of the healed student, its tensors rounded as they will be in the result.
-
-    Args:
-        work: of the run.
-        segments: that are removed.
-
-    Returns:
-        The artefact.
-    """
+    """The .gguf file of the healed student, its tensors rounded as they will be in the result."""
     kind = type_of_healed(work.config)
     inputs = [kind, work.text["calibration"], RECIPE]
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open:
             file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")
             file.unlink(missing_ok=True)
-            left = what_is_left(work, segments)
-            written = write_cut(left, file, kind, student, work.blocks["calibration"])
+            source = cut_of(work, segments)
+            written = write_cut(source, file, kind, student, work.blocks["calibration"])
             written["rounded"] = sorted(
                 name
                 for name, p in student.named_parameters()
-                if name in left.healed or (is_mixture(kind) and p.dim() > 1)
+                if name in source.healed or (is_mixture(kind) and p.dim() > 1)
             )
             stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written, files=[QUANTIZED_GGUF])
     found = stage.artefact.gguf or {}
@@ -210,12 +195,16 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """Compare the .gguf file with the healed student in transformers and llama.cpp, and put it into its place."""
-    used, name = work.verified_on, file_name(work)
+    """Compare the .gguf file with the healed student in transformers and llama.cpp, and put it into its place.
+
+    It is called as --out names it, else after the source.
+    """
+    used, named = work.verified_on, file_of(work.config.run)
+    name = named.name if named else f"{Path(work.checkpoint.gguf or 'model').stem}-cut.gguf"
     with work.run.stage(ExportArtefact, "export", [work.text[used], name], after=["quantize"]) as stage:
         if stage.open:
             file = work.run / QUANTIZED_GGUF
-            facts = check_cut(what_is_left(work, segments), file, text_to_check(work.blocks[used]))
+            facts = check_cut(cut_of(work, segments), file, text_to_check(work.blocks[used]))
             partial = partial_of(work.run / "model")
             shutil.rmtree(partial, ignore_errors=True)
             with writing(partial):
@@ -225,18 +214,8 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
             facts |= {"tensor_types": tensor_types(file), "file": name, "bytes": file.stat().st_size}
             written = (work.run.artefact(QuantizeArtefact, "quantize").gguf or {}) | facts
             stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written, files=["model"])
-    found = stage.artefact.gguf or {}
-    types = ", ".join(f"{kind} {count}" for kind, count in found["tensor_types"].items())
-    say("export", f"{found['bytes']:,} bytes; tensors: {types}: {work.run / 'model' / name}")
-    for words in describe_gguf_check(found):
-        say("check", words)
+    say_gguf(stage.artefact.gguf or {}, f": {work.run / 'model' / name}")
     return stage.artefact
-
-
-def file_name(work: RunContext) -> str:
-    """What the result is called in the run's model folder: as --out names it, else after the source."""
-    file = file_of(work.config.run)
-    return file.name if file else f"{Path(work.checkpoint.gguf or 'model').stem}-cut.gguf"
 
 
 def put(source: Path, target: Path) -> None:
@@ -249,8 +228,3 @@ def put(source: Path, target: Path) -> None:
         except OSError:  # another disk, or one without links
             shutil.copyfile(source, partial)
         partial.replace(target)
-
-
-def export_config(config: CompressConfig, out: Path) -> ExportConfig:
-    """How a run's checkpoint folder is converted to the file that --out names."""
-    return replace(ExportConfig(out=out, force=True), gguf_type=config.output.gguf_type)

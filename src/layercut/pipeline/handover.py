@@ -1,41 +1,137 @@
-"""What goes with a finished model to who uses it: its card, a Modelfile, mergekit's configuration, and the upload.
+"""A finished model for who uses it: `layercut export`, what goes with every result, and the upload to the Hub.
 
-At the end of the journey, and of the commands of one stage. A checkpoint folder gets README.md and mergekit.yaml, a
-file NAME.gguf gets NAME.README.md and NAME.Modelfile beside it.
+A checkpoint folder gets README.md and mergekit.yaml, a file NAME.gguf gets NAME.README.md and NAME.Modelfile beside it.
+The formats themselves are exporters (`export/formats.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from layercut.config import HubConfig
+import yaml
+
+from layercut.config import ExportConfig, HubConfig, consumer_names
 from layercut.errors import ConfigError
-from layercut.export import hub
-from layercut.export.engines import Written, readings, written_as
-from layercut.export.mergekit_config import NAME, mergekit_config
+from layercut.export import engines, hub
+from layercut.export.formats import ExportSource
+from layercut.export.gguf_export import AS_THEY_CAME
+from layercut.export.gguf_measured import FLOATS
 from layercut.export.modelfile import modelfile
-from layercut.files.json_values import write_text
+from layercut.files.json_values import write_json, write_text
+from layercut.files.writing import appearing
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
 from layercut.pipeline.provenance import check_finished, is_run
 from layercut.progress import say
-from layercut.report.model_card import Made, addressed, checkpoint_card, model_card, of_run
+from layercut.registries import exporters
+from layercut.report.model_card import (
+    Made,
+    addressed,
+    checkpoint_card,
+    from_folder,
+    model_card,
+    of_run,
+    perplexity_again,
+)
+from layercut.report.page import write_report
+from layercut.report.run_facts import model_key
+from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.tables import consumer_rows
+from layercut.report.verdicts import broken
 
 CARD = "README.md"
 
 
-def destination(config: HubConfig) -> str | None:
-    """Where the result is to be uploaded, checked before any work begins; None where it is not."""
-    return hub.check_destination(config.push_to_hub, private=config.private) if config.push_to_hub else None
+def export(target: str, config: ExportConfig) -> Path:
+    """Write a finished run's model, or a checkpoint, in the format that is asked for.
+
+    It takes its name only when the exporter has ended well, and GGUF and safetensors are read back, compared and
+    measured again by then. Of a GGUF file the run's `gguf.json` holds what was found, the tensor types really written,
+    and whether the file is broken; the report shows it.
+    """
+    place, exporter, repo_id = Path(target), exporters.get(config.format), destination(config.hub)
+    run = place if is_run(place) else None
+    if run:
+        check_finished(run, "export")
+    source = ExportSource(run / "model" if run else place, run)
+    own = config.format in exporters.own  # a package's format is its own business
+    if own:
+        stock = load_config(checkpoints.resolve(str(source.model)))
+        kind: engines.Written = "gguf" if config.format == "gguf" else "float"
+        engines.check_cut(stock, [], consumer_names(config.consumers), kind)
+        engines.warn_misread("export", engines.readings(stock, [], kind))
+    with appearing(config.out, force=config.force, within=True, source=place) as work:
+        written = work / config.out.name
+        facts = exporter(source, written, config) or {}
+        if not written.exists():
+            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "correct the exporter")
+        files = [file for file in (written, *written.rglob("*")) if file.is_file()]
+        facts |= {"file": config.out.name, "bytes": sum(file.stat().st_size for file in files)}
+    if config.format == "gguf":
+        say_gguf(facts)
+        if run:
+            _keep(run, facts)
+    elif config.format == "safetensors":
+        say("export", describe_export(facts, config.out))
+    else:
+        for key, value in facts.items():
+            say("export", f"{key}: {value}")
+    if own:
+        plain = of_run(run) if run else from_folder(place)
+        made = _made_gguf(plain, run, config.out, facts) if config.format == "gguf" else None
+        floats = replace(plain, done="Float weights as a checkpoint folder.", number_format="", packed=False)
+        describe_(config.out, made or floats, run)
+    if repo_id:
+        upload(config.out, repo_id, private=config.hub.private)
+    return config.out
 
 
-def describe_run_(run: Path) -> None:
-    """Write the card of a finished run's checkpoint into its folder, and mergekit's configuration of the cut."""
-    write_text(run / "model" / CARD, model_card(run))
-    _write_mergekit(run / "model", of_run(run))
+def say_gguf(facts: dict[str, Any], where: str = "") -> None:
+    """Lines about a GGUF file that was written and read again."""
+    types = ", ".join(f"{kind} {count}" for kind, count in facts["tensor_types"].items())
+    say("export", f"{facts['bytes']:,} bytes; tensors: {types}{where}")
+    for words in describe_gguf_check(facts):
+        say("check", words)
+
+
+def _made_gguf(plain: Made, run: Path | None, file: Path, facts: dict[str, Any]) -> Made:
+    """What the card of a GGUF file says."""
+    types = ", ".join(f"{kind} ({count})" for kind, count in facts["tensor_types"].items())
+    value, kind = _perplexity(facts["again"]), facts["kind"].upper()
+    figures = [perplexity_again(run, value, facts["again"]["tokens"])] if run and value else []
+    if facts["kind"] in AS_THEY_CAME:
+        kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")
+    done, number_format = f"As a GGUF file; tensors: {types}.", "" if kind in FLOATS else kind
+    return replace(plain, done=done, number_format=number_format, packed=False, gguf=file.name, figures=figures)
+
+
+def _perplexity(again: dict[str, Any]) -> float | None:
+    """Of a GGUF file in transformers, or where that does not read it in llama.cpp."""
+    return again["perplexity"]["file"] or (again["llama_cpp"] or {}).get("perplexity")
+
+
+def _keep(run: Path, facts: dict[str, Any]) -> None:
+    """gguf.json in the run's folder, and the report again.
+
+    Whether the file is broken is told with it in the place of the quantized model. It was measured on fewer tokens than
+    the run's own: taken is the run's last perplexity before quantization, times what writing the file did to it.
+    """
+    summary, written = checkpoints.read_json(run / "summary.json"), _perplexity(facts["again"])
+    figures = summary["perplexity"] | {"quantized": None}
+    last = [figures[name] for name in ("cut", "folded", "tuned") if figures[name] is not None]
+    if last and written:
+        figures["quantized"] = last[-1] * written / facts["again"]["perplexity"]["model"]
+    facts["broken"] = broken(summary | {"perplexity": figures})
+    if facts["broken"]:
+        say("warning", facts["broken"])
+    write_json(run / "gguf.json", facts | {"run": model_key(run)})
+    write_report(run)
+
+
+# --- what goes with a result ---
 
 
 def result_of(run: Path) -> Path:
@@ -44,28 +140,31 @@ def result_of(run: Path) -> Path:
     return files[0] if files and not (run / "model" / "config.json").exists() else run / "model"
 
 
+def describe_result_(run: Path) -> None:
+    """Write what goes with a finished run's result; of a .gguf file also gguf.json, for the report."""
+    file = result_of(run)
+    if file.suffix == ".gguf":
+        facts = dict(checkpoints.read_json(run / "export.json")["gguf"])
+        _keep(run, facts)
+        describe_(file, _made_gguf(of_run(run), run, file, facts), run)
+    else:
+        write_text(file / CARD, model_card(run))
+        _write_mergekit(file, of_run(run))
+
+
 def describe_(written: Path, made: Made, run: Path | None = None) -> None:
     """Write what goes with a checkpoint folder or a .gguf file."""
-    made = replace(made, consumers=_consumers(written, made))
-    for name, text in (_beside(written, made, run)).items():
-        write_text(written.parent / name if made.gguf else written / name, text)
-    if not made.gguf:
-        _write_mergekit(written, made)
-
-
-def _consumers(written: Path, made: Made) -> list[tuple[str, str, str]]:
-    """What other software makes of what was written."""
-    kind: Written = "gguf" if made.gguf else "float"
+    kind: engines.Written = "gguf" if made.gguf else "float"
     if made.packed:
-        kind = written_as(checkpoints.read_json(written / "config.json")["quantization_config"])
-    return consumer_rows(readings(load_config(checkpoints.resolve(str(written))), [], kind))
-
-
-def _beside(written: Path, made: Made, run: Path | None) -> dict[str, str]:
-    card = checkpoint_card(made, run)
-    if not made.gguf:
-        return {CARD: card}
-    return {f"{written.stem}.{CARD}": card, f"{written.stem}.Modelfile": modelfile(written)}
+        kind = engines.written_as(checkpoints.read_json(written / "config.json")["quantization_config"])
+    found = engines.readings(load_config(checkpoints.resolve(str(written))), [], kind)
+    card = checkpoint_card(replace(made, consumers=consumer_rows(found)), run)
+    if made.gguf:
+        write_text(written.with_name(f"{written.stem}.{CARD}"), card)
+        write_text(written.with_name(f"{written.stem}.Modelfile"), modelfile(written))
+    else:
+        write_text(written / CARD, card)
+        _write_mergekit(written, made)
 
 
 def _write_mergekit(folder: Path, made: Made) -> None:
@@ -73,7 +172,30 @@ def _write_mergekit(folder: Path, made: Made) -> None:
     if made.segments and made.original_layer_index and made.source.base_model:
         config = checkpoints.read_json(folder / "config.json")
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        write_text(folder / NAME, mergekit_config(made.source.base_model, made.original_layer_index, dtype))
+        text = mergekit_config(made.source.base_model, made.original_layer_index, dtype)
+        write_text(folder / "mergekit.yaml", text)
+
+
+def mergekit_config(model: str, original_layer_index: Sequence[int], dtype: str) -> str:
+    """The cut as mergekit's passthrough merge of one model with itself: each slice copies a run of its layers."""
+    runs: list[list[int]] = []
+    for i in original_layer_index:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, i + 1])
+    slices = [{"sources": [{"model": model, "layer_range": run}]} for run in runs]
+    config = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
+    about = "# The cut alone, as it was before healing: mergekit-yaml mergekit.yaml OUT\n"
+    return about + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+# --- to the Hub ---
+
+
+def destination(config: HubConfig) -> str | None:
+    """Where the result is to be uploaded, checked before any work begins; None where it is not."""
+    return hub.check_destination(config.push_to_hub, private=config.private) if config.push_to_hub else None
 
 
 def push(target: str, name: str, *, private: bool = False) -> str:
@@ -90,18 +212,18 @@ def push(target: str, name: str, *, private: bool = False) -> str:
 
 
 def upload(path: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a checkpoint folder, or a .gguf file with what is beside it."""
-    files: dict[str, Path | bytes] = {}
-    files |= hub.folder_files(path) if path.is_dir() else _gguf_files(path)
-    card = files.get(CARD)
-    if isinstance(card, Path):
-        files[CARD] = addressed(card.read_text(encoding="utf-8"), repo_id).encode()
+    """Upload a checkpoint folder without its hidden files, or a .gguf file with what is beside it."""
+    found: dict[str, Path]
+    if path.is_dir():
+        inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+        hidden = {name for name in inside if any(part.startswith(".") for part in name.parts)}
+        found = {str(name): file for name, file in inside.items() if name not in hidden}
+    else:
+        beside = {CARD: path.with_name(f"{path.stem}.{CARD}"), "Modelfile": path.with_name(f"{path.stem}.Modelfile")}
+        found = {path.name: path} | {name: file for name, file in beside.items() if file.is_file()}
+    files: dict[str, Path | bytes] = {**found}
+    if CARD in found:
+        files[CARD] = addressed(found[CARD].read_text(encoding="utf-8"), repo_id).encode()
     address = hub.push(files, repo_id, private=private, replaces_weights=path.is_dir())
     say("upload", f"{len(files)} files: {address}")
     return address
-
-
-def _gguf_files(path: Path) -> Mapping[str, Path]:
-    """By the names that they have in a repository."""
-    beside = {CARD: path.with_name(f"{path.stem}.{CARD}"), "Modelfile": path.with_name(f"{path.stem}.Modelfile")}
-    return {path.name: path} | {name: file for name, file in beside.items() if file.is_file()}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layercut.config import CompressConfig, flattened
+from layercut.config import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
 from layercut.models.compiling import compiled
@@ -34,8 +34,7 @@ from layercut.pipeline.artefacts import (
     SummaryArtefact,
     TasksArtefact,
 )
-from layercut.pipeline.conversion import describe_result_, export
-from layercut.pipeline.handover import destination, result_of, upload
+from layercut.pipeline.handover import describe_result_, destination, export, result_of, upload
 from layercut.pipeline.iterative import in_rounds, nothing_removed
 from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
@@ -106,7 +105,7 @@ def write_file(run: Path, file: Path, config: CompressConfig) -> None:
     if found.suffix == ".gguf":
         gguf_run.put(found, file)
     else:
-        export(str(run), gguf_run.export_config(config, file))
+        export(str(run), ExportConfig(out=file, force=True, gguf_type=config.output.gguf_type))
 
 
 def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[Segment]) -> None:

@@ -26,57 +26,43 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh
     process.
     """
-    as_gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
-    exported = gguf_run.export(work, segments) if as_gguf else export_folder(work, segments)
+    if gguf_run.keeps_gguf(work.config, work.checkpoint):
+        exported = gguf_run.export(work, segments)
+    else:
+        with work.run.stage(ExportArtefact, "export", work.text[work.verified_on], after=["quantize"]) as stage:
+            if stage.open:
+                stage.found = write_folder(work, segments)
+        exported = stage.artefact
+        say("export", describe_export(asdict(exported), work.run / "model"))
     engines.warn_misread("export", read_by(work, segments))
     return exported
 
 
-def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The same as a checkpoint folder."""
-    used = work.verified_on
-    with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
-        if stage.open:
-            text = text_to_check(work.blocks[used])
-            model = work.compressed(segments)
-            if layer_reader.layers_on_disk(model):
-                written = export_files(work, model, segments)
-                stage.found = ExportArtefact(**written, files=["model"])
-            else:
-                source = None if work.checkpoint.gguf else work.checkpoint.folder
-                how: dict[str, Any] = {"text": text, "source": source, **packing(work)}
-                written = export_checkpoint(model, work.tokenizer, work.run / "model", **how)
-                # what the fresh process should have found
-                with bar("perplexity of what was saved", len(text)) as advance:
-                    value = evaluation.perplexity(model, text, advance=advance)
-                measured = {"tokens": text.numel(), "value": value}
-                stage.found = ExportArtefact(**written, perplexity=measured, files=["model"])
-    say("export", describe_export(asdict(stage.artefact), work.run / "model"))
-    return stage.artefact
+def write_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
+    """A checkpoint folder; where the layers are on disk from files: byte ranges, and what healing changed."""
+    model, folder = work.compressed(segments), work.run / "model"
+    if layer_reader.layers_on_disk(model):
+        healed, partial = layer_reader.as_saved(model, work.changed(model)), partial_of(folder)
+        dtype = work.stack.stored_dtype
+        with bar("saving", None):
+            cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
+        return ExportArtefact(**publish_streamed(model, partial, folder), files=["model"])
+    quantized, text = work.run.artefact(QuantizeArtefact, "quantize"), text_to_check(work.blocks[work.verified_on])
+    packing: dict[str, Any] = {}
+    if quantized.bits != 16:
+        packed = load_file(work.run / "quantized.safetensors")
+        packing = {"packed": packed, "quantization_config": quantized.quantization_config}
+    source = None if work.checkpoint.gguf else work.checkpoint.folder
+    written = export_checkpoint(model, work.tokenizer, folder, text=text, source=source, **packing)
+    with bar("perplexity of what was saved", len(text)) as advance:  # what the fresh process should have found
+        value = evaluation.perplexity(model, text, advance=advance)
+    return ExportArtefact(**written, perplexity={"tokens": text.numel(), "value": value}, files=["model"])
 
 
 def read_by(work: RunContext, segments: Sequence[Segment]) -> list[engines.Reading]:
-    """What each consumer makes of the exported model."""
+    """What each engine makes of the exported model."""
     gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
     written = "gguf" if gguf else engines.written_by(work.config.quantize)
     if work.config.quantize.bits == "auto":
         written = engines.written_as(work.run.artefact(QuantizeArtefact, "quantize").quantization_config or {})
     return engines.readings(work.architecture, segments, written)
-
-
-def packing(work: RunContext) -> dict[str, Any]:
-    """What `export_checkpoint` takes of a quantized model."""
-    quantized = work.run.artefact(QuantizeArtefact, "quantize")
-    if quantized.bits == 16:
-        return {}
-    packed = load_file(work.run / "quantized.safetensors")
-    return {"packed": packed, "quantization_config": quantized.quantization_config}
-
-
-def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
-    healed, partial = layer_reader.as_saved(student, work.changed(student)), partial_of(work.run / "model")
-    dtype = work.stack.stored_dtype
-    with bar("saving", None):
-        cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
-    return publish_streamed(student, partial, work.run / "model")

@@ -85,7 +85,7 @@ def said(hub, tiny_model, texts, tmp_path_factory):
     old.files = {"model-00001-of-00002.safetensors": b"stale", "notes.txt": b"mine"}
     environment = os.environ | {
         "HF_ENDPOINT": hub.address, "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
     }  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, str(tiny_model), str(texts[0]), str(texts[1]), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
