@@ -49,6 +49,7 @@ from layercut.evaluation.generated_probes import found_of
 from layercut.evaluation.passkey import cases, passkey_grid
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
+from layercut.files.reading import read_json
 from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
@@ -223,7 +224,7 @@ def healing(run: Path) -> Row:
 
     KL(p || q) of the cut and the folded model; what was tuned for, part of it the next token's loss, before and after.
     """
-    search, fold, heal = (checkpoints.read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
+    search, fold, heal = (read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
     folds, losses = fold["fold"], [point["loss"] for point in heal["tuning"]["heldout"]]
     return {
         "segments": search["segments"],

@@ -140,7 +140,7 @@ def test_an_index_that_is_none_is_refused():
         {"weight_map": {"a": "../b"}}, {"weight_map": {"a": "b"}, "metadata": "text"},
     ):  # fmt: skip
         with pytest.raises(ModelError, match=r"index\.json"):
-            config_checks.check_index(content, "index.json")
+            config_checks.shards_of(content, "index.json")
 
 
 def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):

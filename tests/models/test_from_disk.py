@@ -237,7 +237,7 @@ def test_files_in_another_number_format(llama, tmp_path):
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
     expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
-    stored = layer_reader.stored_tensors(tmp_path / "cut").values()
+    stored = checkpoints.stored_tensors(tmp_path / "cut").values()
     assert {tensor.dtype for tensor in stored} == {"BF16"}
 
 
@@ -251,7 +251,7 @@ def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeyp
     healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
     stored = layer_reader.as_saved(student.model, healed)
     cut_checkpoint(narrow.folder, CUT, tmp_path / "cut", healed=stored, dtype=dense.stored_dtype)
-    assert {tensor.dtype for tensor in layer_reader.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
+    assert {tensor.dtype for tensor in checkpoints.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
     written = loading.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
     assert all(torch.equal(written[name], weight) for name, weight in healed.items())
 

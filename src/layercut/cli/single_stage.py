@@ -26,6 +26,7 @@ from layercut.errors import ModelError, RunError
 from layercut.export import engines
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import write_json
+from layercut.files.reading import read_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
@@ -164,5 +165,5 @@ def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tenso
 
 def _cut_of(run: Path) -> list[int]:
     """Layers beside the cuts of a finished run, by their place in its model."""
-    cut, summary = checkpoints.read_json(run / "cut.json"), checkpoints.read_json(run / "summary.json")
+    cut, summary = read_json(run / "cut.json"), read_json(run / "summary.json")
     return endpoints([Segment(*bounds) for bounds in cut["segments"]], summary["layers"]["before"])

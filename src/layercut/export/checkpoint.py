@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
+from layercut.files.reading import read_json
 from layercut.files.sizes import size
 from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, layer_reader, memory
-from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
 from layercut.models.loading import quiet_transformers
 from layercut.models.model_weights import as_stored, share
@@ -248,7 +248,7 @@ def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[s
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = reload_bytes(sum(p.numel() for p in model.parameters()), parameter.itemsize)
     free = sum(map(memory.available_bytes, placed_over(model) or [parameter.device]))
-    if needed <= free or not layer_reader.read_by_layer(checkpoint, model.config):
+    if needed <= free or layer_reader.why_not_by_layer(checkpoint, model.config):
         return verify_reload(model, folder, text)
     lacking = f"the {size(needed)} to load it whole were not free: layers left on disk, nothing generated"
     return verify_streamed(model, folder) | {"how": lacking}

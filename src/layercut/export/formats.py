@@ -39,6 +39,7 @@ from layercut.export.gguf_export import (
     write_requantized,
 )
 from layercut.export.gguf_tensors import tensor_types
+from layercut.files.reading import read_json
 from layercut.models import checkpoints, loading, model_weights
 from layercut.segments import Segment
 
@@ -55,7 +56,7 @@ class ExportSource:
     @property
     def came(self) -> checkpoints.Checkpoint | None:
         """The .gguf file that this began from, or is; None where it is no such file."""
-        named = checkpoints.read_json(self.run / "summary.json")["model"] if self.run else str(self.model)
+        named = read_json(self.run / "summary.json")["model"] if self.run else str(self.model)
         if not checkpoints.names_a_gguf(named):
             return None
         found = checkpoints.resolve(named)
@@ -66,7 +67,7 @@ class ExportSource:
         """Of the model that a run began from, without its owner and place."""
         if self.run is None:
             return None
-        summary = checkpoints.read_json(self.run / "summary.json")
+        summary = read_json(self.run / "summary.json")
         layers = summary["layers"]
         return f"{Path(summary['model']).name} ({layers['after']} of {layers['before']} layers)"
 
@@ -108,7 +109,7 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
 
 def type_in(run: Path) -> str:
     """What the healed tensors of a finished run's own .gguf file are in; where it has none, as those of others."""
-    written = checkpoints.read_json(run / "quantize.json").get("gguf") or {}
+    written = read_json(run / "quantize.json").get("gguf") or {}
     return written["kind"] if written.get("kind") in AS_THEY_CAME else FINER
 
 
@@ -122,11 +123,11 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
             f"{came.file} is another file than the one that {run} was made from",
             "put that one back, or compress this one",
         )
-    heal, fold = checkpoints.read_json(run / "heal.json"), checkpoints.read_json(run / "fold.json")
+    heal, fold = read_json(run / "heal.json"), read_json(run / "fold.json")
     changed = "tuned" if heal["tuning"] else "folded" if fold["changed"] else None
     return CutGguf(
         checkpoint=came,
-        segments=[Segment(*bounds) for bounds in checkpoints.read_json(run / "cut.json")["segments"]],
+        segments=[Segment(*bounds) for bounds in read_json(run / "cut.json")["segments"]],
         healed=load_file(run / f"{changed}.safetensors") if changed else {},
     )
 

@@ -40,6 +40,7 @@ from layercut.export.gguf_tensors import (
     types_as_they_came,
 )
 from layercut.export.importance import importance
+from layercut.files.reading import read_json
 from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import read_header
@@ -201,7 +202,7 @@ def write_converted(
     kind = config.gguf_type or "q8_0"
     checkpoints.check_folder(folder)
     own = kind in AS_THEY_CAME
-    if own or "quantization_config" in checkpoints.read_json(folder / "config.json"):
+    if own or "quantization_config" in read_json(folder / "config.json"):
         why = "came in no number format of GGUF" if own else "is quantized already"
         raise ModelError(f"{folder} {why}; a GGUF file is made from float weights",
                          "give another --gguf-type" if own else

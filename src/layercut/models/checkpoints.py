@@ -18,26 +18,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layercut.errors import ModelError, first_line
 from layercut.files.json_values import write_json
 from layercut.files.reading import content_digest, read_json
 from layercut.models import config_checks
 
-__all__ = ["DIGESTS", "Checkpoint", "read_json", "resolve"]
-
 DIGESTS = ".digests.json"
 """In a run folder: the hashes of the files that its model was read from."""
-
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken"]
+CARD = "README.md"
+"""Fetched along, for the card of what is made of the model; no part of the model."""
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(.+\.gguf)", re.ASCII)
 """A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
 SHOWN_FILES = 8
-CARD = "README.md"
-"""Fetched along, for the card of what is made of the model; no part of the model."""
+ALLOWED = "a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,22 @@ class Checkpoint:
         """What transformers is given as `gguf_file`: of a bare name it prefers the one in the current folder."""
         return str(self.file.absolute()) if self.gguf else None
 
+    def files(self) -> list[Path]:
+        """The files that a model is read from: weights, config, tokenizer, code; not its card, licence or scores.
+
+        Beside a GGUF file a tokenizer, which is read where the file's own cannot be.
+        """
+        if self.gguf:
+            tokenizer = [self.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+            return [self.file, *(path for path in tokenizer if path.is_file())]
+        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
+        if not any(path.suffix == ".py" for path in beside):  # which may read anything
+            unread = ("results.json", "trainer_state.json")
+            texts = {path for path in beside if path.suffix == ".txt" and not path.name.startswith(("vocab", "merges"))}
+            beside -= texts | {path for path in beside if path.name.endswith(unread)}
+        weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
+        return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
+
     def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
         """Hash of the content of all files that a model is read from: equal for copies, changed by any edit."""
         known = _remembered(memo)
@@ -74,27 +90,6 @@ class Checkpoint:
         """Whether a file's content is another than `fingerprint` noted in a memo, where that names the file."""
         known = _remembered(memo)
         return any(_noted(path, known)[-1] != known[path.name][-1] for path in self.files() if path.name in known)
-
-    def files(self) -> list[Path]:
-        """The files that a model is read from: weights, config, tokenizer, code; not its card or licence.
-
-        Beside a GGUF file a tokenizer, which is read where the file's own cannot be.
-        """
-        if self.gguf:
-            tokenizer = [self.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
-            return [self.file, *(path for path in tokenizer if path.is_file())]
-        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
-        if not any(path.suffix == ".py" for path in beside):
-            beside = {*filter(_is_read, beside)}
-        weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
-        return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
-
-
-def _is_read(path: Path) -> bool:
-    """Whether a model without code of its own may be read from a file; not from a licence, a log or what it scored."""
-    if path.suffix == ".txt":
-        return path.name.startswith(("vocab", "merges"))
-    return not path.name.endswith(("results.json", "trainer_state.json"))
 
 
 def _noted(path: Path, known: dict[str, list[Any]]) -> list[Any]:
@@ -114,49 +109,44 @@ def _remembered(memo: Path | None) -> dict[str, list[Any]]:
     return {name: facts for name, facts in noted if isinstance(facts, list) and facts}
 
 
+# --- from a name to files -------------------------------------------------------------------------------------
+
+
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
-    """Turn MODEL into files on this machine; downloads where needed."""
+    """Turn MODEL into files on this machine; downloads where needed. weights: whether they are, and are checked."""
     path = Path(name).expanduser()
     try:
-        is_file, is_dir = path.is_file(), path.is_dir()
+        is_file, is_dir = path.is_file(), path.is_dir() and bool(name.strip())
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
         raise ModelError(f"{name!r} cannot be read: {first_line(error)}", "check the path of the model") from None
     if not is_file and (found := HUB_FILE.fullmatch(name)):
-        return _resolve_file(name, _download_file(found[1], found[2]))
+        return _gguf_at(name, _download_file(found[1], found[2]))
     if path.suffix == ".gguf" or is_file:
-        return _resolve_file(name, path)
-    if is_dir and name.strip() and (file := _only_gguf(path)):
-        return _resolve_file(name, file)
-    if is_dir and name.strip():
-        if weights:
-            check_folder(path, allow_pickle=allow_pickle)
-        else:
-            check_config(path)
-        return Checkpoint(name, path.resolve())
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
+        return _gguf_at(name, path)
+    if is_dir:
+        if file := _only_gguf(path):
+            return _gguf_at(name, file)
+        folder = path.resolve()
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
         raise ModelError(
-            f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
-            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
+            f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)", f"give {ALLOWED}"
         )
-    if not weights:
-        folder = _download(name, allow_pickle=False, weights=False)
-        check_config(folder)
-        return Checkpoint(name, folder)
-    folder = _download(name, allow_pickle=allow_pickle)
-    check_folder(folder, allow_pickle=allow_pickle)
+    else:
+        folder = path = _download(name, allow_pickle=allow_pickle and weights, weights=weights)
+    if weights:
+        check_folder(path, allow_pickle=allow_pickle)
+    else:
+        check_config(path)
     return Checkpoint(name, folder)
 
 
-def _resolve_file(name: str, path: Path) -> Checkpoint:
+def _gguf_at(name: str, path: Path) -> Checkpoint:
     if not path.is_file():
         raise ModelError(f"no file {name!r}", "check the path of the .gguf file")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ModelError(
-            f"{name!r} is not a GGUF file (it starts with {magic!r})",
-            "give a .gguf file, a folder with config.json and *.safetensors, or a Hub id",
-        )
+        raise ModelError(f"{name!r} is not a GGUF file (it starts with {magic!r})", f"give {ALLOWED}")
     # the Hub's cache links to a file without this name, whose folder holds no other: the link is what is read
     return Checkpoint(name, path.parent.resolve(), path.name)
 
@@ -173,13 +163,15 @@ def _only_gguf(folder: Path) -> Path | None:
         return None
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
-        raise ModelError(f"{folder} holds {len(files)} .gguf files: {_listed(files)}", f"give one: {files[0]}")
+        raise ModelError(
+            f"{folder} holds {len(files)} .gguf files: {_listed([file.name for file in files])}",
+            f"give one: {files[0]}",
+        )
     return files[0] if files else None
 
 
-def _listed(files: list[Any]) -> str:
+def _listed(names: list[str]) -> str:
     """A few names, and how many more there are."""
-    names = [Path(file).name if isinstance(file, Path) else str(file) for file in files]
     more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
     return ", ".join(names[:SHOWN_FILES]) + more
 
@@ -210,15 +202,15 @@ def _gguf_files(repository: str) -> list[str]:
     return sorted(each.rfilename for each in siblings if each.rfilename.endswith(".gguf"))
 
 
-def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
+def _download(name: str, *, allow_pickle: bool, weights: bool) -> Path:
     """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + [CARD] + (PICKLE_PATTERNS if allow_pickle else [])
+    patterns = [*WEIGHT_PATTERNS, *OTHER_PATTERNS, CARD, *(PICKLE_PATTERNS if allow_pickle else [])]
     with _fetching(name):
         answers = _hub_answers(name)
-        if answers is False and weights:
+        if not answers and weights:
             return Path(snapshot_download(name, local_files_only=True))
         try:
             config = Path(hf_hub_download(name, "config.json", local_files_only=not answers))
@@ -239,41 +231,36 @@ def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
 @contextmanager
 def _fetching(name: str) -> Iterator[None]:
     """While open, what the Hub's client raises is said in our words."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
+    local = "give a local folder or .gguf file"
+    words = {
+        errors.GatedRepoError: (
+            f"{name!r} is gated: its owner must grant you access first",
+            f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`",
+        ),
+        errors.RepositoryNotFoundError: (
+            f"no model {name!r} on the Hub, and no such folder here",
+            "check the spelling; for a private model run `hf auth login` first",
+        ),
+        errors.HFValidationError: (
+            f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)", f"give {ALLOWED}",
+        ),
+        errors.LocalEntryNotFoundError: (
+            f"{name!r} is not on this machine and the Hub cannot be reached", f"check the network, or {local}",
+        ),
+    }  # fmt: skip
     try:
         yield
     except ModelError:
         raise
-    except GatedRepoError:
-        raise ModelError(
-            f"{name!r} is gated: its owner must grant you access first",
-            f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`",
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"no model {name!r} on the Hub, and no such folder here",
-            "check the spelling; for a private model run `hf auth login` first",
-        ) from None
-    except HFValidationError:
-        raise ModelError(
-            f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)",
-            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
-        ) from None
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name!r} is not on this machine and the Hub cannot be reached",
-            "check the network, or give a local folder or .gguf file",
-        ) from None
-    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
+    except Exception as error:  # the last: a missing config.json, a proxy's refusal, a broken download
+        for kind, (message, hint) in words.items():
+            if isinstance(error, kind):
+                raise ModelError(message, hint) from None
         raise ModelError(
             f"{name!r} could not be fetched from the Hub: {first_line(error)}",
-            "check the name and the network, or give a local folder or .gguf file",
+            f"check the name and the network, or {local}",
         ) from error
 
 
@@ -291,6 +278,9 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
+# --- what a folder must hold ----------------------------------------------------------------------------------
+
+
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
     check_config(folder)
@@ -303,10 +293,9 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
             "merge it into its model first (peft: merge_and_unload), or take its files out of the folder",
         )
     if index := used_index(folder):
-        check_index(index)
-    if files := weight_files(folder):
-        for file in files:
-            check_shard(file)
+        _check_index(index)
+    if weight_files(folder):
+        stored_tensors(folder)
         return
     pickled, other = any(folder.glob("*.bin")), sorted(file.name for file in folder.glob("*.safetensors"))
     if other and not (pickled and allow_pickle):
@@ -322,13 +311,20 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
             "convert them to safetensors, or pass --allow-pickle if you trust their source",
         )
     if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
-        check_index(folder / PICKLE_INDEX)
+        _check_index(folder / PICKLE_INDEX)
 
 
 def check_config(folder: Path) -> None:
     """Refuse a folder whose config.json is missing, is not one, or says what no class should be built from."""
     config = read_json(folder / "config.json", "a model folder needs config.json")
     config_checks.check_config(config, str(folder / "config.json"))
+
+
+def _check_index(index: Path) -> None:
+    """Every shard an index names must lie in the index's own folder and be there."""
+    for shard in config_checks.shards_of(read_json(index), str(index)):
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
 
 
 def used_index(folder: Path) -> Path | None:
@@ -345,9 +341,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if index := used_index(folder):
-        content = read_json(index)
-        config_checks.check_index(content, str(index))
-        return sorted(folder / name for name in set(content["weight_map"].values()))
+        return [folder / name for name in config_checks.shards_of(read_json(index), str(index))]
     return []
 
 
@@ -358,35 +352,42 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def check_index(index: Path) -> None:
-    """Every shard an index names must lie in the index's own folder and be there."""
-    content = read_json(index)
-    config_checks.check_index(content, str(index))
-    for shard in sorted(set(content["weight_map"].values())):
-        if not (index.parent / shard).is_file():
-            raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, known from the header; transformers' loader takes it for one without data."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __getitem__(self, key: Any) -> Stored:
+        return self
+
+    def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of this shape without data."""
+        return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
-def check_shard(file: Path) -> None:
-    """A safetensors file must have a readable header and all the bytes that it promises."""
-    stored_shapes(file)
-
-
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, from its header. ModelError: it is corrupt, truncated or gone."""
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors files by name. ModelError: one is corrupt, truncated or gone."""
     from safetensors import safe_open
 
-    try:
-        # not mapped: a mapping of the whole file would count against a limit on the process's memory
-        with safe_open(file, framework="pt", backend="pread") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118, no dict
-    except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
-        size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
-        raise ModelError(
-            f"{file} is corrupt or truncated ({size}): {first_line(error)}", "fetch this file again"
-        ) from None
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        try:
+            # not mapped: a mapping of the whole file would count against a limit on the process's memory
+            with safe_open(file, framework="pt", backend="pread") as shard:
+                for name in shard.keys():  # noqa: SIM118, no dict
+                    tensor = shard.get_slice(name)
+                    found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
+            size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
+            raise ModelError(
+                f"{file} is corrupt or truncated ({size}): {first_line(error)}", "fetch this file again"
+            ) from None
+    return found
 
 
 def stored_elements(folder: Path) -> int:
     """How many numbers a folder's safetensors files hold."""
-    return sum(prod(shape) for file in weight_files(folder) for shape in stored_shapes(file).values())
+    return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())

@@ -35,7 +35,6 @@ EXPERTS = (
 MOST_EXPERTS = 2**16
 MOST_LABELS = 100_000
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-REPLACE_CONFIG = "use the model's own config.json; fetch it again"
 OPEN = ("quantization_config", "compression_config", "per_layer_config")
 """Parts whose numbers mean something else."""
 
@@ -49,8 +48,8 @@ def check_config(config: Any, name: str) -> None:
             f"{name} names the file of weights to take (transformers_weights), which layercut does not follow",
             "rename that file to model.safetensors, and take transformers_weights out of config.json",
         )
-    for part, where, text in _parts(config):
-        _check_part(part, f"{name}{where}", 1 if text else 0)
+    for part, where, of_text in _parts(config):
+        _check_part(part, f"{name}{where}", 1 if of_text else 0)
     index = config.get("original_layer_index")
     if index is not None and not (
         isinstance(index, list) and index and all(_is_whole(i, 0, LARGEST_SIZE) for i in index)
@@ -69,47 +68,42 @@ def _parts(config: dict[str, Any], where: str = "", text: bool = True) -> Iterat
 
 def _check_part(part: dict[str, Any], name: str, least: int) -> None:
     """least: the smallest size allowed."""
-    _check_numbers(part, name, COUNTS, least, MOST_LAYERS)
-    _check_numbers(part, name, SIZES, least, LARGEST_SIZE)
-    _check_numbers(part, name, EXPERTS, 0, MOST_EXPERTS)
-    _check_numbers(part, name, ("num_labels",), 0, MOST_LABELS)
-    _check_numbers(part, name, TOKENS, -1, LARGEST_SIZE)
+    numbers = dict.fromkeys(COUNTS, (least, MOST_LAYERS)) | dict.fromkeys(SIZES, (least, LARGEST_SIZE))
+    numbers |= dict.fromkeys(EXPERTS, (0, MOST_EXPERTS)) | dict.fromkeys(TOKENS, (-1, LARGEST_SIZE))
+    for key, (low, high) in (numbers | {"num_labels": (0, MOST_LABELS)}).items():
+        value = part.get(key)
+        ones = value if isinstance(value, list) else [value]
+        fine = all(one is None or isinstance(one, dict | list) or _is_whole(one, low, high) for one in ones)
+        if not fine or (low > 0 and (isinstance(value, dict) or (isinstance(value, list) and key in COUNTS))):
+            raise _wrong(name, key, value, f"whole numbers from {low} to {high:,}")
     heads = part.get("architectures")
     if heads is not None and not (isinstance(heads, list) and all(isinstance(h, str) for h in heads)):
         raise _wrong(name, "architectures", heads, "a list of names of classes")
-    for key in ("model_type", "transformers_version", "name_or_path", "_name_or_path"):
-        if not isinstance(part.get(key), str | None):
-            raise _wrong(name, key, part[key], "text")
-    for key in ("auto_map", *OPEN):
-        if not isinstance(part.get(key), dict | None):
-            raise _wrong(name, key, part[key], "an object")
-    for key in ("dtype", "torch_dtype"):
-        _check_dtype(part.get(key), name, key)
+    for keys, kind, allowed in (
+        (("model_type", "transformers_version", "name_or_path", "_name_or_path"), str, "text"),
+        (("auto_map", *OPEN), dict, "an object"),
+    ):
+        for key in keys:
+            if part.get(key) is not None and not isinstance(part[key], kind):
+                raise _wrong(name, key, part[key], allowed)
+    _check_dtypes(part, name)
     _check_implementations(part, name)
-
-
-def _check_numbers(part: dict[str, Any], name: str, keys: tuple[str, ...], least: int, most: int) -> None:
-    for key in keys:
-        value = part.get(key)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not isinstance(one, dict | list) and not _is_whole(one, least, most):
-                raise _wrong(name, key, value, f"whole numbers from {least} to {most:,}")
-        if least and (isinstance(value, dict) or (isinstance(value, list) and key in COUNTS)):
-            raise _wrong(name, key, value, f"whole numbers from {least} to {most:,}")
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _check_dtype(value: Any, name: str, key: str) -> None:
+def _check_dtypes(part: dict[str, Any], name: str) -> None:
     """A dtype that torch has; composite models may name one for each part."""
     import torch
 
-    for one in value.values() if isinstance(value, dict) else [value]:
-        found = getattr(torch, one.removeprefix("torch."), None) if isinstance(one, str) else None
-        if one is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-            raise _wrong(name, key, value, "float32, bfloat16, float16 and other floating-point formats of torch")
+    for key in ("dtype", "torch_dtype"):
+        value = part.get(key)
+        for one in value.values() if isinstance(value, dict) else [value]:
+            found = getattr(torch, one.removeprefix("torch."), None) if isinstance(one, str) else None
+            if one is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise _wrong(name, key, value, "float32, bfloat16, float16 and other floating-point formats of torch")
 
 
 def _check_implementations(part: dict[str, Any], name: str) -> None:
@@ -118,18 +112,14 @@ def _check_implementations(part: dict[str, Any], name: str) -> None:
         for key in (f"{what}_implementation", f"_{what}_implementation", f"_{what}_implementation_internal"):
             if (value := part.get(key)) is None:
                 continue
-            known = _implementations(what)
+            if what == "attn":
+                from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KNOWN
+            else:
+                from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as KNOWN
+            known = {"eager", *KNOWN.valid_keys()}
             for one in value.values() if isinstance(value, dict) else [value]:
                 if one is not None and not (isinstance(one, str) and one in known):
                     raise _wrong(name, key, value, ", ".join(sorted(known)))
-
-
-def _implementations(what: str) -> set[str]:
-    if what == "attn":
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KNOWN
-    else:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as KNOWN
-    return {"eager", *KNOWN.valid_keys()}
 
 
 # --- the files beside config.json ---------------------------------------------------------------------------
@@ -137,18 +127,16 @@ def _implementations(what: str) -> set[str]:
 
 def check_tokenizer_config(content: Any, name: str) -> None:
     """Refuse a tokenizer_config.json whose values are of another kind than any tokenizer's."""
-    if not isinstance(content, dict):
-        raise ModelError(f"{name} does not hold an object", "use the model's own tokenizer_config.json")
-    most = content.get("model_max_length")
+    check_object(content, name)
+    most, template = content.get("model_max_length"), content.get("chat_template")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int | float) or not most > 0):
         raise _wrong(name, "model_max_length", most, "a number above 0")
     if not isinstance(content.get("tokenizer_class"), str | None):
         raise _wrong(name, "tokenizer_class", content["tokenizer_class"], "text")
-    template = content.get("chat_template")
-    if isinstance(template, list):
-        fine = all(isinstance(one, dict) and all(isinstance(v, str) for v in one.values()) for one in template)
-    else:
-        fine = isinstance(template, str | dict | None)
+    fine = isinstance(template, str | dict | None) or (
+        isinstance(template, list)
+        and all(isinstance(one, dict) and all(isinstance(v, str) for v in one.values()) for one in template)
+    )
     if not fine:
         raise _wrong(name, "chat_template", template, "text, or a list of objects with a name and a template")
     added = content.get("added_tokens_decoder")
@@ -166,22 +154,23 @@ def check_object(content: Any, name: str) -> None:
         raise ModelError(f"{name} does not hold an object", "fetch this file again, or remove it")
 
 
-def check_index(content: Any, name: str) -> None:
-    """Refuse an index of shards whose weight_map is none, or that names files outside its own folder."""
+def shards_of(content: Any, name: str) -> list[str]:
+    """The files that an index of shards names. ModelError: it is no index, or they are outside its own folder."""
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelError(f"{name} has no weight_map", "fetch the checkpoint's index again")
     if not isinstance(content.get("metadata"), dict | None):
         raise ModelError(f"the metadata of {name} are no object", "fetch the checkpoint's index again")
-    for shard in sorted(set(weight_map.values())):
+    for shard in (shards := sorted(set(weight_map.values()))):
         if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
             raise ModelError(
                 f"{name} names the shard {shard!r}, which lies outside the model folder",
                 "do not use this checkpoint, or correct the index by hand if you made it",
             )
+    return shards
 
 
 def _wrong(name: str, key: str, value: Any, allowed: str) -> ModelError:
     got = repr(value)
     got = got if len(got) <= 60 else f"{got[:57]}..."
-    return ModelError(f"{name} has {key} {got}; allowed: {allowed}", REPLACE_CONFIG)
+    return ModelError(f"{name} has {key} {got}; allowed: {allowed}", "use the model's own config.json; fetch it again")

@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -26,7 +24,9 @@ import torch
 from torch import nn
 
 from layercut.errors import ModelError, first_line
-from layercut.models import checkpoints, decoder_stack, devices, loading
+from layercut.models import checkpoints, devices, loading
+from layercut.models.checkpoints import Stored
+from layercut.models.decoder_stack import find_decoder
 from layercut.progress import say
 
 IN_MEMORY = "load it in memory instead: --stream off"
@@ -44,55 +44,17 @@ def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return revert_weight_conversion(model, tensors)
 
 
-# --- what is stored -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, known from the header."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds."""
-        return torch.Size(self.shape).numel()
-
-    def __getitem__(self, key: Any) -> Stored:
-        """Itself: transformers' loader asks for `tensor[...]` and then for `.to(...)`."""
-        return self
-
-    def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of this shape without data, for transformers' loader."""
-        return torch.empty(self.shape, dtype=dtype, device="meta")
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by name; ModelError where a file cannot be read."""
-    found: dict[str, Stored] = {}
-    for file in checkpoints.weight_files(folder):
-        with _opened(file) as shard:
-            for name in shard.keys():  # noqa: SIM118, this is no dict
-                tensor = shard.get_slice(name)
-                found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
-    return found
-
-
-def _opened(file: Path) -> Any:
-    """A safetensors file, of which tensors are read one by one into memory of their own: nothing stays mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt", device="cpu", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file} is corrupt, truncated or gone: {first_line(error)}", "fetch this file again"
-        ) from None
-
-
-# --- a model whose layers are on disk -----------------------------------------------------------------------
+def why_not_by_layer(checkpoint: checkpoints.Checkpoint, config: Any) -> str | None:
+    """Why a checkpoint is not read layer by layer; None where it is."""
+    if checkpoint.gguf:
+        return "is a GGUF file, whose layers are not read one by one"
+    if not checkpoints.weight_files(checkpoint.folder):
+        return "holds pickled weights, which are not read layer by layer"
+    if getattr(config, "quantization_config", None):
+        return "is quantized, and quantized layers are not read one by one"
+    if not type(config).__module__.startswith("transformers."):
+        return "brings its own modelling code, whose layers are not read one by one"
+    return None
 
 
 def open_on_disk(
@@ -106,15 +68,16 @@ def open_on_disk(
 ) -> loading.LanguageModel:
     """Open a safetensors folder with its decoder layers left on disk."""
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
-    _refuse(checkpoint, config)
+    if why := why_not_by_layer(checkpoint, config):
+        raise ModelError(f"{checkpoint.name} {why}", IN_MEMORY)
     place = devices.pick_device(device)
     own = devices.pick_dtype(dtype, config, checkpoint)
     number = devices.computing_dtype(dtype, own, place)
-    stored = stored_tensors(checkpoint.folder)
+    stored = checkpoints.stored_tensors(checkpoint.folder)
     loading.refuse_larger(config, checkpoint)
     skeleton = _build(checkpoint, config, stored, number)
     layers, rest = _by_layer(skeleton, stored)
-    _refuse_sharing(skeleton)
+    refuse_sharing(skeleton)
     tensors = _read(rest)
     absent = {name: tensor for layer in layers for name, tensor in layer.items()}
     model = _build(checkpoint, config, absent | tensors, number)
@@ -155,28 +118,6 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
     return model
 
 
-def read_by_layer(checkpoint: checkpoints.Checkpoint, config: Any) -> bool:
-    """Whether a checkpoint is of a kind that is read layer by layer."""
-    try:
-        _refuse(checkpoint, config)
-    except ModelError:
-        return False
-    return True
-
-
-def _refuse(checkpoint: checkpoints.Checkpoint, config: Any) -> None:
-    """What is not read layer by layer."""
-    name = checkpoint.name
-    if checkpoint.gguf:
-        raise ModelError(f"{name} is a GGUF file, whose layers are not read one by one", IN_MEMORY)
-    if not checkpoints.weight_files(checkpoint.folder):
-        raise ModelError(f"{name} holds pickled weights, which are not read layer by layer", IN_MEMORY)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{name} is quantized, and quantized layers are not read one by one", IN_MEMORY)
-    if not type(config).__module__.startswith("transformers."):
-        raise ModelError(f"{name} brings its own modelling code, whose layers are not read one by one", IN_MEMORY)
-
-
 def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Stored]], dict[str, Stored]]:
     """The stored tensors that make up each layer, and the rest; names as transformers' loader maps them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -185,7 +126,7 @@ def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Sto
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    weights, decoder = model.state_dict(), decoder_stack.find_decoder(model)
+    weights, decoder = model.state_dict(), find_decoder(model)
     by_layer: list[dict[str, Stored]] = [{} for _ in range(len(decoder))]
     rest: dict[str, Stored] = {}
     for key, tensor in stored.items():
@@ -198,9 +139,9 @@ def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Sto
     return by_layer, rest
 
 
-def _refuse_sharing(model: Any) -> None:
+def refuse_sharing(model: Any) -> None:
     """A weight that two layers hold, or a layer and the rest, would have to be kept when a layer is dropped."""
-    layers, name = list(decoder_stack.find_decoder(model).layers), type(model).__name__
+    layers, name = list(find_decoder(model).layers), type(model).__name__
     holder: dict[int, int] = {}
     for i, layer in enumerate(layers):
         for path, tensor in _tensors(layer).items():
@@ -214,18 +155,21 @@ def _refuse_sharing(model: Any) -> None:
 
 
 def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
-    """Tensors as they are in the files."""
+    """Tensors as they are in the files, read one by one into memory of their own: nothing stays mapped."""
+    from safetensors import safe_open
+
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({tensor.file for tensor in stored.values()}):
-        with _opened(file) as shard:
-            for name in [name for name, tensor in stored.items() if tensor.file == file]:
-                try:
+        name = "its header"
+        try:
+            with safe_open(file, framework="pt", device="cpu", backend="pread") as shard:
+                for name in [name for name, tensor in stored.items() if tensor.file == file]:
                     tensors[name] = shard.get_tensor(name)
-                except Exception as error:  # its own error type, or the system's
-                    raise ModelError(
-                        f"{name} cannot be read from {file}: {first_line(error)}",
-                        "fetch this file again; it has changed since it was opened",
-                    ) from None
+        except Exception as error:  # its own error type, or the system's
+            raise ModelError(
+                f"{name} cannot be read from {file}: {first_line(error)}",
+                "fetch this file again; it has changed since it was opened",
+            ) from None
     return tensors
 
 
@@ -234,7 +178,7 @@ class LayersOnDisk:
 
     def __init__(self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.layers: list[nn.Module] = list(decoder_stack.find_decoder(model).layers)
+        self.layers: list[nn.Module] = list(find_decoder(model).layers)
         self.layers_read, self.bytes_read = [0] * len(self.layers), 0
         self.resident: int | None = None
         self._stored = stored
@@ -384,7 +328,7 @@ class LayersOnDisk:
 
     @contextmanager
     def random_weights(self) -> Iterator[None]:
-        """While open, layers entered get random weights: of one seed for all layers of one kind."""
+        """While open, layers entered get random weights, the same for all layers of one kind, and nothing is read."""
         self.leave_()
         self._random = {}
         try:
@@ -395,47 +339,31 @@ class LayersOnDisk:
 
     def _set_random_(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> None:
         self.leave_()
-        layer = self.layers[i]
-        kind = type(layer), tuple((n, t.shape, t.dtype) for n, t in self._empty[i].items())
-        if kind in made:
-            _put_(layer, made[kind])
-        else:
-            _put_(layer, {name: _blank(tensor, self.device) for name, tensor in self._empty[i].items()})
-            own = [] if self.device.type == "cpu" else [self.device]
-            with torch.random.fork_rng(own, device_type=self.device.type), torch.no_grad():
-                torch.manual_seed(0)
-                for module in layer.modules():
-                    self._owner(layer)._init_weights(module)
-            made[kind] = _tensors(layer)
+        kind = type(self.layers[i]), tuple((n, t.shape, t.dtype) for n, t in self._empty[i].items())
+        if kind not in made:
+            drawn, made[kind] = torch.Generator().manual_seed(0), {}
+            for name, empty in self._empty[i].items():
+                tensor = torch.zeros(empty.shape, dtype=empty.dtype)
+                if tensor.is_floating_point():
+                    tensor = torch.randn(empty.shape, generator=drawn).mul_(0.02).to(empty.dtype)
+                tensor = tensor.to(self.device)
+                made[kind][name] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
+        _put_(self.layers[i], made[kind])
         self.resident = i
         self._fill_clones_(i)
-
-    def _owner(self, layer: nn.Module) -> Any:
-        """The innermost model around a layer: in a vision-language model, the language model."""
-        from transformers import PreTrainedModel
-
-        around = [m for m in self.model.modules() if isinstance(m, PreTrainedModel) and layer in list(m.modules())]
-        return around[-1]
 
 
 def _move_(model: nn.Module, device: torch.device) -> None:
     """Put new tensors on the device in the place of those with data; one that several modules share stays one."""
     moved: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        holders: list[Any] = [module._parameters, module._buffers]
-        for held in holders:
-            for name, tensor in held.items():
-                if tensor is None or tensor.is_meta or tensor.device == device:
-                    continue
-                if id(tensor) not in moved:
-                    there = tensor.detach().to(device)
-                    moved[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
-                held[name] = moved[id(tensor)]
-
-
-def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    blank = torch.zeros_like(tensor, device=device)
-    return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
+    for held in (held for module in model.modules() for held in (module._parameters, module._buffers)):
+        for name, tensor in held.items():
+            if tensor is None or tensor.is_meta or tensor.device == device:
+                continue
+            if id(tensor) not in moved:
+                there = tensor.detach().to(device)
+                moved[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+            held[name] = moved[id(tensor)]  # type: ignore[assignment]
 
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, first_line
-from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular
+from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular, read_json
 from layercut.models import checkpoints, config_checks, gguf_config, gguf_twins
-from layercut.models.checkpoints import Checkpoint, read_json
+from layercut.models.checkpoints import Checkpoint
 from layercut.models.devices import computing_dtype, pick_device, pick_dtype
 from layercut.models.gguf_header import corrupt, read_header
 from layercut.models.model_weights import convert_parameters_

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.files.reading import read_json
 from layercut.files.writing import write_atomically
-from layercut.models.checkpoints import read_json
 
 READ_BY_4 = frozenset({
     "apertus", "arcee", "aria", "aria_text", "aya_vision", "bamba", "biogpt", "bitnet", "blip-2", "bloom",

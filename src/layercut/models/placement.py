@@ -25,7 +25,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.devices import accelerators, computing_dtype, pick_device, pick_dtype
-from layercut.models.layer_reader import open_on_disk, read_by_layer
+from layercut.models.layer_reader import open_on_disk, why_not_by_layer
 from layercut.models.memory import available_bytes, memory_limit
 
 FITS = 0.8
@@ -156,7 +156,7 @@ def _load_spread(checkpoint: checkpoints.Checkpoint, *, device: str = "auto", **
     machine's memory, by one process after the other.
     """
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    if read_by_layer(checkpoint, config):
+    if not why_not_by_layer(checkpoint, config):
         loaded = open_on_disk(checkpoint, device=device, **how)
         sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
         return loaded

@@ -21,6 +21,7 @@ from layercut.export.gguf_export import AS_THEY_CAME
 from layercut.export.gguf_measured import FLOATS
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_json, write_text
+from layercut.files.reading import read_json
 from layercut.files.writing import appearing
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
@@ -119,7 +120,7 @@ def _keep(run: Path, facts: dict[str, Any]) -> None:
     Whether the file is broken is told with it in the place of the quantized model. It was measured on fewer tokens than
     the run's own: taken is the run's last perplexity before quantization, times what writing the file did to it.
     """
-    summary, written = checkpoints.read_json(run / "summary.json"), _perplexity(facts["again"])
+    summary, written = read_json(run / "summary.json"), _perplexity(facts["again"])
     figures = summary["perplexity"] | {"quantized": None}
     last = [figures[name] for name in ("cut", "folded", "tuned") if figures[name] is not None]
     if last and written:
@@ -144,7 +145,7 @@ def describe_result_(run: Path) -> None:
     """Write what goes with a finished run's result; of a .gguf file also gguf.json, for the report."""
     file = result_of(run)
     if file.suffix == ".gguf":
-        facts = dict(checkpoints.read_json(run / "export.json")["gguf"])
+        facts = dict(read_json(run / "export.json")["gguf"])
         _keep(run, facts)
         describe_(file, _made_gguf(of_run(run), run, file, facts), run)
     else:
@@ -156,7 +157,7 @@ def describe_(written: Path, made: Made, run: Path | None = None) -> None:
     """Write what goes with a checkpoint folder or a .gguf file."""
     kind: engines.Written = "gguf" if made.gguf else "float"
     if made.packed:
-        kind = engines.written_as(checkpoints.read_json(written / "config.json")["quantization_config"])
+        kind = engines.written_as(read_json(written / "config.json")["quantization_config"])
     found = engines.readings(load_config(checkpoints.resolve(str(written))), [], kind)
     card = checkpoint_card(replace(made, consumers=consumer_rows(found)), run)
     if made.gguf:
@@ -170,7 +171,7 @@ def describe_(written: Path, made: Made, run: Path | None = None) -> None:
 def _write_mergekit(folder: Path, made: Made) -> None:
     """mergekit.yaml, where layers were removed from a model that has a name elsewhere."""
     if made.segments and made.original_layer_index and made.source.base_model:
-        config = checkpoints.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         text = mergekit_config(made.source.base_model, made.original_layer_index, dtype)
         write_text(folder / "mergekit.yaml", text)

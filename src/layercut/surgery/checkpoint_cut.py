@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, SurgeryError
+from layercut.files.reading import read_json
 from layercut.files.writing import appearing
-from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
+from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, used_index, weight_files
 from layercut.models.decoder_stack import OTHER_TOWERS
 from layercut.models.loading import load_config
 from layercut.models.older_names import add_older_names_

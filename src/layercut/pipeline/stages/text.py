@@ -25,7 +25,8 @@ from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
-from layercut.models import checkpoints, decoder_stack
+from layercut.files.reading import read_json
+from layercut.models import decoder_stack
 from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
@@ -298,7 +299,7 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
     Judged by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
     """
     had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
-    names = {read for use in had for read in checkpoints.read_json(folder / f"text-{use}.json").get("reads", ())}
+    names = {read for use in had for read in read_json(folder / f"text-{use}.json").get("reads", ())}
     passages = shared([blocks.tokens], [stored_blocks(folder, use) for use in had])
     keys = blocks.keys & {key for use in had for key in _keys(folder, use)}
     found = {
