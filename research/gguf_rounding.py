@@ -1,11 +1,11 @@
-"""Claim: codes and scales by GPTQ and least squares lose less than llama.cpp's rounding, in as many bytes.
+"""Claim: an importance matrix makes llama.cpp's own quantizer good enough.
 
-    python research/gguf_rounding.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --kinds q4_0 q4_1 q5_0
+    python research/gguf_rounding.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --kinds q4_0 iq4_nl
     python research/gguf_rounding.py …      # goes on; rows that are done are kept
 
-The model is the dithered control (control.py), whole. Of each type of llama.cpp's: rounded by llama.cpp, the same with
-an importance matrix, and the latter's file with other codes and scales. llama.cpp itself measures perplexity;
-importance and GPTQ are measured on the same calibration tokens.
+The model is the dithered control (control.py), whole. Each type is rounded by llama.cpp without and with
+an importance matrix; llama.cpp itself measures perplexity. Until 2026-12 layercut chose codes of four types by its own
+GPTQ; those rows stay in the result file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from common import RowsDone, arguments, blocks, finish, open_model
 from control import dither_
 from layercut.export.ggml import quantize_file
 from layercut.export.gguf_check import perplexity_by_llama_cpp
-from layercut.export.gguf_gptq import choose_codes_
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors, llama_cpp_names, stored_types
 from layercut.export.importance import importance
 from layercut.models import loading
@@ -29,7 +28,6 @@ from layercut.progress import say
 from layercut.surgery import cut_gguf
 
 FLOAT, PLAIN, IMPORTANT = "float32", "llama.cpp", "llama.cpp, importance matrix"
-GPTQ = "GPTQ, codes exchanged, scales fitted"
 
 
 def unrounded(model: loading.LanguageModel, folder: Path) -> Path:
@@ -44,8 +42,8 @@ def unrounded(model: loading.LanguageModel, folder: Path) -> Path:
 
 def main() -> None:
     args = arguments(
-        __doc__ or "", data="c4", texts=["wiki=wikitext2"], kinds=["q4_0", "q4_1"], tokens=16384, eval_tokens=16384,
-        window=256, seed=0,
+        __doc__ or "", data="c4", texts=["wiki=wikitext2"], kinds=["q4_0", "q4_1", "iq4_nl", "q4_k_m"], tokens=16384,
+        eval_tokens=16384, window=256, seed=0,
     )  # fmt: skip
     model = open_model(args.model)
     dither_(model.model)
@@ -73,17 +71,11 @@ def main() -> None:
         if {"kind": "f32"} not in done:
             add("f32", FLOAT, plain, time.process_time())
         for kind in args.kinds:
-            if {"kind": kind, "rounded": GPTQ} in done:
-                continue
-            done.rows = [row for row in done.rows if row["kind"] != kind]
-            for how, heeded in ((PLAIN, {}), (IMPORTANT, matrices)):
-                begun = time.process_time()
-                quantize_file(plain, file, kind, heeded)
-                add(kind, how, file, begun)
-            begun = time.process_time()
-            weights = [name for name, p in model.model.named_parameters() if p.dim() > 1]
-            chosen = choose_codes_(file, model.model, calibration, weights)
-            add(kind, GPTQ, file, begun, chosen=len(chosen))
+            for how, measured in ((PLAIN, {}), (IMPORTANT, matrices)):
+                if {"kind": kind, "rounded": how} not in done:
+                    begun = time.process_time()
+                    quantize_file(plain, file, kind, measured)
+                    add(kind, how, file, begun)
     finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, weights="dithered control", **facts)
     done.partial.unlink(missing_ok=True)
 

@@ -744,7 +744,7 @@ class OutputConfig:
     """Number format of what is written in a GGUF file. Of a .gguf file, what healing changed is in the next finer
     format than it had, as Q5_1 for Q4_1 (finer; not given, unless --target-size is), in the format that it had (same)
     or in that of f32 to q4_0. Of a folder q8_0 where not given. q6_k to iq1_s: all weights, by llama.cpp with an
-    importance matrix (extra llamacpp). Codes of Q4_0 to Q5_1, Q4_K and Q5_K are then chosen by GPTQ."""
+    importance matrix (extra llamacpp)."""
 
 
 @options(RUN)
@@ -1032,7 +1032,7 @@ class ExportConfig:
     healing left alone, and writes the others in the next finer format than they came in, as Q5_1 for Q4_1 (finer, its
     default unless it had a --target-size), in the format that they came in (same) or in that of f32 to q4_0. q6_k to
     iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
-    (extra llamacpp). Of a run, codes of Q4_0 to Q5_1, Q4_K and Q5_K are then chosen by GPTQ on that text. Not given,
+    (extra llamacpp). Not given,
     and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:

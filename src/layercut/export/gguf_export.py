@@ -27,7 +27,6 @@ from layercut.export.gguf_check import (
     readable,
     unlike_the_folder,
 )
-from layercut.export.gguf_gptq import choose_codes_
 from layercut.export.gguf_measured import FLOATS, check_unrounded, coarsest, measure_again
 from layercut.export.gguf_tensors import (
     CONVERTED,
@@ -73,7 +72,7 @@ class Texts:
     measured: torch.Tensor | None = None
     """To measure on."""
     calibration: torch.Tensor | None = None
-    """To measure the importance of columns on, and for GPTQ."""
+    """To measure the importance of columns on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +126,8 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
                 quantize_file(plain, file, kind, _in_file(plain, student, columns))
         finally:
             plain.unlink(missing_ok=True)
-    heeded = columns.keys() & source.healed.keys() if not mixture else columns.keys()
-    rounded = _matrices(student) if mixture else source.healed
-    again = [] if tokens is None else choose_codes_(file, student, tokens, rounded)
-    return {"kind": kind, "healed": sorted(source.healed), "importance": len(heeded), "gptq": again}
-
-
-def _matrices(model: Any) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.dim() > 1]
+    measured = columns.keys() & source.healed.keys() if not mixture else columns.keys()
+    return {"kind": kind, "healed": sorted(source.healed), "importance": len(measured)}
 
 
 def _unrounded(source: CutGguf, student: Any, architecture: str) -> dict[str, tuple[Any, Any]]:
@@ -215,7 +208,7 @@ def write_converted(
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
         _write_sliding_layers_(plain, loaded.model.config)
     _refuse_unknown(architecture_of(plain))
-    how: dict[str, Any] = {"importance": 0, "gptq": []}
+    how: dict[str, Any] = {"importance": 0}
     if plain != file:
         if llama_cpp_installed():  # what rounding costs would hide a small difference
             with bar("comparing before rounding", None):
@@ -237,8 +230,7 @@ def write_rounded(
     else:
         with bar(f"quantizing to {kind}", None):
             quantize_file(plain, file, kind, named)
-    again = [] if calibration is None else choose_codes_(file, model, calibration, _matrices(model))
-    return {"importance": len(columns), "gptq": again}
+    return {"importance": len(columns)}
 
 
 def _refuse_unknown(architecture: str) -> None:

@@ -294,8 +294,8 @@ class QuantizeArtefact(Artefact):
     bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
-    """Of a run that writes a GGUF file: number format, importance, and names of the parameters that were "healed",
-    "rounded", and rounded by "gptq"."""
+    """Of a run that writes a GGUF file: number format, importance, and names of the parameters that were "healed"
+    and "rounded"."""
     tuning: TuningRecord | None = field(default=None, metadata=OPTIONAL)
     """How scales, norms and rounding were trained afterwards; the errors of `layers` are those before."""
 

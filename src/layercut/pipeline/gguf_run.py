@@ -188,8 +188,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written, files=[QUANTIZED_GGUF])
     found = stage.artefact.gguf or {}
     if found["rounded"]:
-        counts = {"with an importance matrix": found["importance"], "by GPTQ": len(found.get("gptq", []))}
-        how = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
         say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
     return stage.artefact
 
