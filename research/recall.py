@@ -5,7 +5,7 @@
     python research/recall.py …      # goes on; rows that are done are kept
 
 A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `chats`
-that the dense model writes, `mix` of the next-token loss, `radius`, `tokens` to tune on and `epochs`, peak `rate`,
+that the dense model writes, `mix` of the next-token loss, `radius`, `tokens` to tune on, peak `rate`,
 `window` of the rows and whether some are `parted`, `answer_weight`, another text `beside` the first, and other ways to
 teach (teaching.py). Each is folded and tuned as a run does it; then perplexity, hidden keys, values found in lists, the
 damage to tests of the judging family, and replies to eight questions are measured, beside the dense model; with

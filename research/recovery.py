@@ -1,7 +1,6 @@
 """Claim: fold and cutoff endpoint tuning close most of the log-perplexity gap that a cut opens, and more the longer.
 
     python research/recovery.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--tokens 262144 1048576]
-    python research/recovery.py … --epochs 2 --tokens 4000000    # of 2,000,000 tokens, twice
     python research/recovery.py …        # goes on: budgets that are done are kept, one that was stopped is resumed
 
 Every budget is a run of its own, with its own schedule: fold on the calibration tokens, then that many tokens of
@@ -42,7 +41,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "", data="python-docstrings", report=["docs=python-docs"], segment="13:19", window=256, seed=0,
         calibration_tokens=65536, heldout_tokens=8192, eval_tokens=65536, tokens=[262144, 1048576], radius=[1],
-        epochs=1, mix=0.0, learning_rate=0.0, batch_tokens=TuneSettings.batch_tokens, threads=2, work="runs/recovery",
+        mix=0.0, learning_rate=0.0, batch_tokens=TuneSettings.batch_tokens, threads=2, work="runs/recovery",
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
@@ -50,7 +49,7 @@ def main() -> None:
     draw = partial(blocks, model, window=args.window, seed=args.seed)
     calibration = draw(args.data, args.calibration_tokens).tokens
     heldout = draw(args.data, args.heldout_tokens, skip=len(calibration)).tokens
-    tokens = draw(args.data, math.ceil(max(args.tokens) / args.epochs), skip=len(calibration) + len(heldout)).tokens
+    tokens = draw(args.data, max(args.tokens), skip=len(calibration) + len(heldout)).tokens
     reported = {
         name: draw(source, args.eval_tokens, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.report)
@@ -91,11 +90,11 @@ def main() -> None:
         write_json(part, rows)
     for radius in args.radius:
         settings = TuneSettings(
-            radius=radius, epochs=args.epochs, objective=KL(mix=args.mix),
+            radius=radius, objective=KL(mix=args.mix),
             learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens,
         )  # fmt: skip
         for count in sorted(args.tokens):
-            settled = {"tune_tokens": count, "radius": radius, "epochs": args.epochs, "mix": args.mix}
+            settled = {"tune_tokens": count, "radius": radius, "mix": args.mix}
             if any(settled.items() <= row.items() for row in rows if "tune_tokens" in row):
                 continue
             student, clock = folded(), Clock()
@@ -104,7 +103,7 @@ def main() -> None:
             resumed = state.path.is_file()
             files, rows_of_count = (
                 TuningFiles(state=state, stopping=asked_to_stop),
-                math.ceil(count / args.epochs / args.window),
+                math.ceil(count / args.window),
             )
             report = tune_(student, dense, tokens[:rows_of_count], heldout=heldout, files=files, **vars(settings))
             taken: dict[str, Any] = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}

@@ -77,7 +77,6 @@ class Healing:
     """1: a token of text counts as much as its KL after the fold over their mean, CLIP times the others at most."""
     also: str = ""
     """Layers of the dense model that are trained as well, joined by +."""
-    epochs: int = 1
     """How many times the tokens are gone over; `lora` and `also` once."""
     chats: float = 0.0
     """Share of chats that the dense model writes, among the rows to tune on."""
@@ -96,8 +95,6 @@ class Healing:
         if self.writer and self.writer not in WRITERS:
             raise SystemExit(f"error: writer is {self.writer!r}\nhint: allowed are {', '.join(WRITERS)}")
         unread = self.parted or self.writer or self.answer_weight != 1 or self.radius != 1
-        if self.epochs > 1 and (self.lora or self.also):
-            raise SystemExit("error: lora=1 and also go over the tokens once\nhint: leave out epochs")
         if self.lora and (unread or not self.rate):
             raise SystemExit(
                 "error: lora=1 takes a rate, and of the others share, mix, tokens, window, beside and hurt"
@@ -176,7 +173,7 @@ def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows)
     else:
         found = tune_(
             small, model.model, rows.tuning, objective=KL(mix=asked.mix), radius=asked.radius,
-            learning_rate=asked.rate or None, epochs=asked.epochs, **given,
+            learning_rate=asked.rate or None, **given,
         )  # fmt: skip
     kept = (
         "learning_rate",

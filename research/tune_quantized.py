@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
-from layercut.config import NEAR_ENOUGH, HealConfig, QuantizeConfig
+from layercut.config import NEAR_ENOUGH, QuantizeConfig
 from layercut.data.probes import probe_rows
 from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
@@ -256,7 +256,7 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     found = blocks(model, source, args.tune_tokens, window, args.seed, skip=before)
     treated = Treatment.as_drawn(
         found.tokens, found.origins, found.marks,
-        short=args.window if share else None, answer_weight=HealConfig().answer_weight,
+        short=args.window if share else None,
     ).by_predictions()  # fmt: skip
     text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens
     spare = text.reshape(-1, args.window)

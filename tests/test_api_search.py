@@ -304,7 +304,7 @@ def test_objectives_of_ones_own_reach_what_layercuts_reach_with_the_same_formula
 
 
 def test_a_warm_kl_is_searched_by_too(model):
-    found = search(model, tiny.some_tokens(), n_layers=2, objective=KL(temperature=2.0))
+    found = search(model, tiny.some_tokens(), n_layers=2, objective=KL(mix=0.3))
     assert found.candidates[0].score is not None
 
 

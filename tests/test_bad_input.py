@@ -252,21 +252,11 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "no tokens": (["--ratio=0.2", "--tokens=0"], ["--tokens 0 is too small", "1 or more"]),
     "window of nothing": (["--ratio=0.2", "--window=2"], ["--window 2 is too small", "8 or more"]),
     "negative tuning": (["--ratio=0.2", "--tune-tokens=-1"], ["--tune-tokens -1 is too small"]),
-    "temperature": (["--ratio=0.2", "--temperature=0"], ["--temperature 0 is not above 0", "--temperature 2"]),
     "mix": (["--ratio=0.2", "--mix=1.5"], ["--mix 1.5 is outside 0 to 1", "--mix 0.1"]),
     "mix without KL": (
         ["--ratio=0.2", "--objective=next-token", "--mix=0.1"],
         ["--mix 0.1 is given with --objective next-token", "leave out --mix"],
     ),
-    "stored teacher without KL": (
-        ["--ratio=0.2", "--objective=hidden", "--teacher-topk=8"],
-        ["--teacher-topk 8 is given with --objective hidden", "leave out --teacher-topk"],
-    ),
-    "stored teacher": (
-        ["--ratio=0.2", "--teacher-topk=300"],
-        ["--teacher-topk 300 is not below the model's 300 tokens", "--teacher-topk 64"],
-    ),
-    "no epoch": (["--ratio=0.2", "--epochs=0"], ["--epochs 0 is too small", "1 or more"]),
     "learning rate": (["--ratio=0.2", "--learning-rate=7"], ["--learning-rate 7 is outside 0 to 1", "1e-4"]),
     "unknown method": (["--ratio=0.2", "--method=guess"], ["--method", "guess", "clp", "exhaustive"]),
     "unknown objective": (["--ratio=0.2", "--objective=mse"], ["--objective", "mse", "next-token"]),

@@ -168,7 +168,8 @@ def test_a_step_of_many_passes_is_read_once(monkeypatch):
         student = model_weights.share(model)
         cut_segment_(student, [Segment(3, 5)])
         heldout = tiny.some_tokens(1, seed=1)
-        tune_(student, model, tiny.some_tokens(8), heldout=heldout, batch_tokens=batch_tokens, epochs=2)
+        rows = tiny.some_tokens(8).repeat(2, 1)
+        tune_(student, model, rows, heldout=heldout, batch_tokens=batch_tokens)
     # of 8 steps of one pass, and 2 of four; masks are made, and looked at, once for each shape. One tensor is read into
     # a list without an operation, and fused AdamW reads nothing
     assert {*counted[1:8], counted[9]} == {0}
@@ -194,8 +195,8 @@ def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(endpoint_tuning._Training, "step_", noting)
             patch.setattr(endpoint_tuning, "LOSS_SCALE", scale)
-            rate = {"batch_tokens": 256, "epochs": 4, "learning_rate": 3e-3}
-            return found, tune_(student, model, tokens[:-1], heldout=tokens[-1:], **rate)
+            rate = {"batch_tokens": 256, "learning_rate": 3e-3}
+            return found, tune_(student, model, tokens[:-1].repeat(4, 1), heldout=tokens[-1:], **rate)
 
     (exact, *_), wanted = tuned(torch.float32, 1.0)
     errors, reports = {}, {}

@@ -40,8 +40,8 @@ def test_what_is_merged_in_is_what_peft_computes_and_the_dense_model_stays(famil
         merge(runner)
 
     monkeypatch.setattr(room, "_merge_", with_adapters)
-    settings = TuneSettings(batch_tokens=16, epochs=3)
-    found = tune_lora_(student, dense, rows[:16], heldout=rows[16:], settings=settings, files=TuningFiles())
+    given = {"heldout": rows[16:], "settings": TuneSettings(batch_tokens=16), "files": TuningFiles()}
+    found = tune_lora_(student, dense, rows[:16].repeat(3, 1), **given)
     assert found.best < found.heldout[0]["loss"]
     assert torch.allclose(student(rows).logits, adapted["logits"], atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

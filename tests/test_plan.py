@@ -649,8 +649,6 @@ def test_work_that_cannot_be_told_is_null(bare):
         (["--ratio=0.3", "--window=4096"], "longer than the model's 128 positions"),
         (["--ratio=0.3", "--dtype=float8"], "float8"),
         (["--ratio=0.3", "--stream=on", "--bits=4"], "--bits needs the model in memory"),
-        (["--ratio=0.3", "--stream=on", "--teacher-topk=8"], "--teacher-topk needs the model in memory"),
-        (["--ratio=0.3", "--teacher-topk=100000"], "100000"),
         (["--ratio=0.3", "--for=vllm", "--bits=3"], "vLLM"),
         (["--ratio=0.3", "--preserve=nonsense"], "no capability is called 'nonsense'"),
     ],

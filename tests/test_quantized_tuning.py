@@ -121,8 +121,9 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     size = sum(tensor.nbytes for tensor in found.packed.values())
     codes = found.packed["model.layers.0.mlp.up_proj.weight_packed"].clone()
     parts = Trainable.of_(found, dense if learned else None)
-    settings = TuneSettings(batch_tokens=64, learning_rate=0.02, epochs=4)
-    told = tune_parameters_(parts.model, dense, parts.parameters, TOKENS, heldout=HELDOUT, settings=settings)
+    settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
+    tokens = TOKENS.repeat(4, 1)
+    told = tune_parameters_(parts.model, dense, parts.parameters, tokens, heldout=HELDOUT, settings=settings)
     trained = logits(parts.model)
     done = parts.finished_()
     assert torch.equal(logits(done.model), trained), "what was judged is what is saved"

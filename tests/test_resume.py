@@ -169,7 +169,6 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "mix as by default": (["--mix=0.3"], LAST),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
-    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", *LAST]),
     "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "text-shared", "fold", "heal", "quantize", "eval", *LAST]),
     "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "text-shared", "eval", *LAST]),
     "bits": (["--bits=8"], ["quantize", "eval", *LAST]),

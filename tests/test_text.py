@@ -128,7 +128,6 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     assert tuned_on(2048, tune_tokens=many) == LONG_ROW
     assert tuned_on(2048, tune_tokens=many - 1) == tuned_on(1023, tune_tokens=many) == 32
     assert tuned_on(2048, tune_tokens=many, tune_window=128) == 128
-    assert tuned_on(2048, tune_tokens=many, teacher_topk=16) == LONG_ROW
     for positions, window, words in ((100, 128, "100 positions"), (2048, 16, "shorter than --window 32")):
         with pytest.raises(ConfigError, match=words):
             tuned_on(positions, tune_window=window)
@@ -158,7 +157,7 @@ def test_every_second_row_of_text_is_done_as_short_rows_and_tests_as_they_are_ma
     assert row_lengths(rows, mix, 1024, marks) is None
 
 
-@pytest.mark.parametrize("way", ["--stream=off", "--stream=on", "--teacher-topk=8"])
+@pytest.mark.parametrize("way", ["--stream=off", "--stream=on"])
 def test_a_run_tunes_on_its_tests_as_they_are_made(way, several, tmp_path, monkeypatch):
     seen = []
 

@@ -147,7 +147,6 @@ def test_a_trial_depends_on_what_its_healing_depends_on():
     assert inputs_of("folded") == ["folded", fingerprint(tiny.some_tokens(2))]
     healed = inputs_of("healed")
     assert {"tuned", "held"} <= {each for each in healed if isinstance(each, str)}
-    assert healed == inputs_of("healed", epochs=2, patience=3, teacher_topk=64)
     assert healed != inputs_of("healed", learning_rate=1e-3)
     assert inputs_of("folded") == inputs_of("folded", learning_rate=1e-3)
 

@@ -29,7 +29,6 @@ from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
-from layercut.healing.stored_teacher import store_teacher
 from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
@@ -46,7 +45,7 @@ METHODS = [
 ]  # fmt: skip
 SPREAD_METHODS = ["clp", "exhaustive", "angular"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"}, "stored": {},
+    "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"},
 }  # fmt: skip
 CUT = [Segment(3, 5)]
 
@@ -81,7 +80,7 @@ def student_of(model: Any) -> Any:
     return student
 
 
-def healings(folder: Path, model: Any = None) -> dict[str, Any]:
+def healings(model: Any = None) -> dict[str, Any]:
     """Fold and tuning, by every objective. Steps have five rows and the last one: one process has nothing to do."""
     model, found = model or tiny.llama(), {}
     dense = DecoderRunner(model)
@@ -92,16 +91,8 @@ def healings(folder: Path, model: Any = None) -> dict[str, Any]:
     )  # the row kept out is not the first of a share
     found["fold"] = fold.to_dict() | {"kl": mean_kl(dense, folded, heldout)}
     for name, more in SETTINGS.items():
-        if name == "stored" and sharding.is_spread(model):
-            continue
-        teacher = store_teacher(dense, tokens, 8, folder / "teacher", key="key") if name == "stored" else None
-        settings = {
-            "learning_rate": 3e-3,
-            "batch_tokens": 80,
-            "epochs": 2,
-            "files": TuningFiles(teacher=teacher),
-        } | more
-        report = tune_(DecoderRunner(student_of(model)), dense, tokens, heldout=heldout, **settings)
+        settings = {"learning_rate": 3e-3, "batch_tokens": 80} | more
+        report = tune_(DecoderRunner(student_of(model)), dense, tokens.repeat(2, 1), heldout=heldout, **settings)
         found[name] = [[point["loss"] for point in points] for points in (report.curve, report.heldout)]
     return found
 
@@ -205,10 +196,10 @@ def main(folder: Path) -> int:
     processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
     commands = json.loads((folder / "commands.json").read_text())
     found: dict[str, Any] = {"world": processes.world(), "rank": processes.rank()}
-    found |= {"searches": searches(), "healings": healings(folder), "resumed": stop_and_resume(folder), "codes": {}}
+    found |= {"searches": searches(), "healings": healings(), "resumed": stop_and_resume(folder), "codes": {}}
     found["spread"] = {
         "searches": searches(spread_llama(**ODD), SPREAD_METHODS),
-        "healings": healings(folder, spread_llama(**ODD)),
+        "healings": healings(spread_llama(**ODD)),
         "resumed": stop_and_resume(folder, spread_llama()),
         **spreading(Path(commands["compress"][1])),
     }

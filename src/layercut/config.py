@@ -385,9 +385,6 @@ class HealConfig:
     chat_share: float = 0.1
     """Share of these that are chats which the model writes before it is cut, the user's messages too, so that it still
     replies as it did; where it has a chat template, which opens with 128 tokens at most, and is in memory. 0: none."""
-    answer_weight: Annotated[float, rare] = 4.0
-    """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
-    token counts 1. Answers are taught as they are, not as the dense model predicts them."""
     objective: Annotated[
         str,
         one_of(
@@ -405,18 +402,9 @@ class HealConfig:
     radius: Annotated[int | Literal["auto"], rare] = 1
     """Layers tuned on each side of a cut. auto: as many as have 100 million parameters together, 1 at least; perplexity
     gets lower, and fewer keys are kept."""
-    temperature: Annotated[float, rare] = 1.0
-    """Of both models' predictions in the objective kl."""
     mix: Annotated[float | None, rare] = None
     """Share of the next-token loss in the objective kl, 0 to 1. Not given: 0.3 while layers are tuned, 0 after
     rounding."""
-    epochs: Annotated[int, rare] = 1
-    """Passes over the tuning tokens."""
-    patience: Annotated[int, rare] = 0
-    """Stop tuning after so many held-out scores in a row without a new best, of 8 in all; 0 never does."""
-    teacher_topk: Annotated[int, rare] = 0
-    """Keep the dense model's K likeliest tokens and the rest as one on disk, 6 K + 2 bytes a token, and tune
-    towards those: the dense layers above the cut are not run again. 0: all tokens, computed in every step."""
 
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
@@ -426,25 +414,13 @@ class HealConfig:
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
-        if not 0 < self.answer_weight < float("inf"):
-            raise ConfigError(
-                f"--answer-weight {self.answer_weight:g} is not above 0", "as any token: --answer-weight 1"
-            )
-        at_least("epochs", self.epochs, 1)
-        at_least("patience", self.patience, 0)
-        at_least("teacher_topk", self.teacher_topk, 0)
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature:g} is not above 0", "try --temperature 2")
         if self.mix is not None and not 0 <= self.mix <= 1:
             raise ConfigError(f"--mix {self.mix:g} is outside 0 to 1", "a tenth of the next-token loss: --mix 0.1")
-        for name, value, neutral in (
-            ("temperature", self.temperature, 1), ("mix", self.mix or 0, 0), ("teacher-topk", self.teacher_topk, 0),
-        ):  # fmt: skip
-            if self.objective in objectives.own and self.objective != "kl" and value != neutral:
-                raise ConfigError(
-                    f"--{name} {value:g} is given with --objective {self.objective}",
-                    f"it belongs to --objective kl; leave out --{name}",
-                )
+        if self.mix and self.objective in objectives.own and self.objective != "kl":
+            raise ConfigError(
+                f"--mix {self.mix:g} is given with --objective {self.objective}",
+                "it belongs to --objective kl; leave out --mix",
+            )
         at_least("batch_tokens", self.batch_tokens, 1)
         if self.radius != "auto":
             at_least("radius", self.radius, 1)

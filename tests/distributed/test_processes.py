@@ -134,7 +134,7 @@ def test_every_method_finds_the_same(folder):
 
 
 def test_fold_and_tuning_go_the_same_way(folder, tmp_path):
-    expected = together.healings(tmp_path)
+    expected = together.healings()
     first, second = (of(folder, rank)["healings"] for rank in (0, 1))
     assert first == second  # to the bit: all processes make the same steps
     close(first.pop("fold"), expected.pop("fold"), LOSSES)
@@ -168,8 +168,7 @@ def test_a_spread_model_is_searched_and_healed_alike(folder, tmp_path):
     assert first["searches"] == second["searches"]
     assert first["healings"] == second["healings"]
     model = tiny.llama(**together.ODD)
-    healed = together.healings(tmp_path, model)
-    del healed["stored"]
+    healed = together.healings(model)
     close(first["healings"], healed, LOSSES)
     close(first["searches"], together.searches(model, together.SPREAD_METHODS), LOSSES)
     close(first["resumed"], together.stop_and_resume(tmp_path), LOSSES)  # stopped by processes with a whole model each

@@ -260,11 +260,11 @@ def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeyp
 
 SETTINGS = {
     "kl": {},
-    "mixed": {"objective": KL(temperature=2.0, mix=0.3)},
+    "mixed": {"objective": KL(mix=0.3)},
     "next-token": {"objective": "next-token"},
     "hidden": {"objective": "hidden"},
-    "two epochs": {"epochs": 2, "radius": 2},
-    "parted": {"epochs": 2},
+    "radius": {"radius": 2},
+    "parted": {},
 }
 LENGTHS = torch.tensor([16, 4, 8] * 8)
 
@@ -283,7 +283,7 @@ def tuned(checkpoint, mode, folder, segments, settings, tokens, lengths, **how):
 
 @pytest.mark.parametrize(("name", "dtype"), [
     ("kl", "float32"), ("kl", "bfloat16"), ("mixed", "float32"), ("next-token", "float32"), ("hidden", "bfloat16"),
-    ("two epochs", "bfloat16"), ("parted", "bfloat16"),
+    ("radius", "bfloat16"), ("parted", "bfloat16"),
 ])  # fmt: skip
 def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PASS_TOKENS", 48)
@@ -376,7 +376,7 @@ def test_rounds_from_disk(tiny_model, texts, tmp_path, monkeypatch):
 # --- what is refused, and what is counted on ---
 
 
-@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--probes", "--long-context=32", "--teacher-topk=8"])
+@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--probes", "--long-context=32"])
 def test_what_needs_the_model_in_memory_is_refused_at_once(flag, tiny_model, texts, tmp_path, capsys):
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
     assert main([*argv, flag, f"--out={tmp_path / 'run'}"]) == 2

@@ -296,8 +296,8 @@ def test_float16_is_tuned_as_well_as_bfloat16(counts):
         model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
         model_weights.convert_parameters_(model, dtype)
         model.to("standin:1")
-        rates = {"batch_tokens": 256, "epochs": 4, "learning_rate": 3e-3}
-        told = lc.tune_(lc.cut(model, "1:3"), model, tokens[:-1], heldout=tokens[-1:], **rates)
+        rates = {"batch_tokens": 256, "learning_rate": 3e-3}
+        told = lc.tune_(lc.cut(model, "1:3"), model, tokens[:-1].repeat(4, 1), heldout=tokens[-1:], **rates)
         left[dtype] = told.best / told.heldout[0]["loss"]
     assert left[torch.bfloat16] < 0.9
     assert left[torch.float16] == pytest.approx(left[torch.bfloat16], rel=0.01)

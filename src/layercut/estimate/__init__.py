@@ -28,7 +28,6 @@ from layercut.export.checkpoint import export_cost
 from layercut.files.sizes import parse_bytes
 from layercut.healing.fold_prices import JUDGED_ROWS, fold_prices_cost
 from layercut.healing.least_squares import fold_cost
-from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.on_trial import LONGER, PLACES, TRIED, VARIANTS, priced_after_fold
@@ -270,7 +269,7 @@ def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
     """
     heal = run.config.heal
     tokens, window = trial.rows_to_tune(run.tuning, times) * run.tuned.window, run.shape.window
-    short = replace(heal, tune_tokens=tokens, epochs=1)
+    short = replace(heal, tune_tokens=tokens)
     one = replace(
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
         folded=run.calibration + min(tokens // window, tuning_rows_to_fold(run.calibration * window, window)),
@@ -338,8 +337,6 @@ def _check_as_a_run(journey: CompressConfig, checkpoint: checkpoints.Checkpoint,
     """Refuse what a run would refuse before it begins, as far as it needs no text and no place to write to."""
     check_window("--window", journey.text.window, stock)
     capability_names(journey.search.preserve)
-    if journey.heal.teacher_topk:
-        check_topk(journey.heal.teacher_topk, stock.get_text_config().vocab_size)
     layers = decoder_stack.count_layers(stock)
     wanted, length = checked_segments(journey.search.segments, layers), wanted_length(journey.search, layers)
     check_consumers(journey, stock, wanted, length, gguf=keeps_gguf(journey, checkpoint))

@@ -37,7 +37,6 @@ from layercut.files.json_values import digest
 from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
 from layercut.healing.row_parts import RowParts, check_lengths, row_parts
-from layercut.healing.stored_teacher import StoredTeacher
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
@@ -81,15 +80,11 @@ class TuneSettings:
     """Tokens in one optimizer step."""
     radius: int | None = 1
     """Layers trained on each side of a cut; None: as many as `MOST_TRAINED` allows."""
-    epochs: int = 1
-    """Passes over the tokens; from the second on their rows are shuffled, by the epoch's number."""
-    patience: int = 0
-    """Stop after so many held-out scores in a row without a new best; 0 never does."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_tokens", 1), ("radius", 1), ("epochs", 1), ("patience", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name} is {value}, below {least}", f"the least is {name}={least}")
+        for name in ("batch_tokens", "radius"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, below 1", f"the least is {name}=1")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
 
@@ -97,15 +92,13 @@ class TuneSettings:
     def facts(self) -> dict[str, Any]:
         """What decides the result, as JSON values."""
         objective = objective_of(self.objective)
-        return vars(self) | {"temperature": 1.0, "mix": 0.0} | objective.options | {"objective": objective.name}
+        return vars(self) | {"mix": 0.0} | objective.options | {"objective": objective.name}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningFiles:
     """What tuning reads from and keeps on disk, and how it is asked to stop: nothing by default."""
 
-    teacher: StoredTeacher | None = None
-    """The dense predictions on the tokens, stored beforehand (`store_teacher`), for an objective that can use them."""
     states: FrozenStates | None = None
     """Of models whose layers are on disk: what does not change, stored beforehand (`frozen_states`)."""
     state: StateFile | None = None
@@ -125,7 +118,6 @@ class _Progress:
     setbacks: list[int] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    stopped_early: bool = False
     pass_rows: int = 1
     loss_scale: float = 1.0
 
@@ -145,8 +137,6 @@ def tune_(
     learning_rate: float | None = None,
     batch_tokens: int = 1024,
     radius: int | None = 1,
-    epochs: int = 1,
-    patience: int = 0,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     answers: torch.Tensor | None = None,
@@ -156,19 +146,17 @@ def tune_(
 
     Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step: the end is never worse
     than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their own, so that a
-    dense model that shares weights with the student is left as it is. Deterministic: later epochs' order is seeded.
+    dense model that shares weights with the student is left as it is. Deterministic.
 
     Args:
         student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
         dense: the model that it was cut from.
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge; not given, the last eighth of the rows, one at least, is not trained on.
-        objective: a registered name, or an `Objective`: `models.objectives.KL(temperature=2, mix=0.1)`.
+        objective: a registered name, or an `Objective`: `models.objectives.KL(mix=0.1)`.
         learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
         batch_tokens: tokens in one optimizer step.
         radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
-        epochs: passes over the tokens; from the second on their rows are shuffled.
-        patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
         answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
@@ -182,12 +170,11 @@ def tune_(
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     settings = TuneSettings(
-        objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
-        learning_rate=learning_rate,
+        objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, learning_rate=learning_rate
     )  # fmt: skip
     _check_treatment(row_lengths, token_weights, answers, tokens, files)
     tokens, heldout = with_held_out(tokens, heldout, dense)
-    opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
+    opened = prepared(student, dense), bar("tuning the endpoints", tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
         training.treat_rows(row_lengths, token_weights, answers)
@@ -218,14 +205,13 @@ def tune_parameters_(
     Nothing is shared with what it should predict like, so that both run whole: after quantization every layer differs.
     """
     _check_treatment(row_lengths, token_weights, answers, tokens, files)
-    total = settings.epochs * tokens.numel()
-    opened = prepared(student, dense), bar(words, total), torch.enable_grad()
+    opened = prepared(student, dense), bar(words, tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         for parameter, _ in given:
             parameter.requires_grad_(True)
         pair = Pair(
             dense=whole, student=cut, prefix=0, last=len(cut) - 1, objective=objective_of(settings.objective),
-            stored=files.teacher, apart=True,
+            apart=True,
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
         training.rate_from, training.tolerated = rate_from, tolerated
@@ -244,15 +230,9 @@ def _check_treatment(
     files: TuningFiles,
 ) -> None:
     """Refuse what `tune_` is told to do with its rows, where that is not for these."""
-    check_lengths(lengths, tokens, _stored(files))
+    check_lengths(lengths, tokens, files.states.lengths if files.states else None)
     check_weights(weights, tokens)
     check_answers(answers, tokens)
-
-
-def _stored(files: TuningFiles) -> dict[str, str]:
-    """What of the rows is stored, and as how long ones they were done for it."""
-    found = {"the states": files.states, "the dense predictions": files.teacher}
-    return {name: each.lengths for name, each in found.items() if each}
 
 
 def _pair(
@@ -262,13 +242,9 @@ def _pair(
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in dense.layers]
     positions = trained_positions(removed_segments(student, dense), sizes, settings.radius)
     objective = objective_of(settings.objective)
-    if files.teacher and not all(term.stored_topk for _, term in objective.terms() if term.needs_dense):
-        raise ConfigError(f"the objective {objective.name} needs all of the dense model's logits", "store no teacher")
     # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
     prefix = min(min(positions), shared_layers(dense, student))
-    pair = Pair(
-        dense=dense, student=student, prefix=prefix, last=max(positions), objective=objective, stored=files.teacher
-    )
+    pair = Pair(dense=dense, student=student, prefix=prefix, last=max(positions), objective=objective)
     if files.states:
         pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
     return pair, positions
@@ -382,7 +358,7 @@ class _Training:
         self.tolerated = TOLERATED
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
-        self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
+        self.steps = math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(
             usual_weight(self.trained), self.steps, len(positions)
         )
@@ -414,7 +390,7 @@ class _Training:
     @property
     def unfinished(self) -> bool:
         """Whether there is a step left."""
-        return self.report.step < self.steps and not self.report.stopped_early
+        return self.report.step < self.steps
 
     @contextmanager
     def running_(
@@ -436,7 +412,7 @@ class _Training:
 
     def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
         """Resume from the state on disk where its key is the same, else take the first score."""
-        self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
+        self.state_key = self.key(heldout, [files.state.key if files.state else ""])
         judge = HeldOut(self.pair, heldout, rows=rows_per_pass(self.pair, heldout.shape[1]))
         found = files.state.load(self.state_key) if files.state else None
         if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
@@ -493,7 +469,8 @@ class _Training:
         again by smaller passes where memory runs out, and by a smaller loss scale where float16 overflows.
         """
         report, begun, cpu = self.report, time.perf_counter(), time.process_time()
-        rows = rows_of_step(report.step, len(self.tokens), rows_per_step(self.settings, self.tokens.shape[1]))
+        batch = rows_per_step(self.settings, self.tokens.shape[1])
+        rows = torch.arange(len(self.tokens))[report.step * batch :][:batch]
         if report.loss_scale > 1 and report.step and report.step % RAISE_EVERY == 0:
             report.loss_scale *= 2
         total: float | None = None
@@ -618,7 +595,7 @@ class _Training:
             self.note_score_(judge.score())
 
     def note_score_(self, scores: dict[str, float]) -> None:
-        """Remember a held-out loss and its terms, the weights where they are the best so far, and whether to stop.
+        """Remember a held-out loss and its terms, and the weights where they are the best so far.
 
         A score that is not finite is the worst there is: it is never kept, and any finite one is better.
         """
@@ -630,8 +607,6 @@ class _Training:
         report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
         if is_setback(report.heldout, report.setbacks, self.tolerated) and report.step < self.steps:
             self.step_back_()
-        since = sum(point["step"] > report.best_step for point in report.heldout)
-        report.stopped_early = 0 < self.settings.patience <= since and report.step < self.steps
 
     def step_back_(self) -> None:
         """Return to the best state, to continue slower and with no momentum: the rate was too high for this model."""
@@ -725,15 +700,6 @@ def rows_per_pass(pair: Pair, window: int) -> int:
 def rows_per_step(settings: TuneSettings, window: int) -> int:
     """Rows of tokens in one optimizer step."""
     return max(1, settings.batch_tokens // window)
-
-
-def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
-    """The rows that a step trains on: in their order, in later epochs in a random one seeded by the epoch's number."""
-    epoch, place = divmod(step, math.ceil(rows / batch))
-    order = torch.arange(rows)
-    if epoch:
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(epoch))
-    return order[place * batch : (place + 1) * batch]
 
 
 def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:

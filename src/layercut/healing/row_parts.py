@@ -1,7 +1,7 @@
 """How rows of tokens are done: whole, or each as several shorter ones that begin anew.
 
 Beside endpoint tuning. What the dense model makes of rows is stored in their order, whichever way they are done, and is
-read for parts of them (`offloaded.py`, `stored_teacher.py`).
+read for parts of them (`offloaded.py`).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def lengths_key(lengths: torch.Tensor | None) -> str:
     return "" if lengths is None else f" lengths={fingerprint(lengths[:, None])}"
 
 
-def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: dict[str, str]) -> None:
-    """Refuse lengths that rows cannot be done as, or that they were not done as where something is stored of them."""
+def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: str | None) -> None:
+    """Refuse lengths that rows cannot be done as, or that they were not done as where their states are stored."""
     if lengths is not None:
         rows, window = tokens.shape
         if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
@@ -67,6 +67,5 @@ def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: di
                 f"{[rows, window]}",
                 "give a divisor of the row's tokens for each, 2 at least",
             )
-    for name, known in stored.items():
-        if known != lengths_key(lengths):
-            raise ConfigError(f"{name} were stored of rows of other lengths", "store them with the same row_lengths")
+    if stored not in (None, lengths_key(lengths)):
+        raise ConfigError("the states were stored of rows of other lengths", "store them with the same row_lengths")

@@ -22,7 +22,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     reads_logits, judge, first = objective.reads == "logits", objective.judge(), min(trained)
     stop = len(kept) if reads_logits else max(trained) + 1
 
-    rows, scored = run.tuning * settings.epochs, run.heldout * (1 + SCORES)
+    rows, scored = run.tuning, run.heldout * (1 + SCORES)
     dense = stop + run.length if objective.needs_dense else first
     forwards, heads = rows * (stop - first + dense), rows * (2 + objective.needs_dense) * reads_logits
     work = Work.of(shape, forwards, rows * (stop - first), trained=rows * len(trained), heads=heads)
@@ -52,7 +52,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
 def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, codes: int) -> Spent:
     """What it costs to train parameters in every layer, as after rounding: the model and what it was run whole."""
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
-    judge, rows, kept = objective.judge(), run.tuning * settings.epochs, kept_layers(run.segments, shape.layers)
+    judge, rows, kept = objective.judge(), run.tuning, kept_layers(run.segments, shape.layers)
     heads, backwards = rows * (2 + objective.needs_dense), rows * len(kept)
     work = Work.of(shape, backwards * (1 + objective.needs_dense), backwards, trained=backwards, heads=heads)
     scored = run.heldout * (1 + SCORES)

@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from layercut.distributed import processes, sharding
-from layercut.healing.stored_teacher import StoredTeacher
 from layercut.models.compiling import fused
-from layercut.models.devices import placed
 from layercut.models.memory import slices
 from layercut.models.objectives import KL, NextToken, Objective, weighted
 from layercut.models.passes import carry_, common_prefix, enter_all, not_finite
@@ -53,8 +51,6 @@ class Pair:
     last: int
     """The last trained layer, counted in the student."""
     objective: Objective = field(default_factory=KL)
-    stored: StoredTeacher | None = None
-    """The dense predictions on the tuning tokens, where they were stored."""
     apart: bool = False
     """Whether nothing is shared, not even the embeddings; `prefix` is 0 then."""
 
@@ -82,12 +78,12 @@ class Pair:
         """What leaves the student's layers that are run, and the dense model's where needed, for tokens [B, T]."""
         if self.apart:
             wanted = None
-            if self.dense_stop is not None and not self.stored:
+            if self.dense_stop is not None:
                 with torch.no_grad():
                     wanted = self.dense.run(*self.dense.enter(tokens), 0, self.dense_stop)
             return self.student.run(*self.student.enter(tokens), 0, self.student_stop), wanted
         with torch.no_grad():
-            if self.dense_stop is None or self.stored:
+            if self.dense_stop is None:
                 hidden, calls = self.student.enter(tokens)
                 shared, wanted = self.student.run(hidden, calls, 0, self.prefix), None
             else:
@@ -117,10 +113,11 @@ def loss_gradient(
         leaf = out[piece].detach().requires_grad_(True)  # [b, t, D]: the graph of the head ends here
         logits = student.exit(leaf, tokens[piece])  # [b, t, V]
         with torch.no_grad():
-            z, known, following = logits.detach().flatten(0, 1), _known(pair, batch, piece, wanted), targets[piece]
+            z, following = logits.detach().flatten(0, 1), targets[piece]
+            p = None if wanted is None else pair.dense.exit(wanted[piece], tokens[piece]).flatten(0, 1)
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
-                some = tuple(x[part] for x in known)
+                some = None if p is None else p[part]
                 weights = None if counted is None else counted[piece].flatten()[part]
                 given = None if answers is None else answers[piece].flatten()[part]
                 summed, slope[part] = fused(_of_terms)(
@@ -137,7 +134,7 @@ def loss_gradient(
 
 def _of_terms(
     logits: torch.Tensor,
-    known: tuple[torch.Tensor, ...],
+    dense: torch.Tensor | None,
     targets: torch.Tensor,
     scale: torch.Tensor,
     terms: list[tuple[float, Objective]],
@@ -146,17 +143,14 @@ def _of_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses of a student's logits [M, V], summed, and scale x their gradient in float32 [M, V].
 
-    known: of the dense model its logits [M, V]; where they were stored log_p [M, K + 1] and index [M, K]; or nothing.
+    dense: the dense model's logits [M, V]; None where the objective needs none.
     weights: by what a token's loss is multiplied [M]; None: by 1.
     answers: bool [M], where the next-token loss has the shares of all terms; None: nowhere.
     """
-    q, p = logits.float(), known[0].float() if known else None
+    q, p = logits.float(), None if dense is None else dense.float()
     found, of_next = [], None
     for share, term in terms:
-        if p is not None and len(known) > 1 and term.needs_dense:
-            pair = term.loss_and_gradient_topk(q, p, known[1])
-        else:
-            pair = term.loss_and_gradient(q, p, targets)
+        pair = term.loss_and_gradient(q, p, targets)
         found.append((share, *pair))
         of_next = pair if isinstance(term, NextToken) else of_next
     losses, slopes = weighted(found)
@@ -173,19 +167,6 @@ def _of_terms(
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
     """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more."""
     return [(share * (window / (window - 1) if term.per_target else 1.0), term) for share, term in objective.terms()]
-
-
-def _known(
-    pair: Pair, batch: Batch, piece: tuple[slice, slice], wanted: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """What the dense model predicts for a piece of M tokens; empty where the objective needs none."""
-    if pair.stored:
-        some, columns = piece
-        known = pair.stored.read(batch.rows[some], batch.starts[some], columns)
-        return tuple(placed(x, pair.student.device) for x in known)
-    if wanted is None:
-        return ()
-    return (pair.dense.exit(wanted[piece], batch.tokens[piece]).flatten(0, 1),)
 
 
 def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -20,9 +20,9 @@ class TuningResult:
     heldout_label: str
     """What they call the held-out loss: another one where the objective reads hidden states."""
     tokens: int
-    """Tokens trained on, those of every epoch counted."""
+    """Tokens trained on."""
     steps: int
-    """Optimizer steps planned; fewer were done where `stopped_early`."""
+    """Optimizer steps planned."""
     learning_rate: float
     """Peak rate of AdamW; of what was rounded, as a share of each unit (`tune_parameters_`)."""
     trained_layers: list[int]
@@ -45,7 +45,6 @@ class TuningResult:
     """Of training, without scoring; over all processes where it was stopped and resumed."""
     cpu_seconds: float
     """The same, of processor time over all threads: other work on the machine does not stretch it."""
-    stopped_early: bool
     pass_rows: int = 1
     """Rows of tokens in one forward and backward pass, in the end."""
     loss_scale: float = 1.0

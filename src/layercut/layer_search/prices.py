@@ -61,8 +61,8 @@ def as_objective(objective: str | Objective) -> Objective:
 
 
 def is_kl(objective: Objective) -> bool:
-    """Whether an objective is what candidates are priced by in any case: KL(p || q) at temperature 1."""
-    return type(objective) is KL and objective.temperature == 1 and not objective.mix
+    """Whether an objective is what candidates are priced by in any case: KL(p || q)."""
+    return type(objective) is KL and not objective.mix
 
 
 class Judge:

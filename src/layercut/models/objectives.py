@@ -27,7 +27,7 @@ from layercut.registries import objectives
 
 
 class Objective:
-    """A loss per token. The constructor takes the options it knows as keywords, from `--temperature` and `--mix`."""
+    """A loss per token. The constructor takes the options it knows as keywords, from `--mix`."""
 
     name: str = "objective"
     """What it is registered as; of an unregistered class its own name."""
@@ -38,8 +38,6 @@ class Objective:
     those after the last trained layer, which is cheaper and spares the head."""
     needs_dense: bool = True
     """Whether the dense model is run on the same tokens."""
-    stored_topk: ClassVar[bool] = False
-    """Whether it can do with the dense model's K likeliest tokens from disk (`loss_and_gradient_topk`)."""
     per_target: ClassVar[bool] = False
     """Whether the loss is that of the next token, and 0 where there is none: the last of a row of T. The mean is then
     over the T - 1 others."""
@@ -94,21 +92,6 @@ class Objective:
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient
 
-    def loss_and_gradient_topk(
-        self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same where `stored_topk`: against p of K tokens and one bucket for all others.
-
-        Args:
-            student: float32 logits [M, V].
-            log_p: float32 [M, K + 1], the bucket last.
-            index: token ids [M, K].
-
-        Returns:
-            The loss [M], and the gradient of its sum in `student` [M, V].
-        """
-        raise NotImplementedError
-
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """`loss` as a function of the student alone, with what many students share computed once.
 
@@ -158,68 +141,42 @@ class _WithGradient(torch.autograd.Function):
 
 
 class KL(Objective):
-    """t² KL(p_t || q_t), p_t = softmax(logits / t) (Hinton, 1503.02531); with `mix`, that share of next-token loss."""
+    """KL(p || q); with `mix`, that share of next-token loss."""
 
     name = "kl"
     label = "KL to the dense model"
-    stored_topk = True
 
-    def __init__(self, *, temperature: float = 1.0, mix: float = 0.0) -> None:
-        if not 0 < temperature < float("inf"):
-            raise ConfigError(f"the temperature {temperature:g} is not above 0", "try 2")
+    def __init__(self, *, mix: float = 0.0) -> None:
         if not 0 <= mix <= 1:
             raise ConfigError(f"mix = {mix:g} is outside 0 to 1", "a tenth of the next-token loss: mix=0.1")
-        self.temperature, self.mix = temperature, mix
+        self.mix = mix
         self.needs_dense = mix < 1
         if mix:
             self.label = f"{self.label} and {NextToken.label}" if mix < 1 else NextToken.label
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        """t² KL(p_t || q_t), mixed with the next-token loss where `mix` > 0; arguments as of `Objective.loss`."""
+        """KL(p || q), mixed with the next-token loss where `mix` > 0; arguments as of `Objective.loss`."""
         if self.mix:
             return torch.stack([share * term.loss(student, dense, targets) for share, term in self.terms()]).sum(0)
         assert dense is not None
-        if self.temperature == 1:
-            return kl_divergence(dense, student)
-        return self.temperature**2 * kl_divergence(dense / self.temperature, student / self.temperature)
+        return kl_divergence(dense, student)
 
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """t² KL(p_t || q_t) and t (q_t - p_t), written out; arguments as of `Objective.loss_and_gradient`."""
+        """KL(p || q) and q - p, written out; arguments as of `Objective.loss_and_gradient`."""
         if self.mix:
             return weighted([(w, *term.loss_and_gradient(student, dense, targets)) for w, term in self.terms()])
         assert dense is not None
-        t = self.temperature
         # in place where a tensor is not needed again: each is [M, V], the largest there are
-        log_p, log_q = (F.log_softmax(x if t == 1 else x / t, -1) for x in (dense, student))
+        log_p, log_q = (F.log_softmax(x, -1) for x in (dense, student))
         p = log_p.exp()
         loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        return t**2 * loss, _scaled_(log_q.exp_().sub_(p), t)
-
-    def loss_and_gradient_topk(
-        self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL between p and q of K tokens and one bucket b that holds all others; never above the full KL.
-
-        With q_b = 1 - sum of q over the K, the gradient is t (q - p) at the K and t q (1 - p_b / q_b) at the others.
-        Arguments as of `Objective.loss_and_gradient_topk`, log_p at this temperature.
-        """
-        t = self.temperature
-        log_q = F.log_softmax(student if t == 1 else student / t, -1)
-        log_q_k = log_q.gather(-1, index)
-        q = log_q.exp_()
-        q_k = q.gather(-1, index)  # [M, K]
-        # q of the bucket summed from the others, not 1 - sum of q_k, which cancels to noise where q_k is nearly all
-        others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
-        p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
-        loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))
-        gradient = q.mul_(1 - p_bucket / others).scatter_(-1, index, q_k - p)
-        return t**2 * loss, _scaled_(gradient, t)
+        return loss, log_q.exp_().sub_(p)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """KL with log p computed once for all students; arguments as of `Objective.against`."""
-        if self.mix or self.temperature != 1 or dense is None:
+        if self.mix or dense is None:
             return super().against(dense, targets)
         return Teacher(dense).kl
 
@@ -227,12 +184,8 @@ class KL(Objective):
         """The divergence and the next-token loss, with the weights 1 - mix and mix; those of weight 0 are left out."""
         if not self.mix:
             return [(1.0, self)]
-        divergence: list[tuple[float, Objective]] = [(1 - self.mix, KL(temperature=self.temperature))]
+        divergence: list[tuple[float, Objective]] = [(1 - self.mix, KL())]
         return [*divergence[: self.mix < 1], (self.mix, NextToken())]
-
-    def judge(self) -> Objective:
-        """At temperature 1, whatever that of training."""
-        return KL(mix=self.mix)
 
 
 class NextToken(Objective):
@@ -295,10 +248,6 @@ class Hidden(Objective):
         assert dense is not None
         gap, norm = student - dense, dense.square().sum(-1).mean()
         return gap.square().sum(-1) / norm, 2 * gap / norm
-
-
-def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return x if factor == 1 else x.mul_(factor)
 
 
 def weighted(terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

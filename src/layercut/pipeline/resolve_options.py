@@ -20,7 +20,6 @@ from layercut.data.sources import MADE_ANEW, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.export import engines
-from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import most_segments, names
 from layercut.models import checkpoints, decoder_stack, devices, loading, placement
@@ -71,8 +70,6 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     config = with_windows(config, architecture)
-    if config.heal.teacher_topk:
-        check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = decoder_stack.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_output(config, checkpoint, chooses=until == "report")
@@ -194,7 +191,6 @@ def check_spread(config: CompressConfig) -> None:
     """Refuse what cannot be done over weights that are sharded over several processes."""
     refused = {
         "--rounds": config.number_of_rounds > 1,
-        "--teacher-topk": config.heal.teacher_topk > 0,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
         f"--score {config.search.score}": config.search.goes_on,
@@ -229,7 +225,6 @@ def needing_memory(config: CompressConfig) -> list[str]:
         "--evaluations": bool(config.tasks.evaluation_names),
         "--probes": config.tasks.probes,
         "--long-context": config.long.long_context > 0,
-        "--teacher-topk": config.heal.teacher_topk > 0,
         "--target-size with --max-loss": config.search.two_budgets,
     }
     return [flag for flag, is_asked in asked.items() if is_asked]

@@ -12,14 +12,11 @@ from layercut import surgery
 from layercut.config import HealConfig
 from layercut.data.blocks import fingerprint, in_rows
 from layercut.distributed import processes
-from layercut.errors import ConfigError
 from layercut.files.json_values import digest
-from layercut.files.sizes import size
 from layercut.files.writing import remove_written
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.offloaded import FrozenStates
-from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
 from layercut.healing.tuning_state import StateFile
 from layercut.models import decoder_stack, layer_reader, memory, model_weights
 from layercut.models.objectives import Objective, objective_of
@@ -34,7 +31,7 @@ from layercut.pipeline.artefacts import (
 )
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import taught, tuning_treatment
-from layercut.progress import bar, say
+from layercut.progress import say
 from layercut.registries import objectives
 from layercut.report.stage_lines import describe_fold, describe_tuning
 from layercut.segments import Removal, Segment, kept_layers
@@ -151,23 +148,9 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
 def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
     """What tuning reads from and keeps in the run folder."""
     work, tokens = this.work, this.tuning
-    teacher = stored_teacher(work, tokens, lengths) if work.config.heal.teacher_topk else None
     states = stored_states(this, student, tokens, lengths) if student.on_disk else None
     state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(this.name("heal")))
-    return TuningFiles(teacher=teacher, states=states, state=state, stopping=work.stopping)
-
-
-def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor | None) -> StoredTeacher:
-    """The dense predictions on the tuning tokens, computed where they are not in the run folder yet."""
-    heal = work.config.heal
-    stored = size(stored_bytes(tokens.numel(), heal.teacher_topk))
-    say("teacher", f"{heal.teacher_topk} likeliest tokens each: {stored} in {work.run / 'teacher'}")
-    with bar("storing the dense predictions", tokens.numel()) as advance:
-        return store_teacher(
-            work.stack, tokens, heal.teacher_topk, work.run / "teacher",
-            key=digest([work.source, fingerprint(tokens)]), temperature=heal.temperature, row_lengths=lengths,
-            advance=advance,
-        )  # fmt: skip
+    return TuningFiles(states=states, state=state, stopping=work.stopping)
 
 
 def stored_states(
@@ -194,7 +177,7 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
     """What tuning itself takes of the options."""
     return TuneSettings(
         objective=objective(heal), learning_rate=heal.learning_rate, batch_tokens=heal.batch_tokens,
-        radius=None if heal.radius == "auto" else heal.radius, epochs=heal.epochs, patience=heal.patience,
+        radius=None if heal.radius == "auto" else heal.radius,
     )  # fmt: skip
 
 
@@ -209,13 +192,6 @@ def mix_of(heal: HealConfig) -> float:
 
 
 def objective(heal: HealConfig) -> Objective:
-    """What tuning minimises, with the options that were given."""
-    given = {"temperature": (heal.temperature, 1.0), "mix": (mix_of(heal), 0.0)}
-    options = {name: value for name, (value, neutral) in given.items() if value != neutral}
-    found = objective_of(heal.objective, **options)
-    if heal.teacher_topk and not found.stored_topk:
-        raise ConfigError(
-            f"--objective {heal.objective} needs all of the dense model's logits, and --teacher-topk keeps some",
-            "leave out --teacher-topk",
-        )
-    return found
+    """What tuning minimises."""
+    mix = mix_of(heal)
+    return objective_of(heal.objective, **({"mix": mix} if mix else {}))

@@ -34,6 +34,8 @@ from layercut.report.stage_lines import describe_shared
 
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
+ANSWER_WEIGHT = 4.0
+"""What a token of a test's answer counts in the loss while layers beside the cut are trained, of copies excepted."""
 Use = Literal["evaluation", "calibration", "heldout", "tuning"]
 USED: tuple[Use, ...] = ("calibration", "heldout", "tuning")
 """What is searched, judged and tuned on, and so not reported on; in the order in which they are drawn."""
@@ -122,7 +124,13 @@ class Treatment:
 
     @classmethod
     def as_drawn(
-        cls, rows: torch.Tensor, origins: Sequence[str], marks: Marks | None, *, short: int | None, answer_weight: float
+        cls,
+        rows: torch.Tensor,
+        origins: Sequence[str],
+        marks: Marks | None,
+        *,
+        short: int | None,
+        answer_weight: float = ANSWER_WEIGHT,
     ) -> Treatment:
         """What a run does with rows of text and tests."""
         lengths = None if short is None else row_lengths(rows, origins, short, marks)
@@ -141,8 +149,7 @@ class Treatment:
 def tuning_treatment(work: RunContext) -> Treatment:
     """Of each row to tune on, as how long rows it is done, and what its tokens count."""
     rows, origins, marks = work.blocks["tuning"], work.text["tuning"].origins, stored_marks(work.run.folder, "tuning")
-    short, weight = work.config.text.window, work.config.heal.answer_weight
-    return Treatment.as_drawn(rows, origins, marks, short=short, answer_weight=weight)
+    return Treatment.as_drawn(rows, origins, marks, short=work.config.text.window)
 
 
 def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:

@@ -44,8 +44,6 @@ FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = LONGER**2
 """One in so many of the rows to tune on heals a cut on trial at first."""
-SHORT: dict[str, Any] = {"epochs": 1, "patience": 0}
-"""How they are tuned on, whatever the run's own options."""
 
 
 def inputs(work: RunContext) -> list[Any]:
@@ -58,7 +56,7 @@ def inputs(work: RunContext) -> list[Any]:
 
 def healing_inputs(work: RunContext) -> list[Any]:
     """All that healing on some of the rows depends on, beside the cut."""
-    heal = replace(keyed(work.config.heal), **SHORT, teacher_topk=0)
+    heal = keyed(work.config.heal)
     return [heal, work.text.get("tuning"), work.text["heldout"], *objectives.edition(heal.objective)]
 
 
@@ -133,7 +131,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     if heal.fold:
         fold_(student, this.stack, tokens_to_fold(tokens, rows), heldout=heldout)
     if treated:
-        tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)) | SHORT)
+        tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)))
     return student
 
 

@@ -26,7 +26,7 @@ from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
-from layercut.pipeline.stages.text import Treatment, tuning_treatment
+from layercut.pipeline.stages.text import ANSWER_WEIGHT, Treatment, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, RATE_PER_NAT, RISE, ROUNDING_RATE, ROUNDING_RISE, Trainable
@@ -58,17 +58,14 @@ def inputs(work: RunContext) -> list[Any]:
         return []
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
-    trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
+    trained = [heal.objective, heal.mix, heal.batch_tokens]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT, RISE, ROUNDING_RISE]
-    return [*few, TOWARDS, ROWS, heal.answer_weight, *rates, asked, *trained, text["tuning"], text["heldout"]]
+    return [*few, TOWARDS, ROWS, ANSWER_WEIGHT, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
     """How it is trained; the rate is that of what is trained."""
-    own = replace(heal, teacher_topk=0, mix=heal.mix or 0.0)
-    return TuneSettings(
-        objective=objective(own), batch_tokens=heal.batch_tokens, epochs=heal.epochs, patience=heal.patience
-    )
+    return TuneSettings(objective=objective(replace(heal, mix=heal.mix or 0.0)), batch_tokens=heal.batch_tokens)
 
 
 def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], Quantized]) -> Quantized:
@@ -100,8 +97,7 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
 
 def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
     """The same on some rows, once, with nothing kept on disk: for a model on trial."""
-    once = replace(settings_of(work.config.heal), epochs=1, patience=0)
-    return _trained(work, found, before, rows, treated, once, TuningFiles())[0]
+    return _trained(work, found, before, rows, treated, settings_of(work.config.heal), TuningFiles())[0]
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
