@@ -1,72 +1,136 @@
-"""One line about a stage, said when it is done; the words are in templates/stage_lines.txt, the facts in artefacts."""
+"""One line about a stage, said when it is done, from its artefact."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layercut.report.templating import words
-
-_say = partial(words, "stage_lines.txt")
+from layercut.report.formatting import change, figure, label, percent, signed, size
 
 
 def describe_retention(retained: dict[str, Any]) -> str:
     """One line about the tasks."""
-    return _say("retention", retained)
+    if retained["mean"] is None:
+        return "scored; the dense model has no score on them to retain"
+    kept = f"{percent(retained['mean'])} of the dense model's score retained over {retained['tasks']} tasks"
+    above = retained["above_chance"]
+    rest = "the dense model is not above chance" if above is None else f"{percent(above)} of the score above chance"
+    return f"{kept}; {rest}"
 
 
 def describe_shared(common: dict[str, Any]) -> str:
-    """One line about what the evaluation text has in common with what is searched and tuned on."""
-    return _say("shared", common)
+    """One line about what the evaluation text has in common with the other texts."""
+    words = f"{common['documents']:,} documents and {100 * common['passages']:.2f}% of its passages are in other text"
+    left_out = common["passed_over"]
+    return words + (f"; {left_out:,} documents left out, since they are in another text" if left_out else "")
 
 
 def describe_tried(search: dict[str, Any]) -> str:
-    """One line about the cuts on trial."""
-    return _say("tried", search)
+    """One line about the shortlist."""
+    healed = [one for one in search["tried"] if one["healed"]]
+    longer = ", the closest also after a longer one" if any(one["longer"] for one in search["tried"]) else ""
+    costs = [
+        f"{label(one['segments'])} " + ", ".join(figure(one[key]) for key in ("healed", "longer") if one[key])
+        if healed
+        else f"{label(one['segments'])} {figure(one['folded'])}"
+        for one in healed or search["tried"][:4]
+    ]
+    how = f"a short healing{longer}" if healed else "a quick fold"
+    return f"cost in nats per token after {how}: {'; '.join(costs)} ({len(search['tried'])} evaluated)"
 
 
 def describe_shares(found: dict[str, Any]) -> str:
     """One line about how layers and bits share a size."""
-    return _say("shares", found)
+    points = [
+        f"{one['layers']} layers and {one['mean_bits']:.1f} bits {figure(one['folded'] + one['rounded'])}"
+        + (f" estimated, {figure(one['left'])} after a short healing" if one["left"] is not None else " estimated")
+        for one in found["points"]
+    ]
+    return f"{found['layers']} layers are removed; cost in nats per token: {'; '.join(points)}"
 
 
 def describe_fold(outcome: dict[str, Any]) -> str:
     """One line about a fold."""
-    return _say("fold", outcome)
+    cut = label([outcome["segment"]])
+    if outcome["skipped"]:
+        return f"{cut} not folded: {outcome['skipped']}"
+    where = f"{cut} into layer {outcome['layer']} {' and '.join(outcome['modules'])}"
+    kept = "kept" if outcome["kept"] else "not kept, since it does not help"
+    return f"{where}: held-out KL {outcome['kl_before']:.4f} -> {outcome['kl_after']:.4f}, {kept}"
+
+
+def _losses(tuning: dict[str, Any], unchanged: str) -> str:
+    losses = [point["loss"] for point in tuning["heldout"]]
+    start, best = losses[0], min(losses)
+    about = f"{tuning['tokens']:,} tokens, {size(tuning['state_bytes'])} of training state"
+    return f"{about}: held-out loss {start:.4f} -> {best:.4f}" + ("" if best < start else f"; {unchanged}")
 
 
 def describe_tuning(tuning: dict[str, Any]) -> str:
     """One line about tuning."""
-    return _say("tuning", tuning)
+    words = _losses(tuning, "it did not help, so the start is kept: try a lower --learning-rate")
+    quartered = f"; learning rate quartered {len(tuning['setbacks'])} times" if tuning["setbacks"] else ""
+    return f"layers {', '.join(map(str, tuning['trained_layers']))}, {words}{quartered}"
 
 
 def describe_quantization(artefact: dict[str, Any]) -> str:
     """One line about quantization."""
-    return _say("quantization", artefact)
+    layers, (before, after) = artefact["layers"], (artefact["bytes"][key] for key in ("before", "after"))
+    parts = [f"{len(layers)} weights, {size(before)} -> {size(after)}"]
+    if mixture := artefact.get("mixture"):
+        zeros = ", with zero points" if artefact["asymmetric"] else ""
+        kl = figure(mixture["predicted_kl"])
+        parts.append(f"{mixture['mean_bits']:.2f} bits a weight on average{zeros}, estimated KL {kl}")
+    if known := [row for row in layers if row["output_error"] is not None]:
+        ours, rtn = (sum(row[key] for row in known) / len(known) for key in ("output_error", "rtn_output_error"))
+        parts.append(f"mean relative output error {ours:.5f} (rounded to nearest: {rtn:.5f})")
+    if artefact.get("tests"):
+        parts.append(f"calibrated on {artefact['tests']['rows']} rows of probes as well")
+    if left := artefact["left"]:
+        parts.append(f"{len(left)} matrices stay as they are (first: {left[0]})")
+    return "; ".join(parts)
 
 
 def describe_quantized_tuning(tuning: dict[str, Any]) -> str:
     """One line about what was trained after rounding."""
-    return _say("quantized_tuning", tuning)
+    return f"tuned after rounding on {_losses(tuning, 'it did not help, so the rounded weights are kept')}"
 
 
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
     """One line about the checkpoint that was written."""
-    return _say("export", exported, str(folder))
+    how = exported["check"].get("how")
+    return f"stock checkpoint, verified in a fresh process{f' ({how})' if how else ''}: {folder}"
 
 
 def describe_point(point: dict[str, Any]) -> str:
-    """One point of the frontier."""
-    return _say("point", point)
+    """One measured combination of layers and bits."""
+    where = f"{point['layers']} layers at {point['bits']} bits"
+    return f"{where}: {size(point['bytes'])}, perplexity {signed(point['rise'])}"
 
 
 def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
-    """What transformers and llama.cpp made of a GGUF file, a line each; who did not read it is named."""
-    lines = [_say("transformers_read", facts), _say("llama_cpp_read", facts["again"])]
-    theirs = facts["again"]["llama_cpp"] or {}
+    """What transformers and llama.cpp made of a GGUF file, a line each; a reader that could not is named."""
+    again = facts["again"]
+    theirs, found, on = again["llama_cpp"], again["perplexity"], f"perplexity on {again['tokens']:,} tokens"
+    before = f"{found['model']:.4f} before it was written"
+    if found["file"] is None:
+        lines = [f"transformers cannot read this architecture from GGUF, so no weight was compared; {on} {before}"]
+    else:
+        off = f", at most {max(facts['errors'].values()):.2g} off where rounded" if facts["errors"] else ""
+        lines = [f"transformers: every weight read back{off}; {on} {found['file']:.4f}, {before}"]
+    if theirs is None:
+        return [*lines, "llama.cpp itself has not read it: pip install 'layercut[llamacpp]'"]
+    same = "same token ids" if theirs["same_token_ids"] else "other token ids than the model's own tokenizer"
+    lines.append(
+        f"llama.cpp ({theirs['version']}) in a fresh process: {on} {theirs['perplexity']:.4f}; logits "
+        f"{100 * theirs['logit_error']:.2f}% off, {theirs['greedy']} of {theirs['new_tokens']} greedy tokens agree, "
+        f"{same}"
+    )
     if theirs.get("source_perplexity"):
-        sizes, figures = (theirs["source_bytes"], facts["bytes"]), (theirs["source_perplexity"], theirs["perplexity"])
-        worse = sizes[1] >= sizes[0] and figures[1] > figures[0]
-        lines.append(_say("against_source", {"bytes": sizes, "perplexity": figures, "worse": worse}))
+        sizes, both = (theirs["source_bytes"], facts["bytes"]), (theirs["source_perplexity"], theirs["perplexity"])
+        worse = "; it is larger and worse than the source" if sizes[1] >= sizes[0] and both[1] > both[0] else ""
+        lines.append(
+            f"against the source file, both in llama.cpp: {size(sizes[0])} -> {size(sizes[1])} ({change(*sizes)}), "
+            f"perplexity {figure(both[0])} -> {figure(both[1])} ({change(*both)}){worse}"
+        )
     return lines
