@@ -123,13 +123,13 @@ def test_ids_beyond_the_vocabulary_are_refused(model):
 
 def test_a_result_is_frozen_serialises_and_shows_itself(model):
     mpl.use("agg")
-    found = search(model, tiny.some_tokens(), n_layers=2, objective="hidden", oracle=True)
+    found = search(model, tiny.some_tokens(), n_layers=2, objective="hidden")
     with pytest.raises(FrozenInstanceError):
         found.method = "mine"
     told = json.loads(json.dumps(found.to_dict()))
     assert told["segments"] == [[s.start, s.stop] for s in found.segments]
     assert set(told) == {
-        "method", "segments", "candidates", "oracle", "triangle", "budget", "dense_tokens", "layer_forwards",
+        "method", "segments", "candidates", "budget", "dense_tokens", "layer_forwards",
         "layer_backwards", "by_text", "by_number",
     }  # fmt: skip
     table = replace(found, method="<b>")._repr_html_()
@@ -183,9 +183,8 @@ def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(mo
         best = Candidate((Segment(1, 2), Segment(4, 5)), 0.5)
         return SearchResult("whatever", [best, Candidate((Segment(1, 3),), 0.75)], cost)
 
-    found = search(model, tiny.some_tokens(), n_layers=2, method=pairs, num_segments=3, oracle=True)
+    found = search(model, tiny.some_tokens(), n_layers=2, method=pairs, num_segments=3)
     assert (found.method, found.kl, len(found.candidates)) == ("pairs", 0.5, 2)
-    assert found.oracle["regret"] == 0.5 / found.oracle["kl"]
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_more_tasks_lose_nothing_and_fewer_others_do(tasks, stays, tmp_path):
 
 
 FINISHED = {
-    "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "out": "a",
+    "model": "m", "ratio": 0.2, "speed": True, "tasks": "", "limit": None, "out": "a",
     "eval_tokens": 64, "long_context": 128, "probes": False, "device": "auto",
     "data": "a.txt,b.txt",
 }  # fmt: skip
@@ -299,10 +299,10 @@ FINISHED = {
     ("change", "stays"),
     [
         ({}, True), ({"out": "b", "device": "cpu"}, True), ({"added_later": 3}, True),
-        ({"oracle": True, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
+        ({"tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
         ({"probes": True}, True), ({"data": f"{os.path.abspath('a.txt')}+./b.txt"}, True),
         ({"ratio": 0.4}, False), ({"model": "other"}, False), ({"eval_tokens": 32}, False), ({"speed": False}, False),
-        ({"long_context": 64}, False), ({"oracle": True, "ratio": None}, False),
+        ({"long_context": 64}, False), ({"tasks": "piqa", "ratio": None}, False),
     ],
 )  # fmt: skip
 def test_what_a_finished_run_would_lose(change, stays, tmp_path):
@@ -317,8 +317,8 @@ def test_what_a_finished_run_would_lose(change, stays, tmp_path):
     assert ("model" in lost) == (not stays and bool({"ratio", "model"} & set(change)))
     if not stays:
         assert len(words) == len(change)
-    other = {key: value for key, value in changed.items() if key not in ("ratio", "oracle")}
+    other = {key: value for key, value in changed.items() if key not in ("ratio", "tasks")}
     words, lost = would_be_lost(tmp_path, other)
     assert lost == ["model", "summary.json"]
-    assert [word for word in words if "ratio" in word or "oracle" in word] == [words[-1]], "told once, not one by one"
+    assert [word for word in words if "ratio" in word or "tasks" in word] == [words[-1]], "told once, not one by one"
     assert "another command" in words[-1]

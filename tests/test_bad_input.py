@@ -217,12 +217,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--ratio=0.2", "--segment=1:2"],
         ["both --ratio and --segment", "one of them"],
     ),
-    "an oracle of given layers": (["--segment=1:2", "--oracle"], ["--oracle is for a search", "--segment"]),
-    "an oracle of a loss": (["--max-loss=0.1", "--oracle"], ["--oracle is for a search", "--max-loss"]),
-    "an oracle of rounds": (
-        ["--ratio=0.3", "--rounds=2", "--tune-tokens=64", "--oracle"],
-        ["--oracle is for one round"],
-    ),
     "a trial by another objective": (
         ["--ratio=0.3", "--score=folded", "--search-objective=hidden"],
         ["--score folded", "--search-objective hidden", "priced by KL"],
@@ -296,7 +290,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--ratio=0.2", "--tune-data={heldout}"],
         ["evaluation.txt", "tuned on", "--eval-data"],
     ),
-    "a search where nothing goes": (["--ratio=0", "--bits=8", "--all-lengths"], ["--all-lengths", "removes nothing"]),
     "tests that count infinitely": (["--ratio=0.2", "--preserve-weight=inf"], ["--preserve-weight is inf", "default"]),
     "context of one token": (["--ratio=0.2", "--long-context=1"], ["--long-context 1", "2 and more"]),
     "size beyond numbers": (["--target-size=" + "9" * 400], ["is no size", "MB"]),

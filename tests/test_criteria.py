@@ -266,8 +266,3 @@ def test_a_pick_is_priced_by_its_real_cut_and_that_is_not_charged(method):
     free = method in ("random", "reverse-order")
     assert (cost == Cost()) == free
     assert (cost.layer_backwards > 0) == (method == "taylor")
-
-
-def test_the_oracle_beside_a_baseline():
-    result = search(DecoderRunner(tiny.llama()), tiny.some_tokens(), n_layers=2, method="cosine", seed=0, oracle=True)
-    assert result.oracle["regret"] >= 1

@@ -59,15 +59,6 @@ def test_a_front_has_no_point_that_another_beats(fronts):
     assert [p["bytes"] for p in found] == [190, 240, 300, 500, 1000], "400 bytes at 0.31 is beaten by 300 at 0.08"
 
 
-def test_between_points_the_loss_is_a_straight_line_in_ln_perplexity(fronts):
-    line = fronts.front([DENSE, POINTS[3], POINTS[4]])
-    assert fronts.loss_at(line, 299) is None
-    assert fronts.loss_at(line, 300) == pytest.approx(0.08)
-    assert fronts.loss_at(line, 350) == pytest.approx(math.exp(0.75 * math.log(1.08) + 0.25 * math.log(1.005)) - 1)
-    assert fronts.loss_at(line, 5000) == 0
-    assert fronts.loss_at([], 5000) is None
-
-
 def test_the_smallest_within_each_budget(fronts):
     within = fronts.answers(POINTS)["smallest_within"]
     assert {budget: p["bytes"] for budget, p in within.items()} == {"0.01": 500, "0.05": 500, "0.1": 300, "0.25": 300}
@@ -86,99 +77,6 @@ def test_the_goal_is_answered_from_either_side(fronts):
     assert without["goal"]["loss_interpolated"] is None
     assert without["goal"]["smallest"] is POINTS[6]
     assert "no point is 80% smaller: the smallest is 76.0% smaller" in without["words"][0]
-
-
-def test_what_rounds_to_the_goal_has_reached_it_and_is_told_exactly(fronts):
-    nearly = fronts.answers([*POINTS[:-1], point(0.4, "int4", 200.1, 5.0)])
-    assert nearly["goal"]["best_that_fits"]["bytes"] == 200.1
-    assert "at 80% smaller (to a tenth of a per cent; it is 79.99%) perplexity rises by 500%" in nearly["words"][0]
-
-
-def test_at_equal_bytes_fewer_bits_beat_fewer_layers_and_both_lose_where_they_meet(fronts):
-    words = fronts.answers(POINTS)["words"]
-    assert "fewer bits cost less than fewer layers at every one of 2 sizes between 0 and 0 MB" in words[1]
-    assert "by 0.4% against 100.0%" in words[1], "at 600 bytes: a fifth of the way from 0.5 % to 0"
-    assert "fewer bits alone cost less than both together" in words[2]
-    assert words[3].endswith("where no bits alone were measured, there is only both.")
-
-
-def test_a_verdict_turns_with_the_figures(fronts):
-    poor = point(0.0, "int4", 300, 3.0)
-    good = [point(0.2, "bf16", 800, 0.01), point(0.8, "bf16", 250, 0.5)]
-    assert "fewer layers cost less than fewer bits at every one" in fronts.answers([DENSE, poor, *good])["words"][1]
-    mixed = fronts.answers([*POINTS, point(0.2, "int4 finer", 310, 0.05)])["words"][2]
-    assert "both together cost less than fewer bits alone at 1 of 3" in mixed
-    assert "At no size can" in fronts.duel("a", [], "b", [DENSE])
-    assert fronts.verdicts({name: [DENSE] for name in fronts.WAYS}) == ["No model without some layers was measured."]
-
-
-def test_extra_loss_of_quantizing_is_laid_beside_the_dense_models(fronts):
-    found = {(row["ratio"], row["setting"]): row for row in fronts.extra_losses(POINTS)}
-    assert set(found) == {(0.0, "int8"), (0.0, "int4"), (0.2, "int8"), (0.2, "int4"), (0.4, "int4")}
-    row = found[0.2, "int4"]
-    assert row["extra"]["text0"] == pytest.approx(math.log(1.25 / 1.2))
-    assert row["over_dense"]["text0"] == pytest.approx(math.log(1.25 / 1.2) / math.log(1.04))
-    assert found[0.0, "int4"]["over_dense"] == {"text0": 1.0, "text1": 1.0}
-    free = [DENSE, POINTS[1], point(0.0, "int8", 500, -0.01, 0.1), POINTS[5]]
-    assert fronts.extra_losses(free)[1]["over_dense"]["text0"] is None
-
-
-def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_called_noise(fronts):
-    stage_two = import_module("stage_two")
-    environment = {"date": "2026-01-01", "cores": 2, "cpu": "x"}
-    told = {"model": "m", "weights": "w", "eval_tokens": 1, "texts": {"text0": "a", "text1": "b"}, "tune_tokens": 1}
-    rows = [p | {"points": "control", "way": fronts.way(p)} for p in POINTS]
-    told |= {
-        "preserve": "none",
-        "longest": 4,
-        "rows": rows,
-        "quantizing": fronts.extra_losses(POINTS),
-        "environment": environment,
-    }
-    tenth = {
-        "dense": {"texts": {"wiki": 50.0, "c4": 40.0}}, "tuning": {"tokens": 1},
-        "methods": [{"segments": [[1, 2], [4, 5]], "texts": {"tuned": {"wiki": 53.0, "c4": 80.0}},
-                     "judged": {"tuned": {"keys": [{"found": 1, "trials": 2}, {"found": 2, "trials": 2}]}}}],
-    }  # fmt: skip
-    said = import_module("survival_tables").tenth_words({"comparison": tenth})
-    assert said.startswith("Without a tenth, 1:2 and 4:5,")
-    assert "+6.0% of perplexity, 3 of 4 keys" in said
-    table = stage_two.frontier_table(told)
-    assert "| smallest within 1%, 5% | 500 B |" in table
-    assert "| smallest within 10%, 25% | 300 B |" in table
-    assert "1%, 5%, 10%" not in table
-    assert "| int4 | 30%: +8.0% | 24%: +40.0% | 19%: 2.20× |" in table, "every point stands there"
-    assert table.count("| int4 | 3 | 3 | 3 |") == 1
-    rows = [row for row in told["quantizing"] if row["ratio"] and row["setting"] == "int4"]
-    over = sorted(value for row in rows for value in row["over_dense"].values())
-    assert f"{(over[1] + over[2]) / 2:.2f} times the nats" in table, "to int8 the dense model loses next to nothing"
-
-    def speed(reached: float) -> str:
-        phase = {"ratio": 1.3, "reached": reached}
-        row = {"ratio": 0.2, "prompt_tokens": 64, "prefill": phase, "decode": {"ratio": 1.1, "reached": 0.9}}
-        return stage_two.speed_table({"model": "m", "dtype": "x", "rows": [row], "environment": environment})
-
-    assert "shares above 1, here up to 1.06, are the noise of both timings" in speed(1.06)
-    assert "noise" not in speed(0.99)
-
-
-def test_the_readme_tells_the_smallest_of_each_budget_that_is_met(fronts):
-    stage_two = import_module("stage_two")
-    how = {"quantizer": "rtn", "train": "none", "tokens": 0, "embeddings": 8}
-
-    def row(bits: object, share: float, *perplexity: float, **more: object) -> dict:
-        by_text = dict(zip("ab", perplexity, strict=True))
-        return how | {"bits": bits, "of_dense": share, "bytes": 100 * share, "perplexity": by_text} | more
-
-    mixed = row("auto", 0.4, 10.0, 20.1, mean_bits=6.94, embeddings=16)
-    rows = [
-        row(16, 1.0, 10.0, 20.0), row(8, 0.5, 10.0, 20.1), mixed, row(4, 0.3, 10.0, 21.8), row(4, 0.31, 10.9, 20.0),
-        row(3, 0.2, 13.0, 44.0, embeddings=3, train="scales", tokens=5000), row(4, 0.25, 10.0, 20.0, removed="1:2"),
-    ]  # fmt: skip
-    assert stage_two.fewer_bits_words({"rows": rows}).startswith(
-        "Fewer bits instead: 40.0% of the bytes for +0.5% of perplexity, 30.0% for +9.0%, "
-        "20.0% for +120.0%, trained on up to 5,000 tokens"
-    ), "of the worse text; layers that go, and the larger of two, do not count"
 
 
 def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(fronts, texts):
@@ -264,21 +162,6 @@ def test_layers_of_a_ratio_are_searched_or_given(fronts):
     args.ratios = [0.1]
     with pytest.raises(SystemExit, match=r"--cuts of 0\.2"):
         frontier.stages(args, 0.1)
-
-
-def test_settings_are_told_in_words(fronts):
-    worded = fronts.worded
-    trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
-    assert worded(trained) == (
-        "3 bits, embeddings 3, zero points, groups of 96, rounding trained on 32,768 tokens, 256 a step"
-    )
-    assert worded("bits=4 train=scales tests=0.1 tokens=64") == (
-        "4 bits, embeddings 16, scales trained on 64 tokens, 10% of them tests"
-    )
-    assert worded("bits=4 rounding_tests=0.25") == "4 bits, embeddings 16, rounded on tests too"
-    assert worded("bits=4") == "4 bits, embeddings 16"
-    assert worded("bits=auto size=54MB") == "bits by budget for 54MB"
-    assert worded("Q4_0 throughout (GGUF)") == "Q4_0 throughout (GGUF)"
 
 
 def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):

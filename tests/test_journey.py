@@ -44,19 +44,23 @@ def run(tmp_path_factory):
         model = fetch_model()
     except ModelError as error:
         pytest.skip(f"the real model is not to be had: {error.message}")
-    config = CompressConfig(
-        text=DataConfig(data="python-docstrings", tokens=256, window=64),
-        search=SearchConfig(ratio=0.2, oracle=True, preserve="none"),  # tests: test_probes.py
-        heal=HealConfig(tune_tokens=1024, batch_tokens=256),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=512, eval_window=256, speed=False),
-        output=OutputConfig(format="safetensors"),
-        run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
-    )
+    config = small_config(tmp_path_factory.mktemp("journey") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "subprocess", subprocess)  # which conftest.py has replaced
         for written in ("generations", "generation_health"):
             patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=8))
         return compress(str(model), config)
+
+
+def small_config(out, method="clp"):
+    return CompressConfig(
+        text=DataConfig(data="python-docstrings", tokens=256, window=64),
+        search=SearchConfig(ratio=0.2, method=method, preserve="none"),  # tests: test_probes.py
+        heal=HealConfig(tune_tokens=1024, batch_tokens=256),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=512, eval_window=256, speed=False),
+        output=OutputConfig(format="safetensors"),
+        run=RunConfig(out=out),
+    )
 
 
 def test_every_stage_improves(run):
@@ -68,10 +72,11 @@ def test_every_stage_improves(run):
     assert summary["speed"] is None
 
 
-def test_gate_and_oracle_agree(run):
-    search = json.loads((run / "search.json").read_text())
-    assert search["oracle"]["regret"] <= 1.05
-    assert len(search["oracle"]["candidates"]) == 25
+def test_the_gate_finds_what_the_exhaustive_search_finds(run, tmp_path):
+    every = compress(str(fetch_model()), small_config(tmp_path / "every", "exhaustive"), until="search")
+    ours, best = (json.loads((folder / "search.json").read_text()) for folder in (run, every))
+    assert ours["candidates"][0]["kl"] <= 1.05 * best["candidates"][0]["kl"]
+    assert len(best["candidates"]) == 25
 
 
 def test_a_fresh_process_loads_what_was_exported(run):

@@ -15,9 +15,8 @@ from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, split_rows
-from layercut.layer_search.budgets import length_for_size, length_for_speedup, triangle
+from layercut.layer_search.budgets import length_for_size, length_for_speedup
 from layercut.layer_search.result import Candidate, Cost
-from layercut.layer_search.sweep import all_segments, segment_costs
 from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
@@ -109,16 +108,6 @@ def test_rows_that_verify_are_not_searched_on():
         split_rows(torch.zeros(1, 8))
 
 
-def test_the_triangle_holds_every_segment_at_its_exact_cost():
-    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens()
-    found = {(start, stop): kl for start, stop, kl in triangle(stack, tokens, 3, Cost())}
-    assert len(found) == 8 + 7 + 6
-    for length in (1, 2, 3):
-        for candidate in segment_costs(stack, tokens, all_segments(length, 8), Cost()):
-            (segment,) = candidate.segments
-            assert found[segment.start, segment.stop] == pytest.approx(candidate.kl, rel=1e-4, abs=1e-6)
-
-
 REFUSED = {
     "two budgets": ({"target_speedup": 1.2, "max_loss": 0.1}, "both --target-speedup and --max-loss"),
     "ratio and a budget": ({"ratio": 0.2, "target_speedup": 1.2}, "both --ratio and --target-speedup"),
@@ -179,11 +168,8 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     assert scores == sorted(scores)
     assert found["segments"] == found["candidates"][0]["segments"]
 
-    _, found = search(tiny_model, texts, tmp_path / "speed", "--target-speedup=1.6", "--all-lengths")
+    _, found = search(tiny_model, texts, tmp_path / "speed", "--target-speedup=1.6")
     assert sum(stop - start for start, stop in found["segments"]) == 3
-    costs = {tuple(row[:2]): row[2] for row in found["triangle"]}
-    assert len(costs) == 8 + 7 + 6
-    assert costs[tuple(found["segments"][0])] == pytest.approx(found["candidates"][0]["kl"], rel=1e-3)
 
     _, found = search(tiny_model, texts, tmp_path / "loss", "--max-loss=0.5")
     assert found["budget"]["rise"] <= 0.5
@@ -197,8 +183,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
 
 
 def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
-    _, found = search(tiny_model, texts, tmp_path / "two", "--ratio=0.4", "--num-segments=2", "--oracle")
-    assert found["oracle"]["regret"] == pytest.approx(1.0, abs=1e-3)
+    _, found = search(tiny_model, texts, tmp_path / "two", "--ratio=0.4", "--num-segments=2")
     assert sum(stop - start for start, stop in found["segments"]) == 3
 
 

@@ -49,8 +49,6 @@ from layercut.healing.least_squares import fold_systems, together
 from layercut.healing.linear_outputs import find_targets
 from layercut.healing.tuning_cost import tune_cost
 from layercut.layer_search import search
-from layercut.layer_search.budgets import triangle
-from layercut.layer_search.result import Cost
 from layercut.layer_search.search_cost import costs, measured_once, search_cost, unknown_search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, decoder_stack, model_weights
@@ -228,16 +226,6 @@ def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
     assert planned.layer_backwards.expected == cost.layer_backwards
     if method == "exhaustive":
         assert planned.layer_forwards.expected == planned.layer_forwards.most == cost.layer_forwards
-
-
-def test_the_sweep_of_all_lengths_is_counted_with_the_search(llama):
-    stack, shape, tokens = llama
-    settings = replace(config("cosine"), text=DataConfig(tokens=16 * 5, window=16))
-    wider = replace(settings, search=replace(settings.search, all_lengths=True))
-    without, planned = (search_cost(replace(run_of(shape, one, Segment(0, 3)), tests=4)) for one in (settings, wider))
-    triangle(stack, tokens[:5], 3, counted := Cost())
-    assert planned.work.layer_forwards.expected - without.work.layer_forwards.expected == counted.layer_forwards
-    assert total(planned.peak) >= total(without.peak)
 
 
 @pytest.mark.parametrize("method", ["clp", "gate", "race"])

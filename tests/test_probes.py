@@ -759,16 +759,6 @@ def test_of_too_many_sets_one_segment_alone_is_searched(monkeypatch, model, prob
         search(model, text, num_segments=2, **asked)
 
 
-def test_the_oracle_beside_a_comparison_is_that_of_one_segment(monkeypatch, model, probes):
-    planted(monkeypatch, {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)})
-    text = tiny.some_tokens(8, 512)
-    found = search(model, text, n_layers=2, num_segments="auto", probes=probes, oracle=True)
-    assert len(found.segments) == 2
-    assert found.oracle is not None
-    assert all(len(each["segments"]) == 1 for each in found.oracle["candidates"])
-    assert found.oracle["regret"] == 1
-
-
 def test_a_method_of_the_literature_takes_no_tests(model, probes):
     with pytest.raises(ConfigError, match="probes is not for the criterion 'cosine'"):
         search(model, tiny.some_tokens(), n_layers=2, method="cosine", probes=probes)

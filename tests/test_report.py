@@ -54,7 +54,7 @@ def _each_chart_is_drawn_once() -> Iterator[None]:
         return chart
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("cost", "triangle", "_map", "tuning", "position", "frontier"):
+        for name in ("cost", "_map", "tuning", "position", "frontier"):
             patch.setattr(charts, f"{name}_chart", once(getattr(charts, f"{name}_chart")))
         yield
 
@@ -63,7 +63,6 @@ def search_json() -> dict[str, Any]:
     every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
     return {
         "method": "clp", "segments": [[13, 19]], "candidates": [every[i] for i in (2, 9, 12, 13, 14, 22)],
-        "oracle": {"segments": [[13, 19]], "kl": 0.84, "candidates": every, "regret": 0.0},
         "dense_tokens": 12288, "layer_forwards": 11520, "layer_backwards": 11520, "seconds": 41.2, "seed": 0,
         "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"}, "statistics": None,
     }  # fmt: skip
@@ -133,11 +132,6 @@ def eval_json() -> dict[str, Any]:
              "compressed": "def reverse(items):\n    return items[:-1]"},
         ],
     }  # fmt: skip
-
-
-def triangle() -> list[list[Any]]:
-    """The price of every segment of up to six layers."""
-    return [[s, s + n, COSTS[min(s, 24)] * n / 6] for n in range(1, 7) for s in range(30 - n + 1)]
 
 
 def env_json() -> dict[str, Any]:
@@ -249,7 +243,6 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
         "101.3", "83.20", "24.3%", "50.4%", "1.19×", "1.25×", "3f9ac2d1b7e0", "88b1c0aa42fe", "torch 2.11.0",
         "Intel Xeon",
         "layercut compress", "46.1 kB", "Why is the sky blue?",
-        "the cheapest segment by exhaustive search as well",
     ):  # fmt: skip
         assert text in page.text, text
     assert BROKEN not in page.text
@@ -346,8 +339,7 @@ def test_odd_values_do_not_stop_the_report(tmp_path: Path) -> None:
                  "parameters": None, "seconds": None, "speed": None,
                  "tasks": {"arc": {"dense": 0.4, "compressed": 0.35}, "odd": 3}},
         search={"candidates": [{"segments": [[13, 19]], "kl": "inf"}, {"segments": None}, 3,
-                               {"segments": [[2, 8]], "kl": 0.0}],
-                "oracle": None},
+                               {"segments": [[2, 8]], "kl": 0.0}]},
         heal={"fold": None, "tuning": {"curve": [{"step": 1}], "heldout": None}},
         eval={"generations": [None, {"prompt": "p"}], "speed": None},
         env={"command": "layercut", "versions": None},
@@ -364,7 +356,7 @@ def test_several_segments_and_long_stacks(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
         summary={"layers": {"before": 80, "after": 64}, "segments": segments},
-        search={"segments": segments, "candidates": scores, "oracle": None},
+        search={"segments": segments, "candidates": scores},
         heal={"tuning": {**heal_json()["tuning"], "trained_layers": [19, 20, 33, 34]}, "fold": []},
     )
     html, page = report(run)
@@ -380,34 +372,6 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert {p.suffix for p in run.iterdir()} == {".json", ".html"}
 
 
-def test_the_price_of_every_segment_is_a_heat_map(tmp_path: Path) -> None:
-    html, page = report(make_run(tmp_path, search={"triangle": triangle()}))
-    assert "triangle" in page.ids
-    assert "image" not in page.tags, "the page's policy lets no bitmap in"
-    chart = html.partition('<section id="triangle">')[2].partition("</section>")[0]
-    titles = re.findall(r"<title>(\d+):(\d+): ([\d.]+) nats(, the cheapest of its length)?</title>", chart)
-    assert {(int(a), int(b)) for a, b, *_ in titles} == {(s, e) for s, e, _ in triangle()}
-    assert len(titles) == len(triangle())
-    best = {min((kl, s, e) for s, e, kl in triangle() if e - s == n)[1:] for n in range(1, 7)}
-    assert {(int(a), int(b)) for a, b, _, most in titles if most} == best
-    assert "<title>chosen: 13:19</title>" in chart
-    # low cost is blue and high cost orange, on any page; all else follows the page's colours
-    colours = {m[0] for m in re.findall(r"fill: (#[0-9a-f]{6}); stroke: (#[0-9a-f]{6})", chart)}
-    assert {charts.LOSS_COLOURS[0], charts.LOSS_COLOURS[2]} <= colours
-    assert "var(--muted)" in chart
-    _, without = report(make_run(tmp_path / "without"))
-    assert "triangle" not in without.ids
-
-
-def test_odd_prices_are_left_out_and_free_segments_drawn() -> None:
-    odd = [[1, 3, "inf"], [1, 2], "x", [2, 4, None], [3, 5, 0.0], [4, 6, 0.5], [1.5, 3, 0.2], {"a": 1}]
-    assert charts.prices({"triangle": odd}) == {(3, 5): 0.0, (4, 6): 0.5}
-    assert "3:5: 0 nats" in (charts.triangle_chart({"triangle": odd}) or "")
-    assert charts.triangle_chart({"triangle": [[3, 5, 0.0]]})
-    for nothing in ({}, {"triangle": None}, {"triangle": []}, {"triangle": odd[:3]}):
-        assert charts.triangle_chart(nothing) is None
-
-
 # ---- rounds and budgets ------------------------------------------------------------------------------------
 
 
@@ -417,7 +381,7 @@ def rounds_search(*segments: list[list[int]]) -> dict[str, Any]:
         {"method": "clp", "segments": s, "cut": [[0, 1]], "candidates": [{"segments": [[0, 1]], "kl": 0.2 + i / 10}]}
         for i, s in enumerate(segments)
     ]
-    return {"rounds": each, "segments": segments[-1], "oracle": None}
+    return {"rounds": each, "segments": segments[-1]}
 
 
 def rounds_heal(*losses: tuple[float, ...]) -> dict[str, Any]:
@@ -637,77 +601,6 @@ def test_a_model_with_all_its_layers_is_told_so() -> None:
     assert text.startswith("SmolLM2-135M-Instruct with all of its 30 layers has a perplexity")
 
 
-# ---- the oracle beside a search that did not go by the KL ----------------------------------------------------
-
-
-def judged(tmp_path: Path, settings: str, **search: Any) -> verdicts.Verdict:
-    run = make_run(tmp_path, search=search)
-    (run / "config.yaml").write_text(settings)
-    found = [v for v in verdicts.verdicts(read_run(run)) if v.stage == "Search"]
-    assert len(found) == 1
-    return found[0]
-
-
-def priced(start: int, kl: float, score: float | None = None) -> dict[str, Any]:
-    return {"segments": [[start, start + 6]], "kl": kl, **({} if score is None else {"score": score})}
-
-
-def test_a_choice_by_another_objective_is_judged_by_it(tmp_path: Path) -> None:
-    choice, best = priced(12, 0.9, 0.300), priced(13, 0.5, 0.297)
-    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [best, choice], "regret": 0.3 / 0.297}
-    settings = "search_objective: hidden\nscore: raw\n"
-    found = judged(tmp_path, settings, segments=choice["segments"], candidates=[choice], oracle=beside)
-    assert found.mark == "good", "by KL it would have missed by 80 %"
-    assert "at 0.3 by --search-objective hidden; exhaustive search finds 13:19 at 0.297: 1.0% more" in found.text
-    choice, best = priced(12, 0.5, 0.4), priced(13, 0.9, 0.2)
-    beside |= {"candidates": [best, choice], "kl": 0.9, "regret": 2.0}
-    found = judged(tmp_path, "search_objective: hidden\n", segments=[[12, 18]], candidates=[choice], oracle=beside)
-    assert found.mark == "bad", "by KL it would be better than the best"
-    assert "it missed the best by 100.0%" in found.text
-
-
-@pytest.mark.parametrize("settings", ["score: folded\n", ""])
-def test_a_choice_by_the_fold_is_no_miss(tmp_path: Path, settings: str) -> None:
-    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
-    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5), priced(12, 0.9)], "regret": 1.0}
-    found = judged(tmp_path, settings, segments=choice["segments"], candidates=[choice, best], oracle=beside)
-    assert found.mark == "good"
-    assert "chose 12:18, by what is left after the fold: 0.3 nats, where 13:19, the best plain cut" in found.text
-    assert "is left with 0.35" in found.text
-    missed = judged(tmp_path, settings, segments=[[12, 18]], candidates=[choice], oracle=beside | {"regret": 1.8})
-    assert missed.mark == "bad"
-    assert "The search's best plain cut missed 13:19 by 80.0%" in missed.text
-
-
-@pytest.mark.parametrize(
-    ("ours", "there", "told"),
-    [
-        ({"healed": 0.26}, {"healed": 0.29}, "a short healing: 0.26 nats, where 13:19"),
-        ({"healed": 0.26, "longer": 0.21}, {"healed": 0.29, "longer": 0.22},
-         "a longer healing: 0.21 nats, where 13:19"),
-    ],
-)  # fmt: skip
-def test_a_choice_on_trial_is_told_by_what_decided(
-    tmp_path: Path, ours: dict[str, float], there: dict[str, float], told: str
-) -> None:
-    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
-    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5), priced(12, 0.9)], "regret": 1.0}
-    tried = [{**one, "folded": 0.3, **left} for one, left in ((priced(12, 0.9), ours), (priced(13, 0.5), there))]
-    found = judged(tmp_path, "", segments=choice["segments"], candidates=[choice, best], oracle=beside, tried=tried)
-    assert f"chose 12:18, by what is left after {told}" in found.text
-    assert f"is left with {there.get('longer', there['healed'])}" in found.text
-
-
-def test_the_fold_beside_an_objective_is_told_apart_by_the_settings(tmp_path: Path) -> None:
-    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
-    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5, 7.0), priced(12, 0.9, 9.0)],
-              "regret": 1.0}  # fmt: skip
-    settings = "score: folded\nsearch_objective: hidden\n"
-    found = judged(tmp_path, settings, segments=[[12, 18]], candidates=[choice, best], oracle=beside)
-    assert found.mark == "good"
-    assert "after the fold" in found.text
-
-
 # ---- the verdict -------------------------------------------------------------------------------------------
 
 
@@ -871,9 +764,8 @@ def test_the_closing_line_names_what_failed(tmp_path: Path) -> None:
     both = concluded(
         tmp_path / "both",
         summary={**with_perplexity(folded=110.0, tuned=46.0, quantized=51.0), **survival_json(retention=left)},
-        search={"segments": [[12, 18]]},
     )
-    assert "look first at Search, Fold, Long context, which failed; and then at Quantization, Tasks" in both.text
+    assert "look first at Fold, Long context, which failed; and then at Quantization, Tasks" in both.text
     healed = concluded(tmp_path / "cut", summary=with_perplexity(cut=500.0, tuned=46.0))
     assert healed.mark == "good", "the cut's price is in the result"
     assert "failed" not in healed.text
@@ -1036,15 +928,12 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
     file = run / "summary.json"
     more = survival_json(**with_perplexity(quantized=70.0))
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
-    search = json.loads((run / "search.json").read_text())
-    (run / "search.json").write_text(json.dumps({**search_json(), **search, "oracle": search_json()["oracle"],
-                                                 "config_hash": "abc"}))  # fmt: skip
     again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
     (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
     with_tests(run, recall=(1.0, 0.5))
     judged = {v.stage for v in verdicts.verdicts(read_run(run))}
     ruled = {rule.name for rule in thresholds.rules()}
-    assert judged == ruled - {"Search"}, "a run in rounds has no one search to judge"
+    assert judged == ruled
     _, page = report(run)
     for rule in thresholds.rules():
         assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
@@ -1075,10 +964,11 @@ def test_a_stage_worse_than_the_bare_cut_closes_no_gap(tmp_path: Path) -> None:
 
 
 def test_the_page_says_how_many_candidates_were_priced(tmp_path: Path) -> None:
-    _, page = report(make_run(tmp_path / "all"))
+    every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
+    _, page = report(make_run(tmp_path / "all", search={"method": "exhaustive", "candidates": every}))
     assert "All 25 segments of this length were priced." in page.text
-    _, page = report(make_run(tmp_path / "some", search={"oracle": None}))
-    assert "6 of 25 segments of this length were priced; --oracle prices all." in page.text
+    _, page = report(make_run(tmp_path / "some"))
+    assert "6 of 25 segments of this length were priced; --method exhaustive prices all." in page.text
     assert "very candidate" not in page.text
 
 

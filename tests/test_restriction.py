@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,15 +121,3 @@ def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(c
     this: Any = SimpleNamespace(work=work, stack=stack)
     assert lengths_to_try(this) == lengths
 
-
-@pytest.mark.parametrize("method", ["perplexity", "taylor", "sleb", "evolution"])
-def test_layers_that_have_to_stay_are_kept_by_every_method_of_the_benchmark(method, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "research")
-    kept = importlib.import_module("keep_recall").Kept
-    stack, tokens = DecoderRunner(tiny.llama(num_hidden_layers=6)), tiny.some_tokens(rows=2)
-    free, none = search(stack, tokens, n_layers=2, method=method), Restriction.none(6, 2)
-    gone = {i for segment in free.segments for i in range(segment.start, segment.stop)}
-    found = search(stack, tokens, n_layers=2, method=method, restriction=kept(none.may, none.why, frozenset(gone)))
-    assert sum(map(len, found.segments)) == 2
-    assert gone.isdisjoint(i for segment in found.segments for i in range(segment.start, segment.stop))
-    assert kept(none.may).is_none

@@ -183,7 +183,6 @@ ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
     "another place": (["--device=cpu", "--max-memory=20GB", "--device-map=off"], []),
     "layers on disk": (["--stream=on"], []),
     "speed": (["--speed"], ["eval", "summary"]),
-    "oracle": (["--oracle"], ["search", "summary"]),
     "force": (["--force"], list(STAGES)),
     "force and other settings": (["--force", "--ratio=0.4"], list(STAGES)),
 }
@@ -282,7 +281,7 @@ def contents(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("edited", "more"),
     [
-        ("text", []), ("text", ["--oracle"]), ("evaluation text", ["--speed"]), ("model", ["--oracle"]),
+        ("text", []), ("text", ["--speed"]), ("evaluation text", ["--speed"]), ("model", ["--speed"]),
         ("emptied text", []), ("code", ["--speed"]),
     ],
 )  # fmt: skip

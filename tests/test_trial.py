@@ -484,14 +484,6 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(whole, of_trial, tmp
     assert asked["search"] == 1
     assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
     assert not (run / "search-tried-prices.json").exists()
-    tries = len(asked["healed"]), len(asked["folded"])
-    assert main([*of_trial, f"--out={run}", "--all-lengths"]) == 0
-    assert main([*of_trial, f"--out={run}", "--all-lengths", "--oracle"]) == 0
-    priced = json.loads((run / "search.json").read_text())
-    assert priced["triangle"]
-    assert priced["oracle"]
-    assert {name: priced[name] for name in same} == {name: of_whole[name] for name in same}
-    assert (len(asked["healed"]), len(asked["folded"])) == tries, "no cut is healed again, to know what others cost"
 
 
 def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, texts, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ CUT = [Segment(3, 5)]
 def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What every method finds on seven rows, of which two processes have three and four."""
     stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
-    two = {"n_layers": 2, "oracle": True}
+    two = {"n_layers": 2}
     found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
     several = {"n_layers": 3, "num_segments": 2, "objective": "next-token"}
     found |= {f"two, {method}": search(stack, tokens, method=method, **several).to_dict() for method in ("clp", "race")}

@@ -254,11 +254,7 @@ class SearchConfig:
     tuning text each, those that stay close on a quarter, and take the one that is best then. auto: healed
     where the search heeds tests, by KL and for a given size, and 65,536 tokens or more are folded and tuned on in one
     round, with the model whole and in memory; else raw."""
-    oracle: Annotated[bool, rare_switch] = False
-    """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""
-    all_lengths: Annotated[bool, rare_switch] = False
-    """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
     def __post_init__(self) -> None:
         if len(given := [flag for flag in self.given if flag != "--target-size"]) > 1:
@@ -296,14 +292,8 @@ class SearchConfig:
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
-        if self.segment and (self.goes_on or self.all_lengths):
-            flag = f"--score {self.score}" if self.goes_on else "--all-lengths"
-            raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
-        if self.oracle and (self.segment or self.max_loss is not None):
-            other = "--segment" if self.segment else "--max-loss"
-            raise ConfigError(
-                f"--oracle is for a search of so many layers, and {other} is given", "leave out one of them"
-            )
+        if self.segment and self.goes_on:
+            raise ConfigError(f"--score {self.score} is for a search, and --segment is given", "leave out one of them")
         if self.search_objective != "kl" and self.goes_on:
             raise ConfigError(
                 f"--score {self.score} is given with --search-objective {self.search_objective}, and what is left of a "
@@ -806,8 +796,6 @@ class CompressConfig(TuneConfig):
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
         elif self.search.ratio == 0 and not self.quantize.rounds:
             raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
-        if self.search.ratio == 0:
-            self._check_no_search()
         if self.number_of_rounds > 1:
             self._check_rounds()
         elif self.search.two_budgets:
@@ -815,13 +803,6 @@ class CompressConfig(TuneConfig):
                 "--target-size with --max-loss needs several rounds, and --rounds 1 is given", "leave out --rounds"
             )
         self._check_bits()
-
-    def _check_no_search(self) -> None:
-        """Refuse options of a search where no layer is removed."""
-        search = self.search
-        asked = {"--oracle": search.oracle, "--all-lengths": search.all_lengths}
-        if flag := next((flag for flag, is_asked in asked.items() if is_asked), None):
-            raise ConfigError(f"{flag} is for a search, and --ratio 0 removes nothing", f"leave out {flag}")
 
     @property
     def number_of_rounds(self) -> int:
@@ -866,13 +847,8 @@ class CompressConfig(TuneConfig):
         """Refuse flags that several rounds would ignore."""
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        one_round = {
-            "--score": self.search.goes_on, "--oracle": self.search.oracle,
-            "--all-lengths": self.search.all_lengths,
-        }  # fmt: skip
-        for flag, is_asked in one_round.items():
-            if is_asked:
-                raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
+        if self.search.goes_on:
+            raise ConfigError("--score is for one round, and there are several", "give --rounds 1")
         if not self.heal.tune_tokens:
             raise ConfigError(
                 "several rounds are healed in between, and --tune-tokens is 0", "give --tune-tokens, or --rounds 1"
@@ -1085,8 +1061,6 @@ class MethodsConfig:
     """Share of these that are generated tests, for every method; 0: none."""
     chat_share: Annotated[float, Parameter(group=HEALING)] = 0.1
     """Share of these that are chats which the dense model writes, where it has a chat template; 0: none."""
-    triangle: Annotated[bool, no_negative] = False
-    """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio < 1:

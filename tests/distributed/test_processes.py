@@ -27,7 +27,7 @@ from layercut.models import checkpoints, memory, placement
 
 HERE = Path(__file__).parents[1]
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
-RUN += ["--no-speed", "--ratio=0.25", "--oracle", "--batch-tokens=80", "--learning-rate=0.0003"]
+RUN += ["--no-speed", "--ratio=0.25", "--batch-tokens=80", "--learning-rate=0.0003"]
 PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4
 """Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15;
 relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apart, 2e-7 nats)."""
@@ -35,7 +35,7 @@ relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apa
 
 def rounds(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
     """Two rounds, as far as a budget of loss goes."""
-    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--oracle", "--eval", "--no-speed"))]
+    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--eval", "--no-speed"))]
     return ["tune", str(model), *flags, f"--data={texts[0]}", "--rounds=2", "--max-loss=9", f"--out={out}"]
 
 

@@ -172,7 +172,7 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     assert disk.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
 
 
-def test_the_triangle_is_brute_force(llama):
+def test_a_sweep_of_all_lengths_is_brute_force(llama):
     memory, stack, disk = both(llama)
     tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
     assert sorted(set(segments)) == sorted(segments)

@@ -38,7 +38,7 @@ def demo(run: RunConfig) -> Path:
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
-        search=SearchConfig(ratio=0.2, oracle=True, score="raw"),
+        search=SearchConfig(ratio=0.2, score="raw"),
         heal=HealConfig(tune_tokens=65536),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
         output=OutputConfig(format="safetensors"),

@@ -21,7 +21,6 @@ from layercut.layer_search.budgets import (
     longest_within,
     perplexity_rise,
     split_rows,
-    with_triangle,
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
@@ -29,7 +28,7 @@ from layercut.layer_search.exhaustive import MOST_SETS
 from layercut.layer_search.gate_walls import number_of_sets
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.model_in_memory import prepared
@@ -40,8 +39,8 @@ from layercut.segments import Segment, as_segments, checked_segments, layers_to_
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
-    "length_for_size", "length_for_speedup", "longest_within", "numbers_of_segments", "perplexity_rise", "regret",
-    "search", "split_rows", "with_triangle",
+    "length_for_size", "length_for_speedup", "longest_within", "numbers_of_segments", "perplexity_rise",
+    "search", "split_rows",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05
@@ -60,7 +59,6 @@ def search(
     objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     seed: int = 0,
-    oracle: bool = False,
     restriction: Restriction | None = None,
 ) -> SearchResult:
     """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
@@ -78,7 +76,6 @@ def search(
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
         probes: generated tests (`layercut.probe_rows`), whose damage such a search minimises with the loss.
         seed: of everything drawn at random: the same seed gives the same result.
-        oracle: run the exhaustive search as well and put its answer and the regret beside the result.
         restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
 
     Returns:
@@ -99,15 +96,13 @@ def search(
         asked: dict[str, Any] = {"seed": seed, "probes": probes, "restriction": limits, "objective": by}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(by), bool(probes))
         found = []
-        for k in (ks := numbers_searched(num_segments, limits, criterion, bool(probes), len(runner))):
+        for k in numbers_searched(num_segments, limits, criterion, bool(probes), len(runner)):
             cost, begun = Cost(), time.perf_counter()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options = {"cost": cost, "advance": advance, **asked, "num_segments": k}
                 picked = criterion(runner, tokens, length, **accepted(criterion, options))
             found.append(judged(runner, tokens, limits, name, picked, cost, time.perf_counter() - begun))
-        if not oracle or criterion is registries.criteria.get("exhaustive"):
-            return fewest_worth(found)
-        return beside_oracle(fewest_worth(found), exact_search(runner, tokens, length, asked, ks[0]))
+        return fewest_worth(found)
 
 
 def allowed_cuts(
@@ -120,15 +115,6 @@ def allowed_cuts(
     else:
         limits.needed([0.0] * layers)
     return limits
-
-
-def exact_search(
-    runner: DecoderRunner, tokens: torch.Tensor, length: int, options: dict[str, Any], num_segments: int
-) -> SearchResult:
-    """The exhaustive search, whose cost is not added to another's."""
-    exhaustive = registries.criteria.get("exhaustive")
-    asked = {"cost": Cost(), **options, "num_segments": num_segments}
-    return exhaustive(runner, tokens, length, **accepted(exhaustive, asked))
 
 
 def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
@@ -265,10 +251,3 @@ def judged(
         return replace(picked, method=name, seconds=seconds)
     cuts = processes.from_main(cuts)
     return SearchResult(name, set_costs(runner, tokens, [cuts], Cost()), cost, seconds=seconds)
-
-
-def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
-    """Add the exhaustive search's answer and the regret to a result."""
-    # where one segment and two were compared, the oracle is that of one
-    of_its_kind = replace(result, candidates=result.by_number[:1]) if result.by_number else result
-    return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(of_its_kind, exact)})

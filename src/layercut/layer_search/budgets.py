@@ -16,10 +16,9 @@ import torch
 from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
-from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, segment_costs, set_losses, sweep_work
+from layercut.layer_search.sweep import DENSE, Cuts, set_losses
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
-from layercut.progress import bar
 
 UNSEEN_SHARE = 4
 """With a loss budget, one calibration row in four is not searched on but verifies."""
@@ -127,24 +126,3 @@ def longest_within(
             else "no finite --max-loss allows it; try another --dtype, or other text",
         )
     return replace(good, result=replace(good.result, cost=cost))
-
-
-def triangle(
-    stack: DecoderRunner,
-    tokens: torch.Tensor,
-    longest: int,
-    cost: Cost,
-    *,
-    advance: Callable[[int], None] = lambda layers: None,
-) -> list[tuple[int, int, float]]:
-    """Price every segment of up to `longest` layers exactly, in one sweep."""
-    segments = all_lengths(longest, len(stack))
-    costs = segment_costs(stack, tokens, segments, cost, advance=advance)
-    return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
-
-
-def with_triangle(result: SearchResult, runner: DecoderRunner, tokens: torch.Tensor, longest: int) -> SearchResult:
-    """Price every segment of up to `longest` layers exactly, beside a result, whose cost stays the search's."""
-    segments = all_lengths(longest, len(runner))
-    with bar(f"sweeping {len(segments)} segments", sweep_work(segments, len(runner), len(tokens))) as advance:
-        return replace(result, triangle=triangle(runner, tokens, longest, Cost(), advance=advance))

@@ -76,11 +76,7 @@ class SearchResult:
     candidates: list[Candidate]
     """All that were priced on all tokens, from the best; at least one."""
     cost: Cost
-    """What the criterion spent, without the pricing of what it picked, the oracle and the triangle."""
-    oracle: dict[str, Any] | None = None
-    """The exhaustive result as a dict, with its "kl" (nats per token) and "regret"; where it was asked for."""
-    triangle: list[tuple[int, int, float]] | None = None
-    """(start, stop, KL in nats per token) of every segment up to some length, where that was asked for."""
+    """What the criterion spent, without the pricing of what it picked."""
     budget: dict[str, Any] | None = None
     """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}, as shares."""
     by_text: Candidate | None = None
@@ -110,8 +106,6 @@ class SearchResult:
             "method": self.method,
             "segments": [[s.start, s.stop] for s in self.segments],
             "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "oracle": self.oracle,
-            "triangle": None if self.triangle is None else [list(row) for row in self.triangle],
             "budget": self.budget,
             "by_text": self.by_text.to_dict() if self.by_text else None,
             "by_number": [candidate.to_dict() for candidate in self.by_number],
@@ -161,9 +155,3 @@ def _named(candidate: Candidate) -> str:
 def merit(candidate: Candidate) -> tuple[float, tuple[Segment, ...]]:
     """What candidates are sorted by: score, or KL where there is none; the earlier of equals."""
     return candidate.kl if candidate.score is None else candidate.score, candidate.segments
-
-
-def regret(result: SearchResult, oracle: SearchResult) -> float:
-    """The price of the segments found over the lowest there is, as both searches priced them."""
-    found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
-    return 1.0 if found == best else found / best if best > 0 else math.inf

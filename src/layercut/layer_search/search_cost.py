@@ -10,12 +10,11 @@ criterion that does not say it is unknown to `layercut plan`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from layercut import registries
 from layercut.config import SearchConfig
-from layercut.layer_search.sweep import DENSE, all_lengths, all_segments, set_work, sweep_cost
+from layercut.layer_search.sweep import DENSE, all_segments, set_work, sweep_cost
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.segments import Segment
 
@@ -61,18 +60,15 @@ def picked_work(run: PlannedRun) -> Work:
 
 
 def search_cost(run: PlannedRun) -> Spent:
-    """What the search of a run costs: of given segments, or by the criterion, the oracle and all lengths beside it.
+    """What the search of a run costs: of given segments, or by the criterion.
 
     Several segments, and what does not say its cost, are taken to hold what the exhaustive search of one does.
     """
     search = run.config.search
     if search.segments:
         return sweep_cost(run, [DENSE, tuple(run.segments)])
-    criterion, oracle = registries.criteria.get(search.method), all_segments_cost(run)
-    found = getattr(criterion, "planned_cost", lambda run: Spent(oracle.peak, None))(run)
-    if search.oracle and search.method != "exhaustive":
-        both = found.work + oracle.work if found.work and oracle.work else None
-        found = Spent(max(found.peak, oracle.peak, key=total), both)
+    criterion = registries.criteria.get(search.method)
+    found = getattr(criterion, "planned_cost", lambda run: Spent(all_segments_cost(run).peak, None))(run)
     several = getattr(criterion, "planned_several", None)
     if search.num_segments == "auto":
         # where tests are weighed with the text, one segment is compared with two
@@ -83,9 +79,6 @@ def search_cost(run: PlannedRun) -> Spent:
     elif search.num_segments > 1:
         more = several(run, min(search.num_segments, run.length)) if several else Spent({}, None)
         found = Spent(max(found.peak, more.peak, key=total), more.work)
-    if search.all_lengths:
-        triangle = [DENSE, *((segment,) for segment in all_lengths(run.length, run.shape.layers))]
-        found = found.then(sweep_cost(replace(run, tests=0), triangle))
     if found.work is None:
         return Spent(found.peak, None)
     return found if criterion.prices_itself else Spent(found.peak, found.work + picked_work(run))

@@ -143,7 +143,7 @@ def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
 
 
 def all_lengths(longest: int, layers: int) -> list[Segment]:
-    """The triangle: every segment of 1 … `longest` layers. One `segment_costs` prices them all."""
+    """Every segment of 1 … `longest` layers."""
     return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
 
 

@@ -148,8 +148,6 @@ class SearchArtefact(Artefact, SearchCost):
     calibration: TextFacts
     cut: list[Bounds] | None = field(default=None, metadata=OPTIONAL)
     """Of one round of several: `segments` in the layers of the model that it cut."""
-    oracle: dict[str, Any] | None = None
-    triangle: list[tuple[int, int, float]] | None = None
     budget: dict[str, Any] | None = None
     by_text: CandidateRecord | None = None
     """The best by the text alone, where generated tests were weighed with it."""

@@ -25,8 +25,6 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.files.json_values import jsonable, restored
 from layercut.healing.lora import check_lora
-from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.compiling import compiled
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
@@ -35,7 +33,6 @@ from layercut.pipeline.compare_artefacts import (
     CompareDenseArtefact,
     ComparedMethod,
     CompareMethodArtefact,
-    CompareTriangleArtefact,
     DensePerplexity,
     MethodChoice,
 )
@@ -54,7 +51,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.search import edition, generated_tests
 from layercut.pipeline.stages.text import Use, draw_all
-from layercut.progress import bar, say
+from layercut.progress import say
 from layercut.report import formatting
 from layercut.report.comparison_views import draw_picks, draw_survival
 from layercut.report.page import write_comparison
@@ -62,8 +59,6 @@ from layercut.segments import checked_segments, layers_to_remove
 
 SURVIVAL = "compare-survival.svg"
 """The plot of what each cut keeps of tasks and recall."""
-TRIANGLE_ROWS = 2
-"""Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
 
 
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
@@ -109,18 +104,16 @@ def compare_methods(work: RunContext, model: str, config: MethodsConfig, length:
             stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
     dense = stage.artefact
     choices = [search_by(work, config, method, length) for method in config.names]
-    prices = triangle(work, length) if config.triangle else None
     judge = CutJudge(work)
     judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
     rows = measured(work, choices, dense, config.state_names, judge)
-    with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices, judged_dense]) as comparison:
+    with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, judged_dense]) as comparison:
         if comparison.open:
             comparison.found = CompareArtefact(
                 model=model,
                 layers=BeforeAfter(before=layers, after=layers - length),
                 dense=DensePerplexity(perplexity=dense.perplexity, texts=by_text(work, dense.losses)),
                 methods=rows,
-                triangle=prices.triangle if prices else None,
                 tasks=asked_tasks(judge.records(DENSE)) if work.config.tasks.names else {},
                 judged_dense=judged_dense,
                 calibration=work.text["calibration"],
@@ -209,18 +202,3 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
     removed = ", ".join(map(str, segments_of(found.segments)))
     say("compare", f"{found.method}: remove {removed}, KL {formatting.figure(found.kl)}")
     return found.facts
-
-
-def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
-    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep."""
-    inputs = [work.source, work.text["calibration"], length]
-    with work.run.stage(CompareTriangleArtefact, "compare-triangle", inputs, together=True) as stage:
-        if stage.open:
-            stack, tokens, cost = work.stack, work.blocks["calibration"], Cost()
-            segments = all_lengths(length, len(stack))
-            total = sweep_work(segments, len(stack), len(tokens))
-            with bar(f"sweeping {len(segments)} segments", total) as advance:
-                priced = segment_costs(stack, tokens, segments, cost, rows=TRIANGLE_ROWS, advance=advance)
-            prices = sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in priced)
-            stage.found = CompareTriangleArtefact(triangle=prices, layer_forwards=cost.layer_forwards)
-    return stage.artefact

@@ -45,14 +45,6 @@ class CompareMethodArtefact(Artefact, MethodChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareTriangleArtefact(Artefact):
-    """compare-triangle.json: KL of every segment up to some length on the calibration tokens."""
-
-    triangle: list[tuple[int, int, float]]
-    layer_forwards: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class CompareCutArtefact(Artefact):
     """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured."""
 
@@ -180,6 +172,5 @@ class CompareArtefact(Artefact):
     evaluation: TextFacts
     dense: DensePerplexity
     methods: list[ComparedMethod]
-    triangle: list[tuple[int, int, float]] | None
     tasks: dict[str, ComparedTask] = field(default_factory=dict)
     judged_dense: JudgedState | None = None

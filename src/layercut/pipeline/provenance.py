@@ -33,8 +33,7 @@ SUMMARIES = ("summary.json", "compare.json")
 SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "compile", "push_to_hub", "private"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 MORE: dict[str, Any] = {
-    "oracle": False, "all_lengths": False, "speed": False, "tasks": "", "evaluations": "", "probes": False,
-    "long_context": 0, "triangle": False,
+    "speed": False, "tasks": "", "evaluations": "", "probes": False, "long_context": 0,
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
@@ -42,7 +41,7 @@ PATHS = {"model", "data", "eval_data", "tune_data", "include_path"}
 """Settings that name files, text several of them; of what is no file the name alone counts."""
 LISTS = {"tasks", "evaluations"}
 """Of these, several by name: where others come beside all that there were, nothing is lost."""
-APART = {"tasks", "evaluations", "probes", "long_context", "triangle"}
+APART = {"tasks", "evaluations", "probes", "long_context"}
 """Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
 MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods", "states"}
 """Settings that change what is measured and not the model."""

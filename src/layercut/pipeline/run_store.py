@@ -312,8 +312,7 @@ class Run:
             if provenance.is_finished(self.folder) and not self._force:
                 if checkpoint is not None and checkpoint.changed_since(self / checkpoints.DIGESTS):
                     self._refuse("the model that it was made of is another by now")
-                # the search is another one where every cut is priced
-                self._kept = MAKING - ({"search"} if differences & {"oracle", "all_lengths"} else set())
+                self._kept = MAKING
                 self._before = {name: (self / name).read_bytes() for name in DESCRIBED if (self / name).exists()}
             anew = self._force or bool(differences)
             write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))

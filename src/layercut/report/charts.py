@@ -138,7 +138,6 @@ Where = tuple[tuple[int, int], ...]
 MARKS: dict[str, dict[str, Any]] = {
     "priced exactly": {"marker": "o", "ms": 4.5, "mfc": MUTED, "mec": MUTED},
     "scored by the search": {"marker": "o", "ms": 8, "mfc": "none", "mec": INK, "mew": 1.3},
-    "best by exhaustive search": {"marker": "s", "ms": 13, "mfc": "none", "mec": SECOND, "mew": 2},
     "chosen": {"marker": "D", "ms": 7.5, "mfc": ACCENT, "mec": ACCENT},
 }
 
@@ -150,21 +149,20 @@ def _scored(candidates: Json) -> dict[Where, float]:
 
 
 def cost_chart(search: Any) -> str | None:
-    """Exact KL over the first layer removed: those priced exactly, those the search scored, its choice, best."""
+    """Exact KL over the first layer removed: of all segments or of those that the search priced, and its choice."""
     search = Json(search)
-    verified, landscape = _scored(search.candidates), _scored(search.oracle.candidates)
-    landscape = landscape or (verified if search.method == "exhaustive" else {})
-    everything = landscape | verified
+    everything = _scored(search.candidates)
+    landscape = everything if search.method == "exhaustive" else {}
     if not everything:
         return None
     floor = min((kl for kl in everything.values() if kl > 0), default=1e-6) / 3  # where a cost of 0 is drawn
     single, ranked = all(len(where) == 1 for where in everything), sorted(everything, key=everything.__getitem__)
     spots = {where: (where[0][0] if single else ranked.index(where) + 1, max(everything[where], floor))
              for where in everything}  # fmt: skip
-    choice, best = tuple(spans(search.segments)), tuple(spans(search.oracle.segments))
+    choice = tuple(spans(search.segments))
     groups: dict[str, Iterable[Where]] = {
-        "priced exactly": landscape, "scored by the search": verified if verified != landscape else {},
-        "best by exhaustive search": {best} & set(everything), "chosen": {choice} & set(everything),
+        "priced exactly": landscape, "scored by the search": {} if landscape else everything,
+        "chosen": {choice} & set(everything),
     }  # fmt: skip
     description = "Cost of each candidate: KL divergence to the dense model over the first layer removed"
     x = "first layer removed" if single else "candidates by rank"
@@ -195,35 +193,6 @@ def _length(where: Where) -> int:
 
 def _named(where: Where) -> str:
     return label([list(bounds) for bounds in where])
-
-
-Prices = dict[tuple[int, int], float]
-
-
-def prices(found: Any) -> Prices:
-    """(start, stop) -> finite KL in nats, of the "triangle" of search.json or compare.json."""
-    rows = [[cell._value for cell in row] for row in Json(found).triangle]
-    known = {bounds[0]: kl for *pair, kl in (row for row in rows if len(row) == 3) if (bounds := spans([pair]))}
-    return {bounds: value for bounds, kl in known.items() if (value := finite(kl)) is not None}
-
-
-def triangle_chart(search: Any) -> str | None:
-    """KL of every segment, first layer over length, as a heat map; the chosen segments are framed."""
-    known = prices(search)
-    if not known:
-        return None
-    description = "KL divergence of every segment: first layer removed across, number of layers up"
-    with drawing("triangle", description, xlabel="first layer removed", ylabel="layers removed") as d:
-        cheapest = {min((kl, where) for where, kl in known.items() if _length((where,)) == n)[1]
-                    for n in {_length((where,)) for where in known}}  # fmt: skip
-        for where, cell in paint_prices(d.axes, known, left=-0.5, ink=MUTED).items():
-            most = ", the cheapest of its length" if where in cheapest else ""
-            d.tip(cell, f"{_named((where,))}: {figure(known[where])} nats{most}")
-        for start, stop in cheapest:
-            d.axes.plot(start, stop - start, "o", ms=3.6, mfc=SURFACE, mec="none")
-        frame = [(start, stop - start, f"chosen: {start}:{stop}") for start, stop in spans(Json(search).segments)]
-        d.marks(frame, marker="s", ms=13, mfc="none", mec=INK, mew=2.2, clip_on=False)
-        return d.svg()
 
 
 def map_charts(run: RunFacts) -> list[str]:
@@ -271,24 +240,6 @@ def _map_chart(
         d.axes.xaxis.get_major_locator().set_params(integer=True)
         _loss_bar(d.axes, colours, norm, "damage, nats", MUTED)
         return d.svg()
-
-
-def paint_prices(axes: Any, known: Prices, *, left: float, ink: str, **bar: Any) -> dict[tuple[int, int], Any]:
-    """A heat map of segments on axes: x the first layer, y the length, colour log KL."""
-    from matplotlib.patches import Rectangle
-
-    colours, norm = _loss_colours(known.values())
-    cells = {}
-    for (start, stop), kl in sorted(known.items()):
-        colour = colours(norm(max(kl, norm.vmin)))
-        cells[start, stop] = Rectangle((start + left, stop - start - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
-        axes.add_patch(cells[start, stop])
-    axes.set_xlim(min(s for s, _ in known) + left, max(s for s, _ in known) + left + 1)
-    axes.set_ylim(min(b - a for a, b in known) - 0.5, max(b - a for a, b in known) + 0.5)
-    axes.grid(False)
-    axes.locator_params(integer=True)
-    _loss_bar(axes, colours, norm, "KL, nats", ink, **bar)
-    return cells
 
 
 # ---- healing, long context, size against loss --------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
-from layercut.report import charts, formatting, thresholds
+from layercut.report import formatting, thresholds
 from layercut.report.formatting import Json, short
 from layercut.report.tables import by_kl
 
@@ -82,20 +82,15 @@ def error_beside(row: dict[str, Any], states: list[str]) -> str:
 
 
 def draw_picks(comparison: dict[str, Any], path: Path) -> None:
-    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
-
-    Under it, on the same axis, the price of every segment where the triangle is known.
-    """
+    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows, layers = by_kl(comparison), comparison["layers"]["before"]
-    prices = charts.prices(comparison)
-    heights = [0.3 * len(rows), *([1.2 + 0.28 * max(stop - start for start, stop in prices)] if prices else [])]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
-        canvas = Figure(figsize=(7, 1 + sum(heights)), layout="constrained")
-        axes, *below = canvas.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        canvas = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+        axes = canvas.subplots()
         for y, row in enumerate(rows):
             spans = formatting.spans(row["segments"])
             axes.broken_barh([(0, layers)], (y - 0.35, 0.7), color="#e4e4ea")
@@ -110,14 +105,6 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("layer (removed ones coloured)")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
-        for lower in below:
-            place = {"location": "bottom", "fraction": 0.05, "aspect": 50}
-            charts.paint_prices(lower, prices, left=0, ink="black", **place)
-            lower.set_xlim(0, layers)
-            lower.set_xlabel("first layer removed")
-            lower.set_ylabel("layers removed")
-            lower.spines[["top", "right", "left"]].set_visible(False)
-            lower.tick_params(length=0)
         with write_atomically(path) as partial:
             canvas.savefig(partial, format="svg", metadata={"Date": None})
 

@@ -360,15 +360,10 @@ def bytes_that_came(summary: Json) -> float | None:
     return finite(summary.bytes.source) or finite(summary.bytes.before)
 
 
-def candidates(run: RunFacts) -> list[Json]:
-    """All that the search and the oracle priced."""
-    return [*run.search.candidates, *run.search.oracle.candidates]
-
-
 def chosen_kl(run: RunFacts) -> float | None:
     """KL on the calibration text of the segments that the search chose, in nats, if they were priced."""
     wanted = spans(run.search.segments)
-    found = (candidate.kl for candidate in candidates(run) if wanted and spans(candidate.segments) == wanted)
+    found = (candidate.kl for candidate in run.search.candidates if wanted and spans(candidate.segments) == wanted)
     return finite(next(found, None))
 
 
@@ -378,7 +373,7 @@ def coverage(run: RunFacts) -> tuple[int, int] | None:
     if layers is None or len(removed) != 1:
         return None
     length = removed[0][1] - removed[0][0]
-    priced = {where[0] for candidate in candidates(run) if len(where := spans(candidate.segments)) == 1}
+    priced = {where[0] for candidate in run.search.candidates if len(where := spans(candidate.segments)) == 1}
     of_length = [where for where in priced if where[1] - where[0] == length]
     return (len(of_length), layers - length + 1) if of_length else None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from layercut.report import tables
 from layercut.report import thresholds as limits
-from layercut.report.formatting import Json, finite, label, number, printable, short_name, source_name, spans
+from layercut.report.formatting import Json, finite, number, printable, short_name, source_name
 from layercut.report.run_facts import RunFacts
 from layercut.report.tables import STAGES, final_factor, last_stage, perplexities
 from layercut.report.templating import words
@@ -46,7 +46,7 @@ class Verdict:
 def verdicts(run: RunFacts) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     judges: list[Callable[[RunFacts], Verdict | None]] = [
-        _result, _search, _cut, _rounds,
+        _result, _cut, _rounds,
         lambda run: budgets_verdict(tables.frontier(run.frontier)),
         lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
         _quantization, _size, _gguf,
@@ -85,55 +85,6 @@ def _result(run: RunFacts) -> Verdict | None:
         return None
     mark = _graded(factor, limits.CLOSE, limits.FAIR)
     return _judged("Result", mark, state=last[0], value=last[1], factor=factor, dense=dense)
-
-
-def _search(run: RunFacts) -> Verdict | None:
-    search, oracle = run.search, run.search.oracle
-    choice, rival = label(search.segments), label(oracle.segments)
-    score, best_score = _score(search, search.segments), _score(oracle, oracle.segments)
-    if score is not None and (list(search.tried) or run.settings.score == "folded" or (oracle and best_score is None)):
-        return _chosen_by_fold(search, choice, rival, score)
-    by_score = score is not None and best_score is not None  # what the search went by, and the oracle beside it
-    ours, best = (score, best_score) if by_score else (tables.chosen_kl(run), finite(oracle.kl))
-    if not best or ours is None:
-        return None
-    gap, allowed = ours / best - 1, limits.NEAR_BEST - 1
-    objective = printable(run.settings.search_objective)
-    unit = f"by --search-objective {objective}" if by_score else "nats"
-    if by_score and search.tests and objective in ("", "kl"):
-        unit = "nats on text and tests"
-    mark = "good" if choice == rival or gap <= allowed else "bad"
-    return _judged("Search", mark, choice=choice, rival=rival, ours=ours, best=best, unit=unit, gap=gap,
-                   allowed=allowed)  # fmt: skip
-
-
-def _score(found: Json, segments: Json) -> float | None:
-    """What a search went by for these segments, where that is not their KL."""
-    for candidate in found.candidates:
-        if spans(candidate.segments) == spans(segments):
-            return finite(candidate.score)
-    return None
-
-
-def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdict | None:
-    """--score folded or healed beside the oracle: the choice by what is left then, the search by the plain cuts.
-
-    A choice that is more expensive as a plain cut is no miss; the search is judged by the best it found before the
-    fold. The oracle has no KL after the fold.
-    """
-    regret = finite(search.oracle.regret)
-    if regret is None:
-        return None
-    there, missed = _score(search, search.oracle.segments), max(regret - 1, 0.0)
-    chosen, best = tables.on_trial(search, search, search.oracle)
-    if (after := finite(chosen.healed)) is not None:
-        ours, there = after, finite(best.healed)
-    how = "the fold" if after is None else "a short healing"
-    if (longer := finite(chosen.longer)) is not None:
-        how, ours, there = "a longer healing", longer, finite(best.longer)
-    text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
-                found=regret <= limits.NEAR_BEST)  # fmt: skip
-    return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
 
 
 # ---- surgery and healing -----------------------------------------------------------------------------------

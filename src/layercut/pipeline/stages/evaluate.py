@@ -214,14 +214,13 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     if not tests.names:
         say("capabilities", f"no generated test fits rows of {text.window} tokens: not looked at")
         return None
-    inputs = [work.source, text.seed, text.window, text.tokens, config.all_lengths, len(segments), EDITION]
+    inputs = [work.source, text.seed, text.window, text.tokens, len(segments), EDITION]
     with work.run.stage(
         CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True
     ) as stage:  # fmt: skip
         if stage.open:
-            lengths = (1, sum(map(len, segments))) if config.all_lengths and segments else (1,)
             plain = work.blocks["calibration"][:TEXT_OF_MAP]
-            found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
+            found = capability_map(work.stack, probes=tests, text=plain)
             judged, by_length = judged_tests(work, segments)
             stage.found = CapabilitiesArtefact(
                 map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length

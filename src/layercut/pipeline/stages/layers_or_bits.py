@@ -65,7 +65,7 @@ def number_of_layers(work: RunContext) -> int:
 def inputs(work: RunContext) -> list[Any]:
     """All that the prices depend on; not what only measures more."""
     config = work.config
-    search = replace(config.search, score="raw", oracle=False, all_lengths=False)
+    search = replace(config.search, score="raw")
     return [
         work.source,
         work.text["calibration"],

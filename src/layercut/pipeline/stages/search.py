@@ -24,7 +24,6 @@ from layercut.layer_search import (
     longest_within,
     perplexity_rise,
     split_rows,
-    with_triangle,
 )
 from layercut.layer_search.criteria import names
 from layercut.layer_search.result import Tried
@@ -73,13 +72,11 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                 inputs, name = plain_inputs(this, how), this.name("search-plain")
                 with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
                     if plain.open:
-                        result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+                        result = layer_search.search(stack, tokens, **how, seed=seed)
                         plain.found = recorded(result, work)
                 result = result_of(plain.artefact)
                 if work.score_now != "raw":
                     result = gone_on_from(this, result, tokens, how)
-            if config.all_lengths:
-                result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
@@ -93,19 +90,18 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
 def gone_on_from(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
     """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again."""
     work, name = this.work, this.name("search-tried")
-    config = replace(work.config.search, oracle=False, all_lengths=False)
-    inputs = [*plain_inputs(this, how, config), *trial.inputs(work)]
+    inputs = [*plain_inputs(this, how), work.config.search, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as stage:
         if stage.open:
             stage.found = recorded(trial.go_on(this, result, tokens, how, name), work)
     KnownPrices(work.run, name).forget_()
-    return replace(result_of(stage.artefact), oracle=result.oracle)
+    return result_of(stage.artefact)
 
 
-def plain_inputs(this: Round, how: dict[str, Any], config: SearchConfig | None = None) -> list[Any]:
+def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
     """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder."""
     work = this.work
-    config = replace(config or work.config.search, score="raw", all_lengths=False)
+    config = replace(work.config.search, score="raw")
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
 
 
@@ -121,7 +117,6 @@ def result_of(found: SearchArtefact) -> SearchResult:
         method=found.method,
         candidates=list(map(candidate_of, found.candidates)),
         cost=Cost(found.dense_tokens, found.layer_forwards, found.layer_backwards),
-        oracle=found.oracle,
         by_text=candidate_of(found.by_text) if found.by_text else None,
         by_number=list(map(candidate_of, found.by_number)),
         lighter=[tuple(segments_of(each)) for each in found.lighter],
@@ -146,8 +141,6 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         by_number=list(map(candidate_record, result.by_number)),
         lighter=list(map(bounds_of, result.lighter)),
         tried=[TriedRecord(**vars(each) | {"segments": bounds_of(each.segments)}) for each in result.tried],
-        oracle=result.oracle,
-        triangle=result.triangle,
         budget=result.budget,
         dense_tokens=result.cost.dense_tokens,
         layer_forwards=result.cost.layer_forwards,
