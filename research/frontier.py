@@ -44,9 +44,9 @@ from layercut.config import (
     RunConfig,
     SearchConfig,
 )
+from layercut.data.retrieval import passkey, trials
 from layercut.evaluation import perplexity
-from layercut.evaluation.generated_probes import found_of
-from layercut.evaluation.passkey import cases, passkey_grid
+from layercut.evaluation.probe_scores import found_of, retrieval_grid
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.files.reading import read_json
@@ -134,7 +134,7 @@ def main() -> None:
     after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
     longest = min(args.longest, decoder_stack.positions(dense.model.config) or args.longest)
-    keys = cases(dense.tokenizer, longest, args.seed)
+    keys = trials(passkey, dense.tokenizer, longest, args.seed)
     text = {kind: drawn(dense, dict(kind), after) for kind in {(), *map(rows_of, parts)}}
     given = Given(texts, text, gguf, dense.tokenizer, keys, partial(tasks_kept, dense, args=args), args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
@@ -280,7 +280,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
 
 def judged(model: Any, given: Given, tasks: bool = True) -> Row:
     """Perplexity by text; of the keys that are hidden in texts of several lengths those found; scores of tasks."""
-    hits, asked = found_of(passkey_grid(model, given.tokenizer, given.keys))
+    hits, asked = found_of(retrieval_grid(model, given.tokenizer, given.keys))
     found = {"perplexity": perplexities(model, given.texts), "keys_found": hits, "keys_asked": asked}
     return found | (given.tasks(model) if tasks else {})
 

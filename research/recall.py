@@ -24,7 +24,7 @@ import torch
 from common import RowsDone, arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.data.probes import probe_rows
-from layercut.evaluation.generated_probes import Probes, found_of, probed, probes_for
+from layercut.evaluation.probe_scores import Probes, found_of, probed, probes_for
 from layercut.models import loading
 from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
@@ -57,7 +57,7 @@ def main() -> None:
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
     longer = probes_for(
-        model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, trials=args.trials
+        model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials
     )
     probes = replace(longer, tests=tests)
     named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")

@@ -203,7 +203,7 @@ def benchmark(monkeypatch, tmp_path, texts):
     quick.leave_out(monkeypatch)
     frontier = import_module("frontier")
     # no key fits a tiny tokenizer's context
-    monkeypatch.setattr(frontier, "passkey_grid", lambda *asked: [{"found": 1, "trials": 2}])
+    monkeypatch.setattr(frontier, "retrieval_grid", lambda *asked: [{"found": 1, "trials": 2}])
 
     def run(*flags: str, settings: tuple[str, ...] = SETTINGS) -> tuple[dict, dict]:
         few = "--search-tokens 64 --tune-tokens 128 --quantize-tokens 64 --train-tokens 64 --eval-tokens 256"

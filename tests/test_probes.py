@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from layercut.evaluation.capabilities import capability_figures
+from layercut.evaluation.generated_probes import TEST_ROWS, probes_for
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
@@ -35,8 +37,6 @@ from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging
 from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values, passkey
-from layercut.evaluation.capabilities import capability_figures
-from layercut.evaluation.generated_probes import TEST_ROWS, probes_for
 from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
 from layercut.healing import tune_

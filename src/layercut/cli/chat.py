@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layercut.config import ChatConfig
-from layercut.data.chat_templates import render_chat
+from layercut.data.chat_templates import open_ended, render_chat
 from layercut.errors import ConfigError, ModelError, RunError
-from layercut.evaluation.generation import greedy, open_ended, padding
+from layercut.evaluation.generation import greedy, padding
 from layercut.models import checkpoints, decoder_stack, loading, model_weights, placement
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of

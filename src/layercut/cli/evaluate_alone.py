@@ -19,7 +19,7 @@ from layercut.data.blocks import Blocks, load_blocks
 from layercut.data.sources import written_by_model
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
-from layercut.evaluation.generated_probes import Probed, probed, probes_for
+from layercut.evaluation.probe_scores import Probed, probed, probes_for
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.compiling import compiled

@@ -110,3 +110,18 @@ def render_template(
     if "error" in found:
         raise DataError(f"the chat template refuses a record with the roles {roles}: {found['error']}", hint)
     return found["text"]
+
+
+def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
+    """A prompt as tokens, through the chat template where there is one."""
+    if not tokenizer.chat_template:
+        return open_ended(tokenizer, f"{prompt} {answer}" if answer else prompt)
+    chat = [{"role": "user", "content": prompt}]
+    text = render_chat(tokenizer, chat, prompt=True)
+    return tokenizer(text + answer, add_special_tokens=False).input_ids
+
+
+def open_ended(tokenizer: Any, text: str) -> list[int]:
+    """Plain text as tokens that can be gone on with: some tokenizers close every text by themselves."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids

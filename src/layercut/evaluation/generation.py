@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from layercut.data.chat_templates import render_chat
+from layercut.data.chat_templates import prompt_ids
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.model_weights import as_just_loaded
 
@@ -68,21 +68,6 @@ def replies(
         found.append(kl_divergence(both[0], both[1])[0].double().cpu())
     lengths = {name: math.fsum(map(len, told)) / len(told) for name, told in written.items()}
     return lengths | {"kl": torch.cat(found).mean().item()}
-
-
-def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
-    """A prompt as tokens, through the chat template where there is one."""
-    if not tokenizer.chat_template:
-        return open_ended(tokenizer, f"{prompt} {answer}" if answer else prompt)
-    chat = [{"role": "user", "content": prompt}]
-    text = render_chat(tokenizer, chat, prompt=True)
-    return tokenizer(text + answer, add_special_tokens=False).input_ids
-
-
-def open_ended(tokenizer: Any, text: str) -> list[int]:
-    """Plain text as tokens that can be gone on with: some tokenizers close every text by themselves."""
-    ids = tokenizer(text).input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def padding(tokenizer: Any) -> int:

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
-from layercut.evaluation.capabilities import CapabilityFigures
-from layercut.evaluation.generated_probes import Grid
+from layercut.evaluation.probe_scores import CapabilityFigures, Grid
 from layercut.export.engines import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold

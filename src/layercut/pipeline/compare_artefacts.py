@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercut.data.blocks import TextFacts
-from layercut.evaluation.generated_probes import Grid, Probed
 from layercut.evaluation.paired_retention import Retained
+from layercut.evaluation.probe_scores import Grid, Probed
 from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.pipeline.artefacts import Artefact, BeforeAfter, Bounds, SearchCost, part_of

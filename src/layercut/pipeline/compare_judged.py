@@ -14,8 +14,8 @@ from typing import Any
 from layercut import evaluation
 from layercut.data.blocks import in_rows
 from layercut.data.probe_families import EDITION
-from layercut.evaluation.generated_probes import Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.paired_retention import Retained, retained
+from layercut.evaluation.probe_scores import Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.retention import compare_records
 from layercut.pipeline.artefacts import part_of, segments_of
 from layercut.pipeline.compare_artefacts import (

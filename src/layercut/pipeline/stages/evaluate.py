@@ -1,8 +1,8 @@
-"""Stages: what survived. Perplexity of every state, generations and speed, tasks, long context, others' evaluations."""
+"""Stages: perplexity of every state, generations and speed, tasks, long context, probes, packages' evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -13,21 +13,14 @@ from layercut import evaluation as measures
 from layercut.data.blocks import in_rows
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
+from layercut.data.retrieval import lengths, passkey, trials
 from layercut.distributed import processes
 from layercut.evaluation import speed
-from layercut.evaluation.capabilities import CapabilityFigures
-from layercut.evaluation.generated_probes import (
-    LONGEST_PROBE,
-    TEST_ROWS,
-    found_in_text,
-    found_of,
-    longest_probe,
-    probes_for,
-)
+from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, found_of, probes_for, retrieval_grid
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
-from layercut.models import layer_reader
+from layercut.models import decoder_stack, layer_reader
 from layercut.models.cost import PlannedRun, Work
 from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
@@ -54,15 +47,16 @@ from layercut.report.stage_lines import describe_retention
 from layercut.segments import Segment
 
 TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
-"""Rows of tests and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
+"""Rows of probes and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
 ROWS_OF_A_LENGTH = 4
-"""Rows of tests of recall, and of lists, alone at each length."""
+"""Rows of probes of recall, and of lists, alone at each length."""
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-    inputs = [replace(work.config.evaluate, eval_data=""), work.text["evaluation"]]
+    text = work.text["evaluation"]
+    inputs = [replace(work.config.evaluate, eval_data=""), text]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
             tokens, states = work.blocks["evaluation"], states_of(work)
@@ -74,7 +68,15 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
                     losses[state] = measures.window_losses(model, tokens, advance=advance)
             last = [*states.values()][-1]
             beside = processes.on_main(lambda: look_closer(work, work.student(segments, *last), tokens))
-            stage.found = EvaluateArtefact(perplexity=perplexities(work, losses), **vars(beside))
+            found = {state: measures.of_losses(of) for state, of in losses.items()}
+            errors = {state: measures.paired_error(losses[state], losses["dense"]) for state in states}
+            perplexity = Perplexities(
+                dataset=text.source, window=text.window, tokens=text.tokens, dense=found["dense"], cut=found["cut"],
+                folded=found.get("folded"), tuned=found.get("tuned"), quantized=found.get("quantized"),
+                protocol=measures.perplexity_protocol(text.window), fingerprint=text.fingerprint,
+                standard_error=errors, shared=work.run.artefact(SharedTextArtefact, "text-shared").facts,
+            )  # fmt: skip
+            stage.found = EvaluateArtefact(perplexity=perplexity, **vars(beside))
     return stage.artefact
 
 
@@ -92,27 +94,6 @@ def states_of(work: RunContext) -> dict[str, list[Weights]]:
     return states
 
 
-def perplexities(work: RunContext, losses: Mapping[str, torch.Tensor]) -> Perplexities:
-    """Perplexity and standard error of every state."""
-    text, found = work.text["evaluation"], {state: measures.of_losses(of) for state, of in losses.items()}
-    return Perplexities(
-        dataset=text.source,
-        window=text.window,
-        tokens=text.tokens,
-        dense=found["dense"],
-        cut=found["cut"],
-        folded=found.get("folded"),
-        tuned=found.get("tuned"),
-        quantized=found.get("quantized"),
-        protocol=measures.perplexity_protocol(text.window),
-        fingerprint=text.fingerprint,
-        standard_error={
-            state: measures.paired_error(of, losses["dense"]) for state, of in losses.items() if state != "dense"
-        },
-        shared=work.run.artefact(SharedTextArtefact, "text-shared").facts,
-    )
-
-
 def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook:
     """What the dense and the last model write, and how fast.
 
@@ -121,12 +102,11 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
     if layer_reader.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
         return CloserLook(generations=None, health=None, speed=None, **peaks(last))
-    samples = {
-        name: measures.generations(m, work.tokenizer) for name, m in (("dense", work.dense.model), ("compressed", last))
-    }
-    health = measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window))
+    dense = work.dense.model
+    samples = {name: measures.generations(m, work.tokenizer) for name, m in (("dense", dense), ("compressed", last))}
+    health = measures.generation_health(dense, last, in_rows(tokens, work.config.text.window))
     if work.tokenizer.chat_template:
-        found = measures.replies(work.dense.model, last, work.tokenizer, samples)
+        found = measures.replies(dense, last, work.tokenizer, samples)
         health["replies"] = {**found, "most": measures.SAMPLE, "prompts": len(measures.PROMPTS)}
     return CloserLook(
         generations=[
@@ -134,7 +114,7 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
             for prompt, dense, compressed in zip(measures.PROMPTS, *samples.values(), strict=True)
         ],
         health=health,
-        speed=speed.speed(work.dense.model, last) if work.config.evaluate.speed else None,
+        speed=speed.speed(dense, last) if work.config.evaluate.speed else None,
         **peaks(last),
     )
 
@@ -163,15 +143,12 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
 
 
 def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact:
-    """Evaluations that packages bring, dense and compressed, from the run's seed."""
+    """Packages' evaluations, dense and compressed, from the run's seed."""
     functions, seed = measures.named(work.config.tasks.evaluation_names), work.config.text.seed
     inputs = [[[name, measures.source_digest(each)] for name, each in functions.items()], seed]
     with work.run.stage(EvaluationsArtefact, "evaluations", inputs, after=["quantize"]) as stage:
         if stage.open:
-            both = {
-                "dense": lambda: work.dense.model,
-                "compressed": lambda: work.compressed(segments),
-            }
+            both = {"dense": lambda: work.dense.model, "compressed": lambda: work.compressed(segments)}
             found = measures.measure_all(functions, both, work.tokenizer, seed=seed)
             rows = {name: {key: Metric(**row) for key, row in of.items()} for name, of in found.items()}
             stage.found = EvaluationsArtefact(evaluations=rows, seed=seed)
@@ -189,16 +166,16 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
             both, tokenizer = dense_and_compressed(work, segments), work.tokenizer
             windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model, text.origins)
             longest = windows.shape[1]
-            trials = measures.passkey_cases(tokenizer, longest, seed)
-            total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in trials))
+            asked_keys = trials(passkey, tokenizer, longest, seed)
+            total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in asked_keys))
             with bar("long context", total) as advance:
                 positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
-                grids = {n: measures.passkey_grid(m, tokenizer, trials, advance=advance) for n, m in both.items()}
+                grids = {n: retrieval_grid(m, tokenizer, asked_keys, advance=advance) for n, m in both.items()}
             stage.found = LongArtefact(
                 window=longest,
                 windows=len(windows),
                 perplexity=positions,
-                passkey=grids | {"seed": seed} if trials else None,
+                passkey=grids | {"seed": seed} if asked_keys else None,
                 cost=speed.long_prompt(*both.values(), tokens=longest),
             )
     say("long", f"up to {stage.artefact.window:,} tokens")
@@ -206,7 +183,7 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
 
 
 def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
-    """Which layers hold what, and what the compressed model can still do of tests that it was not tuned on."""
+    """Which layers hold what, and what the compressed model can still do of probes that it was not tuned on."""
     config, text = work.config.search, work.config.text
     if config.preserve == "none" and not work.config.tasks.probes:
         return None
@@ -215,13 +192,27 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
         say("capabilities", f"no generated test fits rows of {text.window} tokens: not looked at")
         return None
     inputs = [work.source, text.seed, text.window, text.tokens, len(segments), EDITION]
-    with work.run.stage(
-        CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True
-    ) as stage:  # fmt: skip
+    with work.run.stage(CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
             plain = work.blocks["calibration"][:TEXT_OF_MAP]
             found = capability_map(work.stack, probes=tests, text=plain)
-            judged, by_length = judged_tests(work, segments)
+            both, by_length = (DecoderRunner(work.compressed(segments)), work.stack), list[HitsByLength]()
+            of: dict[str, Any] = {"tokenizer": work.tokenizer, "seed": text.seed}
+            longest = min(LONGEST_PROBE, decoder_stack.positions(work.architecture) or LONGEST_PROBE)
+            with bar("generated tests", None) as advance:
+                rows = probe_rows(**of, rows=TEST_ROWS, window=text.window, family="judging")
+                judged = measures.capability_figures(*both, rows, advance=advance)
+                for name, length in product(("recall", "lists"), lengths(longest)):
+                    longer = judging_rows(**of, rows=ROWS_OF_A_LENGTH, window=length, capability=name)
+                    if not longer.names:
+                        continue
+                    hits = measures.capability_figures(*both, longer, advance=advance)
+                    by_length.append(
+                        HitsByLength(
+                            capability=name, length=length, dense=hits.dense_hits[name],
+                            compressed=hits.hits[name], answers=hits.answers[name],
+                        )
+                    )  # fmt: skip
             stage.found = CapabilitiesArtefact(
                 map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
             )  # fmt: skip
@@ -232,12 +223,11 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
 
 
 def capabilities_work(run: PlannedRun) -> Work:
-    """What the capability map and the tests that judge take: told beforehand, without the tokenizer."""
+    """What the capability map and the probes that judge take: told beforehand, without the tokenizer."""
     shape, kept = run.shape, len(run.after.layers)
     rows = TESTS_OF_MAP + TEXT_OF_MAP
     singles = [DENSE, *((segment,) for segment in all_segments(1, shape.layers))]
-    of_lengths = 2 * ROWS_OF_A_LENGTH * sum(measures.lengths(LONGEST_PROBE))
-    judged = TEST_ROWS + of_lengths / shape.window
+    judged = TEST_ROWS + 2 * ROWS_OF_A_LENGTH * sum(lengths(LONGEST_PROBE)) / shape.window
     forwards = set_work(singles, shape.layers, rows) + judged * (shape.layers + kept)
     return Work.of(shape, forwards, heads=rows * len(singles))
 
@@ -249,39 +239,17 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
         if stage.open:
             asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
             with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
-                of = {name: found_in_text(each, work.tokenizer, asked, advance=advance) for name, each in both.items()}
-            keys, lists = ({name: grids[i] for name, grids in of.items()} for i in (0, 1))
+                keys, lists = (
+                    {name: retrieval_grid(m, work.tokenizer, each, advance=advance) for name, m in both.items()}
+                    for each in (asked.keys, asked.lists)
+                )
             stage.found = ProbesArtefact(keys=keys, lists=lists, longest=asked.longest, seed=seed)
     found = stage.artefact
     for what, grids in (("keys", found.keys), ("lists", found.lists)):
-        (dense, trials), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))
-        if trials:
-            say("probes", f"{what} found: {dense} -> {compressed} of {trials}")
+        (dense, asked_of), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))
+        if asked_of:
+            say("probes", f"{what} found: {dense} -> {compressed} of {asked_of}")
     return found
-
-
-def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[CapabilityFigures, list[HitsByLength]]:
-    """The compressed model beside the dense one, on tests of the judging family."""
-    model, text = work.compressed(segments), work.config.text
-    rows = probe_rows(work.tokenizer, rows=TEST_ROWS, window=text.window, family="judging", seed=text.seed)
-    both = DecoderRunner(model), work.stack
-    with bar("generated tests", None) as advance:
-        found = measures.capability_figures(*both, rows, advance=advance)
-        by_length = []
-        for capability, length in product(("recall", "lists"), measures.lengths(longest_probe(work.architecture))):
-            longer = judging_rows(
-                work.tokenizer, rows=ROWS_OF_A_LENGTH, window=length, capability=capability, seed=text.seed
-            )  # fmt: skip
-            if not longer.names:
-                continue
-            hits = measures.capability_figures(*both, longer, advance=advance)
-            by_length.append(
-                HitsByLength(
-                    capability=capability, length=length, dense=hits.dense_hits[capability],
-                    compressed=hits.hits[capability], answers=hits.answers[capability],
-                )
-            )  # fmt: skip
-    return found, by_length
 
 
 def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
+from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
 from layercut.data.sources import CHATS, MADE_ANEW, TESTS, share_of, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
-from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
 from layercut.files.reading import read_json
 from layercut.models import decoder_stack
