@@ -26,8 +26,6 @@ from layercut.report.formatting import Json
 from layercut.report.model_card import model_card
 from layercut.report.page import closing, search_lines, write_report
 from layercut.report.run_facts import RunFacts, read_run
-from layercut.report.sections import CHAPTERS
-from layercut.report.templating import TEMPLATES
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EVIL = "<script>alert(1)</script>"
@@ -250,19 +248,6 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
     assert html.count("<title>layer ") == 30 + 24, "each layer of both stacks has a hover title"
     assert "<title>layer 12, now layer 12: folded, tuned</title>" in html
     assert "<title>layer 19, now layer 13: tuned</title>" in html
-
-
-def test_the_page_starts_with_the_result_then_the_proofs_then_the_details(tmp_path: Path) -> None:
-    html, page = report(make_run(tmp_path, summary=survival_json()))
-    words = (
-        "Usable where", "6 of its 30 layers", "Task score retained", "Hidden keys found", "What was cut", "Proofs",
-        "Did each stage do its job?", "Perplexity, stage by stage", "Details", "Cost of the candidates",
-    )  # fmt: skip
-    start = html.replace("Do not ship this", "Usable where").partition("<main>")[2]
-    assert [start.index(text) for text in words] == sorted(start.index(text) for text in words)
-    names = [section.name for sections in CHAPTERS.values() for section in sections]
-    assert [name for name in page.ids if name in names] == [name for name in names if name in page.ids]
-    assert sorted(names) == sorted(part.stem for part in (TEMPLATES / "sections").iterdir()), "one part a section"
 
 
 def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
@@ -660,7 +645,6 @@ def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
         "the files did not get smaller, 92.0 MB → 226.6 MB on disk (+146.3%): ",
         "the input stores 5.5 bits per weight, the output 16.0",
         "did not get faster (0.96×)",
-        "it missed the best by 8.3%",
         "perplexity 110.0 → 140.0 (+27.3%)",
     ):
         assert text in page.text, text
@@ -922,23 +906,6 @@ def test_replies_that_have_become_short_are_no_tick(tmp_path: Path) -> None:
     assert "tokens of a reply, of 64 at most" in html
     assert "0.457" in html
 
-
-def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: Path) -> None:
-    run = run_in_rounds(tmp_path)
-    file = run / "summary.json"
-    more = survival_json(**with_perplexity(quantized=70.0))
-    file.write_text(json.dumps(json.loads(file.read_text()) | more))
-    again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
-    (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
-    with_tests(run, recall=(1.0, 0.5))
-    judged = {v.stage for v in verdicts.verdicts(read_run(run))}
-    ruled = {rule.name for rule in thresholds.rules()}
-    assert judged == ruled
-    _, page = report(run)
-    for rule in thresholds.rules():
-        assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
-    reference = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert thresholds.table() in reference, "renew it with layercut.report.thresholds.table()"
 
 
 # ---- nothing that reassures or misleads ----------------------------------------------------------------------

@@ -188,7 +188,7 @@ def evaluate(
         print(f"{shown(name)}\t{value:.4f}")
     if found.ratio:
         value, error = found.ratio
-        print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
+        print(f"compressed / dense\t{value:.4f}" + (f"\t± {error:.4f}" if error is not None else ""))
     for line in (*score_lines(found.tasks, found.retention, found.evaluations), *probe_lines(found.probes or {})):
         print(line)
 

@@ -40,7 +40,7 @@ class Evaluated:
     tasks: dict[str, dict[str, Any]]
     """A row for each task; of one model alone, compared with itself."""
     ratio: tuple[float, float | None] | None
-    """Of a run's two perplexities, compressed over dense, and the standard error of its logarithm over the windows."""
+    """Of a run's two perplexities, compressed over dense, with its standard error over the windows."""
     retention: dict[str, Any] | None
     """Over the tasks; None of one model alone."""
     text: dict[str, Any] | None
@@ -166,7 +166,8 @@ def _evaluated(found: dict[str, _Measured], asked: _Asked, text: Blocks | None, 
     perplexity, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
     if len(losses) == 2:
         error = evaluation.paired_error(losses["compressed"], losses["dense"])
-        ratio = perplexity["compressed"] / perplexity["dense"], error
+        value = perplexity["compressed"] / perplexity["dense"]
+        ratio = value, None if error is None else value * error  # the error was that of ln(value)
     compared = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
     return Evaluated(
         perplexity=perplexity,
