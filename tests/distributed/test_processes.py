@@ -140,7 +140,7 @@ def test_fold_and_tuning_go_the_same_way(folder, tmp_path):
     close(first.pop("fold"), expected.pop("fold"), LOSSES)
     for name, curves in expected.items():
         close(first[name], curves, LOSSES)
-        assert len(curves[0]) == 6, name
+        assert len(curves[0]) == 5, name
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(folder, tmp_path):
@@ -315,7 +315,7 @@ def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, ti
     """share: of the weights in one process's memory, of which there are two."""
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "launched", lambda: True)
-    monkeypatch.setattr(placement, "share_of_memory", lambda *_, **__: share)
+    monkeypatch.setattr(placement, "_share_of_memory", lambda *_, **__: share)
     assert placement.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
 
 
