@@ -21,7 +21,7 @@ from layercut import quantize
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
-from layercut.export import checkpoint, consumers
+from layercut.export import checkpoint, engines
 from layercut.models import model_weights
 from layercut.models.losses import kl_divergence
 from layercut.quantization import bit_choice, quantize_, sensitivity
@@ -161,7 +161,7 @@ def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monk
     assert torch.equal(loaded(TOKENS, use_cache=False).logits, found.model(TOKENS, use_cache=False).logits)
     if small:  # whole bytes are unpacked under both names
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert consumers.written_as(found.config) == ("packed embeddings" if small else "int8 embeddings")
+    assert engines.written_as(found.config) == ("packed embeddings" if small else "int8 embeddings")
 
 
 def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkey
     assert found.settings["asymmetric"]
     assert kl(model, found.model) < 0.8 * kl(model, without.model)
     told = [describe_quantization(each.to_dict()) for each in (without, found)]
-    assert ["bits a weight on average, with zero points, KL" in line for line in told] == [False, True]
+    assert ["with zero points" in line for line in told] == [False, True]
 
 
 def test_only_what_is_allowed_is_chosen():
@@ -196,7 +196,7 @@ def test_only_what_is_allowed_is_chosen():
     found = quantize_(model_weights.share(model), TOKENS, config, target=110_000)
     assert {row.bits for row in found.weights} == {8, 4}
     assert not any(row.name in ("model.embed_tokens", "lm_head") for row in found.weights)
-    assert consumers.written_as(found.config) == consumers.written_by(config) == "int4", "as vLLM reads it"
+    assert engines.written_as(found.config) == engines.written_by(config) == "int4", "as vLLM reads it"
     with pytest.raises(ConfigError, match="needs no quantization: the model's weights are"):
         bit_choice.check_target(model, config, 10**9)
     with pytest.raises(ConfigError, match="the least possible is") as refusal:

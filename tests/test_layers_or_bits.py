@@ -132,15 +132,6 @@ def test_a_number_of_layers_that_no_cut_can_have_is_passed_over(texts, tmp_path,
     assert [point["layers"] for point in run["shares"]["points"]] == [number for number in asked if number != 1]
 
 
-def test_what_only_measures_more_does_not_choose_again(texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
-    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [1])
-    first = compressed(tmp_path, model_whose_layers(0.0), texts, 110_000)
-    for again in ("every_number", "decided"):
-        monkeypatch.setattr(layers_or_bits, again, lambda *_: pytest.fail("chosen again"))
-    assert compressed(tmp_path, None, texts, 110_000, flags=["--speed"])["shares"] == first["shares"]
-
-
 @pytest.mark.parametrize(
     ("prices", "places"),
     [([1.0], [0]), ([1.0, 2.0, 3.0], [0]), ([3.0, 1.0, 2.0], [0, 1]), ([5.0, 4.0, 3.0, 2.0, 1.0, 9.0], [0, 2, 4])],
