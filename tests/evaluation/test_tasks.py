@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from layercut.evaluation.generated_probes import Probes
 
 import folders
 import quick
@@ -23,6 +22,7 @@ from layercut.cli.command_line import main
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, DataError, RunError
 from layercut.evaluation import lm_eval_harness
+from layercut.evaluation.probe_scores import Probes
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 from layercut.files.json_values import write_json
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from layercut.evaluation.capabilities import capability_figures
-from layercut.evaluation.generated_probes import TEST_ROWS, probes_for
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
@@ -29,15 +27,15 @@ import tiny
 from layercut import layer_search, quantization
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
-from layercut.data import probe_families
+from layercut.data import probe_families, retrieval
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
+from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, never_chats, probe_rows
 from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
-from layercut.evaluation import key_values, passkey
-from layercut.evaluation.generation import prompt_ids
+from layercut.evaluation.probe_scores import TEST_ROWS, capability_figures, probes_for
 from layercut.files.json_values import digest
 from layercut.healing import tune_
 from layercut.healing.fold_prices import FoldPrices
@@ -121,14 +119,15 @@ def test_keys_of_the_three_families_differ_in_their_length():
 
 
 def test_the_judge_of_lists_is_of_the_judging_family_alone(tokenizer):
-    own = passages([key_values.HEAD, key_values.LINE, key_values.QUESTION, key_values.REPLY])
-    told = {word for sentence in passkey.FILLER for word in re.findall(r"\w+", sentence.lower())}
+    ids, value = retrieval.key_value(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
+    text = tokenizer.decode(ids)
+    assert len(ids) <= 1500
+    assert re.search(f"under number {value}\\.", text)
+    own = passages([re.sub(r"\d|" + "|".join((*JUDGING.people, *JUDGING.things)), "", text)])
+    told = {word for sentence in retrieval.FILLER for word in re.findall(r"\w+", sentence.lower())}
     for name in ("searching", "tuning"):
         assert not own & passages(forms(FAMILIES[name]))
         assert not {noun.lower() + ending for noun in nouns(FAMILIES[name]) for ending in ("", "s", "es")} & told
-    ids, value = key_values.key_value_prompt(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
-    assert len(ids) <= 1500
-    assert re.search(f"under number {value}\\.", tokenizer.decode(ids))
 
 
 def test_no_key_of_a_long_list_that_judges_is_of_a_form_that_was_taught(tokenizer):
@@ -294,7 +293,7 @@ def test_answers_of_rows_with_chats_stand_where_they_are_asked_for(tokenizer, wi
 
 def test_every_trial_hides_a_key_and_a_value_of_its_own(tokenizer):
     config = tiny.llama(2, max_position_embeddings=1024).config
-    few, many = (probes_for(tokenizer, config, longest=1024, trials=trials) for trials in (1, 3))
+    few, many = (probes_for(tokenizer, config, longest=1024, each=each) for each in (1, 3))
     assert len(many.keys) == 3 * len(few.keys) > 0
     assert len({key for *_, key in many.keys}) == len(many.keys)
     assert len(many.lists) > 2 * len(few.lists) > 0, "a list may not fit the shortest prompts"
@@ -467,7 +466,7 @@ def test_what_a_tokenizer_drops_is_no_test():
     for capability in CAPABILITIES:
         assert probe_rows(proteins, rows=2, window=64, capabilities=(capability,)).names == ()
         assert judging_rows(proteins, rows=2, window=64, capability=capability).names == ()
-    assert passkey.prompt(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
+    assert retrieval.passkey(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
 
 
 def test_rows_that_judge_begin_as_text_does():

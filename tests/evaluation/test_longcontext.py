@@ -18,7 +18,8 @@ import folders
 import tiny
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig
-from layercut.evaluation import generation, likelihood, passkey
+from layercut.data import retrieval
+from layercut.evaluation import generation, likelihood
 from layercut.evaluation.generation import distinct, first_divergence, replies
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
@@ -120,33 +121,33 @@ def test_no_long_window_is_of_two_texts(origins):
 
 def test_prompts_fill_the_length_and_hide_the_key_at_the_depth():
     tokenizer = folders.tokenizer()
-    found = passkey.cases(tokenizer, 1024, seed=3)
+    found = retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=3)
     assert {length for length, *_ in found} == {256, 512, 1024}, "128 has no room for the task with this tokenizer"
-    assert len(found) == 3 * len(passkey.DEPTHS) * passkey.TRIALS
+    assert len(found) == 3 * len(retrieval.DEPTHS) * retrieval.TRIALS
     for length, depth, ids, key in found:
-        room = length - passkey.ANSWER
+        room = length - retrieval.ANSWER
         assert room - 60 < len(ids) <= room
         text = tokenizer.decode(ids)
         before, needle, after = text.partition(f"The pass key is {key}.")
         assert needle
-        filler = [sum(part.count(sentence) for sentence in passkey.FILLER) for part in (before, after)]
+        filler = [sum(part.count(sentence) for sentence in retrieval.FILLER) for part in (before, after)]
         assert filler[0] == round(depth * sum(filler))
-        assert text.endswith(passkey.REPLY)
+        assert text.endswith("The pass key is")
         assert text.count(key) == 2
     assert len({key for *_, key in found}) > 15, "a key of its own for every trial"
-    assert passkey.cases(tokenizer, 1024, seed=3) == found
-    assert passkey.cases(tokenizer, 1024, seed=4) != found
+    assert retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=3) == found
+    assert retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=4) != found
 
 
 def test_a_length_without_room_for_the_key_has_no_cases():
-    assert passkey.prompt(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
-    assert passkey.cases(folders.tokenizer(), 64, seed=0) == []
+    assert retrieval.passkey(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
+    assert retrieval.trials(retrieval.passkey, folders.tokenizer(), 64, seed=0) == []
 
 
 def test_lengths_are_halves():
-    assert passkey.lengths(4096) == [512, 1024, 2048, 4096]
-    assert passkey.lengths(300) == [150, 300]
-    assert passkey.lengths(100) == [100]
+    assert retrieval.lengths(4096) == [512, 1024, 2048, 4096]
+    assert retrieval.lengths(300) == [150, 300]
+    assert retrieval.lengths(100) == [100]
 
 
 class Oracle:
@@ -170,18 +171,18 @@ class Oracle:
 
 def test_the_grid_counts_what_is_found():
     tokenizer = folders.tokenizer()
-    trials = passkey.cases(tokenizer, 1024, seed=0)
-    grid = evaluation.passkey_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
+    trials = retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=0)
+    grid = evaluation.retrieval_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
     places = [(cell["length"], cell["depth"]) for cell in grid]
-    assert places == [(n, d) for n in (256, 512, 1024) for d in passkey.DEPTHS]
-    assert all(cell["trials"] == passkey.TRIALS for cell in grid)
-    assert all(cell["found"] == (passkey.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
+    assert places == [(n, d) for n in (256, 512, 1024) for d in retrieval.DEPTHS]
+    assert all(cell["trials"] == retrieval.TRIALS for cell in grid)
+    assert all(cell["found"] == (retrieval.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
 
 
 def test_the_chat_template_is_used_where_there_is_one():
     tokenizer = folders.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<bot>"
-    made = passkey.prompt(tokenizer, 700, 0.5, random.Random(0))
+    made = retrieval.passkey(tokenizer, 700, 0.5, random.Random(0))
     assert made is not None
     text = tokenizer.decode(made[0])
     assert text.startswith("<user>A pass key is hidden")
