@@ -44,9 +44,9 @@ from layercut.pipeline.artefacts import (
     TextArtefact,
 )
 from layercut.pipeline.provenance import environment
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
-from layercut.segments import Removal, Segment
+from layercut.segments import Segment
 from memory import Children, high_water, reset_peak
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
@@ -203,13 +203,12 @@ def measure(job: dict[str, Any]) -> None:
         length = round(LENGTH * layers)
         segments = [Segment((layers - length) // 2, (layers - length) // 2 + length)]
         draw_tokens(work, config)
-        this, removal = Round(work), Removal.first(segments)
         jobs: dict[str, Callable[[], Any]] = {
             "load": lambda: work.dense,
-            "exhaustive": lambda: stages.search.search(this, [], length),
-            "clp": lambda: stages.search.search(this, [], length),
-            "fold": lambda: stages.heal.fold(this, removal),
-            "tune": lambda: stages.heal.tune(this, removal),
+            "exhaustive": lambda: stages.search.search(work, [], length),
+            "clp": lambda: stages.search.search(work, [], length),
+            "fold": lambda: stages.heal.fold(work, segments),
+            "tune": lambda: stages.heal.tune(work, segments),
             "eval": lambda: stages.evaluate.evaluate(work, segments),
             "export": lambda: stages.export.export(work, segments),
         }

@@ -252,7 +252,7 @@ def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "flag"),
     [
-        *(("search", flag) for flag in ("--bits=4", "--tasks=nosuchtask", "--radius=5", "--eval-data=x", "--rounds=2")),
+        *(("search", flag) for flag in ("--bits=4", "--tasks=nosuchtask", "--radius=5", "--eval-data=x")),
         *(("tune", flag) for flag in ("--tasks=x", "--eval-tokens=64", "--no-speed", "--long-context=64")),
     ],
 )

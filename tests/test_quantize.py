@@ -28,7 +28,7 @@ from layercut.export import checkpoint
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.memory import Budget, memory_limit
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.iterative import recipes
+from layercut.pipeline.stages.quantize import how_rounded
 from layercut.quantization import (
     bit_choice,
     coordinate_descent,
@@ -493,11 +493,10 @@ def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
     assert recipe(with_head) == scales.RECIPE
     assert recipe(QuantizeConfig(bits="auto")) == scales.RECIPE + bit_choice.CHOSEN_AMONG
     config = CompressConfig(quantize=QuantizeConfig(bits=4))
-    assert recipes(config, [16]) == []
     plain = replace(config, search=SearchConfig(preserve="none"))
-    assert recipes(plain, [16, 8, 4]) == scales.RECIPE
-    assert recipes(config, [16, 8, 4])[: len(scales.RECIPE)] == scales.RECIPE
-    assert recipes(config, [16, 8, 4]) != scales.RECIPE, "and what tests are rounded on"
+    assert how_rounded(plain, config.quantize) == scales.RECIPE
+    on_tests = how_rounded(config, config.quantize)
+    assert on_tests[: len(scales.RECIPE)] == scales.RECIPE != on_tests
 
 
 def test_rounding_needs_no_mode_of_its_own():

@@ -357,22 +357,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert {p.suffix for p in run.iterdir()} == {".json", ".html"}
 
 
-# ---- rounds and budgets ------------------------------------------------------------------------------------
-
-
-def rounds_search(*segments: list[list[int]]) -> dict[str, Any]:
-    """search.json of rounds that ended at these segments, one after the other."""
-    each = [
-        {"method": "clp", "segments": s, "cut": [[0, 1]], "candidates": [{"segments": [[0, 1]], "kl": 0.2 + i / 10}]}
-        for i, s in enumerate(segments)
-    ]
-    return {"rounds": each, "segments": segments[-1]}
-
-
-def rounds_heal(*losses: tuple[float, ...]) -> dict[str, Any]:
-    """heal.json of rounds with these held-out losses."""
-    heldout = [[{"step": s, "tokens": 1024 * s, "loss": x} for s, x in enumerate(row)] for row in losses]
-    return {"rounds": [{"tokens": 40960, "heldout": rows} for rows in heldout]}
+# ---- budgets ------------------------------------------------------------------------------------
 
 
 def frontier_json(**changed: Any) -> dict[str, Any]:
@@ -384,13 +369,10 @@ def frontier_json(**changed: Any) -> dict[str, Any]:
     return {"points": points, "chosen": chosen, "budgets": {"target_size": "100MB", "max_loss": 0.05}, **changed}
 
 
-def run_in_rounds(folder: Path, **frontier: Any) -> Path:
-    run = make_run(
-        folder,
-        search=rounds_search([[14, 17]], [[12, 13], [14, 17], [20, 22]]),
-        heal=rounds_heal((0.71, 0.55, 0.5), (0.66, 0.68)),
-    )
-    (run / "frontier.json").write_text(json.dumps(frontier_json(**frontier)))
+def run_with_budgets(folder: Path, **frontier: Any) -> Path:
+    run, found = make_run(folder), frontier_json(**frontier)
+    (run / "frontier.json").write_text(json.dumps(found))
+    (run / "config.yaml").write_text(yaml.safe_dump(found["budgets"]))
     return run
 
 
@@ -423,13 +405,12 @@ def test_what_layers_and_bits_take_of_a_size_is_shown_of_this_run_alone(tmp_path
     assert "shares" not in report(run)[1].ids, "of as many layers as were not removed"
 
 
-def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
-    run = run_in_rounds(tmp_path)
+def test_the_frontier_is_shown(tmp_path: Path) -> None:
+    run = run_with_budgets(tmp_path)
     html, page = report(run)
-    assert {"rounds", "frontier"} <= set(page.ids)
+    assert "frontier" in page.ids
     assert len(page.ids) == len(set(page.ids))
     for text in (
-        "14–16", "12, 20–21", "0.71 0.5 −29.6%", "0.66 0.66 +0.0%", "40,960", "The last of 2 rounds",
         "30 4 67.2 MB +4.0% chosen", "27 8 121.0 MB +3.1% no", "24 4 53.8 MB +19.0% no",
     ):  # fmt: skip
         assert text in page.text, text
@@ -443,21 +424,18 @@ def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
         assert chart.count(text) == 1, text
     for bits in (16, 8, 4):
         assert f">{bits} bits<" in chart
-    marks = [v for v in verdicts.verdicts(read_run(run)) if v.stage in ("Rounds", "Budgets")]
-    assert [(v.stage, v.mark) for v in marks] == [("Rounds", "bad"), ("Budgets", "good")]
-    assert "1: layers 14–16; 2: layers 12, 20–21" in marks[0].text
-    assert "tuning did not help in round 2" in marks[0].text
+    marks = [v for v in verdicts.verdicts(read_run(run)) if v.stage == "Budgets"]
+    assert [v.mark for v in marks] == ["good"]
     card = model_card(run)
-    assert "| 2 | `12, 20–21` | 0.3 | 40,960 | 0.66 | 0.66 |" in card
     assert "| 30 | 4 | 67.2 MB | +4.0% | chosen |" in card
-    assert marks[1].text in card
+    assert marks[0].text in card
 
 
-def test_a_run_of_one_round_has_neither(tmp_path: Path) -> None:
+def test_a_run_without_budgets_has_no_frontier(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "frontier.json").write_text(json.dumps(frontier_json()))  # of an earlier run in this folder
     _, page = report(run)
-    assert not {"rounds", "frontier"} & set(page.ids)
+    assert "frontier" not in page.ids
     assert "Size against loss" not in model_card(run)
 
 
@@ -510,7 +488,7 @@ def test_the_map_is_drawn_of_single_layers_and_of_longer_windows(tmp_path: Path)
 
 
 def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
-    run = run_in_rounds(tmp_path)
+    run = run_with_budgets(tmp_path)
     (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")
     assert read_run(run).frontier
     (run / "config.yaml").write_text("ratio: 0.2\nmax_loss: null\n")
@@ -541,32 +519,13 @@ def test_verdicts_on_two_budgets() -> None:
     assert "keeps either; the smallest is 53.8 MB" in neither[2]
 
 
-def test_verdicts_on_a_budget_of_loss_alone() -> None:
-    one = [{"layers": n, "bits": 16, "bytes": n * 9e6, "rise": rise} for n, rise in ((27, 0.02), (24, 0.072))]
-    budget = {"target_size": None, "max_loss": 0.05}
-    kept = budgets_verdict(points=one, chosen=None, budgets=budget)
-    assert kept == (
-        "good", "Budgets",
-        "the smallest seen within 5.0%: 27 layers at 16 bits, 243.0 MB, perplexity +2.0% on held-out text. One more "
-        "round (24 layers at 16 bits, 216.0 MB, perplexity +7.2%) was 2.2 points over it and was undone.",
-    )  # fmt: skip
-    missed = budgets_verdict(points=one[1:], chosen=None, budgets=budget)
-    assert missed
-    assert missed[0] == "bad"
-    assert "2.2 points over it" in missed[2]
-    assert budgets_verdict(points=[]) is None
-
-
 def test_odd_frontiers_do_not_stop_the_report(tmp_path: Path) -> None:
     points = [*frontier_json()["points"][:1], 3, {"layers": 2}, {"layers": 9, "bits": 4, "bytes": 1e6, "rise": "inf"},
               {"layers": 9, "bits": 8, "bytes": 1e6, "rise": "nan"}]  # fmt: skip
-    run = run_in_rounds(tmp_path, points=points, chosen=None, budgets={"target_size": EVIL, "max_loss": "x"})
-    (run / "heal.json").write_text(json.dumps({**heal_json(), "rounds": [None]}))
+    run = run_with_budgets(tmp_path, points=points, chosen=None, budgets={"target_size": EVIL, "max_loss": "x"})
     html, page = report(run)
     assert "<script" not in html.lower()
     assert "9 4 1.0 MB not finite" in page.text
-    marks = [v.mark for v in verdicts.verdicts(read_run(run)) if v.stage == "Rounds"]
-    assert marks == ["open"]
     assert model_card(run)
 
 

@@ -40,7 +40,7 @@ from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
@@ -311,7 +311,6 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
         ({"method": "cosine"}, True, "raw"),
         ({"ratio": None, "segment": ("1:2",)}, True, "raw"),
         ({"ratio": None, "max_loss": 0.1}, True, "raw"),
-        ({"rounds": 2}, True, "raw"),
         ({"search_objective": "next-token"}, True, "raw"),
         ({"score": "folded"}, True, "folded"),
     ],
@@ -394,7 +393,7 @@ def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
         work.text["heldout"] = SimpleNamespace(origins=origins)
         work.__dict__.pop("heldout_perplexity", None)
         assert torch.equal(trial.unseen_rows(work, None)[0].tokens, judged)
-        assert torch.equal(trial.fold_prices(Round(work), rows, None).judged.tokens, judged[: fold_prices.JUDGED_ROWS])
+        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: fold_prices.JUDGED_ROWS])
         dense, student = work.dense.model, cut(work.dense.model, Segment(1, 3))
         of_student, of_dense = (evaluation.perplexity(model, judged) for model in (student, dense))
         assert quantize.point(work, student, 16).rise == pytest.approx(of_student / of_dense - 1)

@@ -340,20 +340,6 @@ class SearchConfig:
         return [Segment.parse(text) for text in self.segment]
 
 
-@options(SEARCH)
-@dataclass(frozen=True, kw_only=True)
-class RoundsConfig:
-    """Progressive pruning."""
-
-    rounds: int | None = None
-    """Prune in so many rounds of search, cut, fold and tuning; each starts from what the one before healed, and
-    they share the tuning tokens. Not given: one; five at most with both --target-size and --max-loss."""
-
-    def __post_init__(self) -> None:
-        if self.rounds is not None:
-            at_least("rounds", self.rounds, 1)
-
-
 @options(HEALING)
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
@@ -767,7 +753,6 @@ class FindConfig:
 class TuneConfig(FindConfig):
     """The journey up to the checkpoint, with nothing measured."""
 
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
@@ -796,18 +781,11 @@ class CompressConfig(TuneConfig):
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
         elif self.search.ratio == 0 and not self.quantize.rounds:
             raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
-        if self.number_of_rounds > 1:
-            self._check_rounds()
-        elif self.search.two_budgets:
+        if self.search.two_budgets and not self.heal.tune_tokens:
             raise ConfigError(
-                "--target-size with --max-loss needs several rounds, and --rounds 1 is given", "leave out --rounds"
+                "--target-size with --max-loss is measured after healing, and --tune-tokens is 0", "give --tune-tokens"
             )
         self._check_bits()
-
-    @property
-    def number_of_rounds(self) -> int:
-        """Rounds of pruning, at most."""
-        return self.rounds.rounds or (5 if self.search.two_budgets else 1)
 
     def _check_chosen_bits(self) -> None:
         """Refuse --bits auto without a size, or with what chooses layers otherwise."""
@@ -815,11 +793,6 @@ class CompressConfig(TuneConfig):
             raise ConfigError("--bits auto is given without --target-size", "give the size: --target-size 60MB")
         if self.search.max_loss is not None:
             raise ConfigError("--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits")
-        if self.shares_size and self.number_of_rounds > 1:
-            raise ConfigError(
-                "--rounds is given, and --bits auto with --target-size alone chooses how many layers go",
-                "leave out --rounds, or give --ratio as well",
-            )
 
     @property
     def shares_size(self) -> bool:
@@ -842,17 +815,6 @@ class CompressConfig(TuneConfig):
             )
         if quantize.bits == 16 and quantize.how and not self.search.two_budgets:
             raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")
-
-    def _check_rounds(self) -> None:
-        """Refuse flags that several rounds would ignore."""
-        if self.search.segment:
-            raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        if self.search.goes_on:
-            raise ConfigError("--score is for one round, and there are several", "give --rounds 1")
-        if not self.heal.tune_tokens:
-            raise ConfigError(
-                "several rounds are healed in between, and --tune-tokens is 0", "give --tune-tokens, or --rounds 1"
-            )
 
 
 @options(RUN)

@@ -121,32 +121,6 @@ def joined_segments(layers: Iterable[int]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-@dataclass(frozen=True)
-class Removal:
-    """What one round removes, and what is removed in all: the same, where there are no earlier rounds."""
-
-    cut: tuple[Segment, ...]
-    """In the layers of the model that this round cuts."""
-    all: tuple[Segment, ...]
-    """In the dense model's layers, with all that earlier rounds removed."""
-    new: tuple[Segment, ...]
-    """Those of `all` that this round made, or made longer."""
-
-    @classmethod
-    def first(cls, cut: Iterable[Segment]) -> Removal:
-        """Of a model that has all its layers."""
-        segments = tuple(sorted(cut))
-        return cls(segments, segments, segments)
-
-    def then(self, cut: Iterable[Segment], layers: int) -> Removal:
-        """The removal after one more round."""
-        segments, kept = tuple(sorted(cut)), kept_layers(self.all, layers)
-        fresh = {kept[i] for i in layers_of(segments)}
-        removed = fresh.union(layers_of(self.all))
-        joined = joined_segments(removed)
-        return Removal(segments, joined, tuple(s for s in joined if fresh & set(range(s.start, s.stop))))
-
-
 def layers_to_remove(ratio: float, layers: int) -> int:
     """n = round(ratio * layers), at least one layer and never all of them."""
     if not 0 < ratio < 1:

@@ -77,7 +77,7 @@ def test_configs_run(tiny_model, texts, tmp_path, capsys, quick_runs):
         if command == "compare":
             words += ["--methods", "clp,cosine", "--tune-tokens", "64"]
             words += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
-        elif "target_size" in yaml.safe_load(file.read_text()):  # rounds: each search needs the healing before it
+        elif "target_size" in yaml.safe_load(file.read_text()):  # which is measured after healing
             command = "tune"
             words += ["--tune-tokens", "64", "--target-size", "250KB", "--batch-tokens", "32"]  # 8 bits of it
         else:

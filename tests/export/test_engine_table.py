@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM
 import folders
 import quick
 import tiny
-from layercut.config import CONSUMER_NAMES, CompressConfig, SearchConfig
+from layercut.config import CONSUMER_NAMES
 from layercut.errors import ConfigError, ModelError
 from layercut.export.engines import ENGINES, LLAMA_CPP, check_cut, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
-from layercut.pipeline.iterative import tried_bits
 from layercut.report.model_card import model_card
 from layercut.report.page import write_report
 from layercut.segments import Segment
@@ -162,9 +161,6 @@ def test_what_engines_read_is_not_refused():
     check_cut(config("gemma3_text", [4, 10], 11), [], ["llama.cpp"], "gguf")
     with pytest.raises(ConfigError, match="ONNX Runtime does not load gemma3_text"):
         restriction(config("gemma3_text", [5, 11]), ["onnxruntime"], 6)
-    asked = {"target_size": "1MB", "max_loss": 0.1}
-    for names, bits in (("", (16, 8, 4)), ("vllm", (16, 8, 4)), ("vllm,mlx", (16,))):
-        assert tried_bits(CompressConfig(search=SearchConfig(**asked, consumers=names))) == bits
 
 
 def test_widths_that_marlin_does_not_take():

@@ -59,13 +59,11 @@ class Criterion(Protocol):
         ...
 
 
-def most_segments(
-    criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int, rounds: int = 1
-) -> int:
+def most_segments(criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int) -> int:
     """How many segments a criterion may remove."""
     if names(criterion, "num_segments"):
-        return min(length, rounds * (2 if num_segments == "auto" else num_segments))
-    return min(length, rounds) if criterion in (random_segment, reverse_order, angular, cosine) else length
+        return min(length, 2 if num_segments == "auto" else num_segments)
+    return min(length, 1) if criterion in (random_segment, reverse_order, angular, cosine) else length
 
 
 def names(criterion: Callable[..., Any], option: str) -> bool:

@@ -124,19 +124,6 @@ class SearchCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """The search of one round of several."""
-
-    method: str
-    segments: list[Bounds]
-    cut: list[Bounds] | None
-    candidates: list[CandidateRecord]
-    seconds: float
-    layer_forwards: int
-    layer_backwards: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchArtefact(Artefact, SearchCost):
     """search.json."""
 
@@ -145,8 +132,6 @@ class SearchArtefact(Artefact, SearchCost):
     candidates: list[CandidateRecord]
     seed: int
     calibration: TextFacts
-    cut: list[Bounds] | None = field(default=None, metadata=OPTIONAL)
-    """Of one round of several: `segments` in the layers of the model that it cut."""
     budget: dict[str, Any] | None = None
     by_text: CandidateRecord | None = None
     """The best by the text alone, where generated tests were weighed with it."""
@@ -158,7 +143,6 @@ class SearchArtefact(Artefact, SearchCost):
     """Sets that would have been proposed if tests counted less: what a trial goes on from."""
     tried: list[TriedRecord] = field(default_factory=list)
     """Cuts on trial, from the one that is chosen; the price after the fold is then the candidates' score too."""
-    rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def kl(self) -> float:
@@ -215,7 +199,6 @@ class HealArtefact(Artefact):
     fold: list[FoldRecord]
     tuning: TuningRecord | None
     changed: list[str]
-    rounds: list[TuningRecord | None] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +214,12 @@ class FrontierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierArtefact(Artefact):
-    """frontier-ROUND.json."""
+    """frontier.json: what was measured for two budgets."""
 
     points: list[FrontierRecord]
+    chosen: FrontierRecord | None
+    """None where no point is inside both."""
+    budgets: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

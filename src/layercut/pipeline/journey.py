@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layercut.config import CompressConfig, ExportConfig, flattened
@@ -35,9 +35,8 @@ from layercut.pipeline.artefacts import (
     TasksArtefact,
 )
 from layercut.pipeline.handover import describe_result_, destination, export, result_of, upload
-from layercut.pipeline.iterative import in_rounds, nothing_removed
 from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.report.page import write_report
 from layercut.segments import Segment
@@ -74,24 +73,21 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         )  # fmt: skip
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
         length = stages.layers_or_bits.number_of_layers(work) if asked.config.shares_size else asked.length
-        if length == 0:
-            removal = nothing_removed(work)
-        elif asked.config.number_of_rounds > 1:
-            removal = in_rounds(work, length)
-        else:
-            this = Round(work)
-            removal = stages.search.search(this, asked.wanted, length)
-            if until == "search":
-                return run.folder
-            stages.heal.cut(this, removal)
-            stages.heal.fold(this, removal)
-            stages.heal.tune(this, removal)
+        if asked.config.search.two_budgets:
+            length, bits = stages.two_budgets.layers_and_bits(work)
+            work.config = replace(work.config, quantize=replace(work.config.quantize, bits=bits))
+        segments = stages.search.search(work, asked.wanted, length)
+        if until == "search":
+            return run.folder
+        stages.heal.cut(work, segments)
+        stages.heal.fold(work, segments)
+        stages.heal.tune(work, segments)
         stages.heal.forget_tuning_(work)
-        stages.quantize.quantize(work, removal.all)
+        stages.quantize.quantize(work, segments)
         if until == "tune":
-            stages.export.export(work, removal.all)
+            stages.export.export(work, segments)
         else:
-            measure_and_export(work, asked, removal.all)
+            measure_and_export(work, asked, segments)
         if repo_id:
             processes.on_main(lambda: upload(result_of(run.folder), repo_id, private=config.hub.private))
     if until == "report" and (file := gguf_run.file_of(asked.config.run)):

@@ -64,8 +64,8 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     """Check a configuration against a model's config and headers."""
     config.check()
     capability_names(config.search.preserve)
-    if until == "search" and config.number_of_rounds > 1:
-        raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
+    if until == "search" and config.search.two_budgets:
+        raise ConfigError("--target-size with --max-loss is measured after healing", "use tune or compress")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
@@ -108,7 +108,7 @@ def score_of(config: CompressConfig, *, heals: bool) -> Score:
     if search.search_objective != "kl":  # what is left of a cut is priced by KL, so that the objective would not decide
         return "raw"
     weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
-    plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1
+    plain = search.segment or search.max_loss is not None
     return "healed" if heals and heal.tune_tokens >= ENOUGH_TOKENS and weighs and not plain else "raw"
 
 
@@ -154,7 +154,7 @@ def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype
     before = saved.beside(there)
 
     def beside(n: int) -> int:
-        segments = most_segments(criterion, search.num_segments, n, config.number_of_rounds)
+        segments = most_segments(criterion, search.num_segments, n)
         return saved.beside(max(there, min(there + 2 * segments, layers - n))) - before
 
     what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
@@ -190,7 +190,7 @@ def check_sources(config: CompressConfig, until: Stage = "report") -> None:
 def check_spread(config: CompressConfig) -> None:
     """Refuse what cannot be done over weights that are sharded over several processes."""
     refused = {
-        "--rounds": config.number_of_rounds > 1,
+        "--target-size with --max-loss": config.search.two_budgets,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
         f"--score {config.search.score}": config.search.goes_on,

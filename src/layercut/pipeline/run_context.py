@@ -1,8 +1,7 @@
 """What the stages of a run share: the models and the token blocks, made when first needed, and the run folder.
 
-`RunContext` is of the whole run; a `Round` is one search, cut, fold and tuning in it. Between the journey, which makes
-both, and the stages (`stages/`). The dense model and the cut one (the *student*) share all weights but those that
-healing changes.
+Between the journey, which makes it, and the stages (`stages/`). The dense model and the cut one (the *student*) share
+all weights but those that healing changes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArte
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
-from layercut.segments import Removal, Segment
+from layercut.segments import Segment
 
 Weights = Literal["folded", "tuned", "quantized"]
 """What stages change in the cut model, in this order."""
@@ -214,15 +213,31 @@ class RunContext:
 
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
         """The dense model without some layers, over the same tensors, then with weights of earlier stages in it."""
-        return Round(self).student(cut, *weights)
+        run, student = self.run, surgery.cut(self.dense.model, cut)
+        for each in weights:
+            if each == "quantized":
+                quantized = run.artefact(QuantizeArtefact, "quantize")
+                if quantized.gguf:
+                    rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
+                    model_weights.replace_parameters_(student, rounded)
+                if quantized.quantization_config:
+                    packed = load_file(run / "quantized.safetensors")
+                    model_weights.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
+            elif (
+                run.artefact(FoldArtefact, "fold").changed
+                if each == "folded"
+                else run.artefact(HealArtefact, "heal").tuning
+            ):
+                model_weights.replace_parameters_(student, load_file(run / f"{each}.safetensors"))
+        return student
 
     def compressed(self, cut: Sequence[Segment]) -> Any:
         """The student with whatever all stages so far have changed."""
         return self.student(cut, "folded", "tuned", "quantized")
 
-    def changed(self, student: Any, base: Any = None) -> dict[str, torch.Tensor]:
-        """The parameters that are no longer those of another model."""
-        shared = {id(p) for p in (self.dense.model if base is None else base).parameters()}
+    def changed(self, student: Any) -> dict[str, torch.Tensor]:
+        """The parameters that are no longer those of the dense model."""
+        shared = {id(p) for p in self.dense.model.parameters()}
         own = {n: p for n, p in student.named_parameters() if id(sharding.origin(p)) not in shared}
         return {n: sharding.whole(p.detach()).cpu() for n, p in own.items()}
 
@@ -235,85 +250,8 @@ class RunContext:
 
         processes.on_main(write)
 
-
-@dataclass
-class Round:
-    """One search, cut, fold and tuning: the only one of a run, or one of several, each from what the last one healed.
-
-    The teacher is the dense model throughout. Tokens to tune on are divided evenly, no token twice.
-    """
-
-    work: RunContext
-    number: int | None = None
-    """From 1, where there are several: the artefacts are then search-1.json and so on."""
-    of: int = 1
-    previous: Round | None = None
-    removal: Removal | None = None
-    """What is removed in all once this round is done; known after its search."""
-
-    @property
-    def after(self) -> list[str]:
-        """The stage that this round's stages depend on."""
-        return [self.previous.name("heal")] if self.previous else []
-
-    def name(self, part: str) -> str:
-        """What an artefact, a file or a stage of this round is called."""
-        return part if self.number is None else f"{part}-{self.number}"
-
-    @property
-    def before(self) -> Any:
-        """The model that is cut."""
-        return self.previous.healed if self.previous else self.work.dense.model
-
-    @cached_property
-    def stack(self) -> DecoderRunner:
-        """The layers of the model that is cut."""
-        return DecoderRunner(self.before) if self.previous else self.work.stack
-
-    @cached_property
-    def healed(self) -> Any:
-        """What this round leaves; what it begins with, where it removes nothing."""
-        return self.student(self.removal.cut, "folded", "tuned") if self.removal else self.before
-
-    @property
-    def tuning(self) -> torch.Tensor:
-        """This round's blocks to tune on [N, T]."""
-        return self.part(self.work.blocks["tuning"])
-
-    def part(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of what there is for each row to tune on, this round's."""
-        return rows.tensor_split(self.of)[(self.number or 1) - 1]
-
-    def removed(self, cut: Sequence[Segment]) -> Removal:
-        """What is removed in all where this round removes `cut`, in the layers of the model that it cuts."""
-        if self.previous is None or self.previous.removal is None:
-            return Removal.first(cut)
-        return self.previous.removal.then(cut, self.work.layers)
-
-    def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
-        """The model that is cut without some layers, over the same tensors, then with what stages have changed."""
-        run, student = self.work.run, surgery.cut(self.before, cut)
-        for each in weights:
-            if each == "quantized":
-                quantized = run.artefact(QuantizeArtefact, "quantize")
-                if quantized.gguf:
-                    rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
-                    model_weights.replace_parameters_(student, rounded)
-                if quantized.quantization_config:
-                    packed = load_file(run / "quantized.safetensors")
-                    model_weights.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
-                continue
-            is_changed = (
-                run.artefact(FoldArtefact, self.name("fold")).changed
-                if each == "folded"
-                else run.artefact(HealArtefact, self.name("heal")).tuning
-            )
-            if is_changed:
-                model_weights.replace_parameters_(student, load_file(run / f"{self.name(each)}.safetensors"))
-        return student
-
     def save_changes(self, student: Any, weights: Weights) -> list[str]:
-        """Write the parameters that are no longer those of the model that was cut."""
-        changed = self.work.changed(student, self.before)
-        self.work.save(changed, self.name(weights))
+        """Write the parameters that are no longer those of the dense model; their names."""
+        changed = self.changed(student)
+        self.save(changed, weights)
         return sorted(changed)

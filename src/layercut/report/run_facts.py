@@ -78,8 +78,8 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
         and not (settings.segment or settings.target_speedup)
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
         "capabilities": bool(found["summary"].capabilities),
-        "frontier": "rounds" in dict(found["search"].entries())
-        and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),
+        "frontier": bool(found["frontier"].budgets)
+        and all(dict(settings.entries()).get(k) == asked for k, asked in found["frontier"].budgets.entries()),
     }
     found |= {name: Json() for name, same in of_this_run.items() if not same}
     later = [one for file in sorted(folder.glob("evaluations/*.json")) if str((one := read_json(file)).run) in keys]

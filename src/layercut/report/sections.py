@@ -44,7 +44,6 @@ CHAPTERS = {
     "details": [
         Section("cost", lambda run: {"chart": charts.cost_chart(run.search)}),
         Section("map", lambda run: _map(run), wide=True),
-        Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
         Section("frontier", lambda run: _with_chart(tables.frontier(run.frontier), charts.frontier_chart)),
         Section("shares", lambda run: {"rows": list(run.shares.points), "layers": run.shares.layers}, wide=True),
         Section("bits", lambda run: _bits(run.quantization), wide=True),

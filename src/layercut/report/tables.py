@@ -18,7 +18,6 @@ from layercut.report.formatting import (
     Json,
     change,
     finite,
-    layer_names,
     number,
     percent,
     plain,
@@ -249,48 +248,6 @@ def _healed_on_trial(search: Json, *cuts: Json) -> list[tuple[float, float]]:
         if text is not None and both is not None:
             found.append((text, both - text))
     return found if len(found) == len(cuts) else []
-
-
-# ---- rounds and budgets ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRow:
-    """What one round did."""
-
-    number: int
-    """From 1."""
-    removed: str
-    """Layers that this round removed, in the dense model's numbers."""
-    kl: float | None
-    """KL(p || q) of its cut, before it is healed; None where it was not priced."""
-    tokens: float | None
-    """Tokens tuned on."""
-    before: float | None
-    """Held-out loss where tuning began."""
-    after: float | None
-    """The least held-out loss, whose state is kept."""
-
-
-def round_rows(run: RunFacts) -> list[RoundRow]:
-    """A row for each round that was kept; none of a run that was not in rounds."""
-    rows, gone, tunings = [], set[int](), list(run.heal.rounds)
-    for index, found in enumerate(run.search.rounds):
-        now = {i for start, stop in spans(found.segments) for i in range(start, stop)}
-        tuning = tunings[index] if index < len(tunings) else Json()
-        losses = held_out_losses(tuning)
-        rows.append(
-            RoundRow(
-                number=index + 1,
-                removed=layer_names(runs_of(now - gone)),
-                kl=next((finite(candidate.kl) for candidate in found.candidates), None),
-                tokens=finite(tuning.tokens),
-                before=losses[0] if losses else None,
-                after=min(losses, default=None),
-            )
-        )
-        gone = now
-    return rows
 
 
 def held_out_losses(tuning: Json) -> list[float]:

@@ -46,7 +46,7 @@ class Verdict:
 def verdicts(run: RunFacts) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     judges: list[Callable[[RunFacts], Verdict | None]] = [
-        _result, _cut, _rounds,
+        _result, _cut,
         lambda run: budgets_verdict(tables.frontier(run.frontier)),
         lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
         _quantization, _size, _gguf,
@@ -102,27 +102,16 @@ def _cut(run: RunFacts) -> Verdict | None:
     return _judged("Cut", mark, cut=cut, dense=dense, sound=sound)
 
 
-def _rounds(run: RunFacts) -> Verdict | None:
-    rows = tables.round_rows(run)
-    if not rows:
-        return None
-    tuned = [row for row in rows if row.before is not None and row.after is not None]
-    failed = [row.number for row in tuned if row.after >= row.before]  # type: ignore[operator]
-    mark = "open" if len(tuned) < len(rows) else "bad" if failed else "good"
-    return _judged("Rounds", mark, rows=rows, known=len(tuned) == len(rows), failed=failed)
-
-
 def budgets_verdict(found: tables.Frontier | None) -> Verdict | None:
-    """Whether the budgets were met, and by what; None where there was no budget of loss."""
-    if found is None or found.loss is None:
+    """Whether both budgets were met, and by what; None where there were none."""
+    if found is None or found.loss is None or found.size is None:
         return None
     allowed = found.loss
     by_size = min((p for p in found.points if p.rise <= allowed), key=lambda p: (p.bytes, p.rise), default=None)
-    small = [p for p in found.points if (found.size is None or p.bytes <= found.size) and not math.isnan(p.rise)]
-    choice = next((p for p in found.points if p.chosen), None) if found.size is not None else by_size
-    beyond = [p for p in found.points if not p.fits]
+    small = [p for p in found.points if p.bytes <= found.size and not math.isnan(p.rise)]
+    choice = next((p for p in found.points if p.chosen), None)
     return _judged("Budgets", "good" if choice else "bad", frontier=found, choice=choice, smallest=by_size,
-                   least=min(small, key=lambda p: p.rise, default=None), undone=beyond[-1] if beyond else None,
+                   least=min(small, key=lambda p: p.rise, default=None),
                    tiniest=min(p.bytes for p in found.points))  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
     text.py      draws every token of a run
     layers_or_bits.py  of a size, what layers take and what bits, where both are free
+    two_budgets.py  the same, where a loss is to be kept as well
     search.py    finds the segments to remove
     heal.py      cuts, folds, tunes
     quantize.py  stores what is left in fewer bits; tune_quantized.py trains what rounding left
     evaluate.py  perplexity, generations, speed, tasks, long context
     export.py    writes the stock checkpoint, and has a fresh process read it
 
-A stage is a function of the `RunContext`, or of a `Round`. It says what it depends on, calls into its room where its
+A stage is a function of the `RunContext`. It says what it depends on, calls into its room where its
 artefact is not there yet, says a line about it, and returns the artefact:
 
     def count(work: RunContext, segments: Sequence[Segment]) -> CountArtefact:
@@ -23,6 +24,6 @@ Among the inputs is what the stage uses and no more, so that a changed flag runs
 it uses the tokens, whatever flags they came by. `CountArtefact` is a dataclass in `pipeline/artefacts.py`.
 """
 
-from layercut.pipeline.stages import evaluate, export, heal, layers_or_bits, quantize, search, text
+from layercut.pipeline.stages import evaluate, export, heal, layers_or_bits, quantize, search, text, two_budgets
 
-__all__ = ["evaluate", "export", "heal", "layers_or_bits", "quantize", "search", "text"]
+__all__ = ["evaluate", "export", "heal", "layers_or_bits", "quantize", "search", "text", "two_budgets"]

@@ -29,12 +29,12 @@ from layercut.pipeline.artefacts import (
     HealArtefact,
     bounds_of,
 )
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import taught, tuning_treatment
 from layercut.progress import say
 from layercut.registries import objectives
 from layercut.report.stage_lines import describe_fold, describe_tuning
-from layercut.segments import Removal, Segment, kept_layers
+from layercut.segments import Segment, kept_layers
 
 TUNING_STATE = "tuning-state.safetensors"
 """Where tuning stands, written every few minutes and when it is stopped; gone when the stage is done."""
@@ -46,12 +46,12 @@ FOLD_TOKENS = 65536
 """Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (docs/log.md)."""
 
 
-def cut(this: Round, removal: Removal) -> CutArtefact:
+def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
     """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
-    work, inputs = this.work, [this.work.source, bounds_of(removal.all)]
-    with work.run.stage(CutArtefact, this.name("cut"), inputs, after=this.after, together=True) as stage:
+    inputs = [work.source, bounds_of(segments)]
+    with work.run.stage(CutArtefact, "cut", inputs, together=True) as stage:
         if stage.open:
-            stage.found = cut_once(work, removal.all)
+            stage.found = cut_once(work, segments)
     parameters = stage.artefact.parameters
     say("cut", f"{parameters.before:,} -> {parameters.after:,} parameters")
     return stage.artefact
@@ -73,26 +73,25 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
     )
 
 
-def fold(this: Round, removal: Removal) -> FoldArtefact:
+def fold(work: RunContext, segments: Sequence[Segment]) -> FoldArtefact:
     """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens."""
-    work, is_asked, text = this.work, this.work.config.heal.fold, this.work.text
-    inputs = [is_asked, text["calibration"], text.get("tuning"), text.get("heldout"), this.of]
-    after = [this.name("cut")]
-    with work.run.stage(FoldArtefact, this.name("fold"), inputs, after=after, together=True) as stage:
+    is_asked, text = work.config.heal.fold and bool(segments), work.text
+    inputs = [is_asked, text["calibration"], text.get("tuning"), text.get("heldout")]
+    with work.run.stage(FoldArtefact, "fold", inputs, after=["cut"], together=True) as stage:
         if stage.open and not is_asked:
             stage.found = FoldArtefact(fold=[], changed=[])
         elif stage.open:
-            student, heldout = DecoderRunner(this.student(removal.cut)), work.blocks["heldout"]
-            tuning = this.tuning if "tuning" in work.blocks else None
+            student, heldout = DecoderRunner(work.student(segments)), work.blocks["heldout"]
+            tuning = work.blocks.get("tuning")
             tokens = tokens_to_fold(work.blocks["calibration"], tuning)
-            found = fold_(student, work.stack, tokens, heldout=heldout, segments=removal.new)
+            found = fold_(student, work.stack, tokens, heldout=heldout, segments=segments)
             stage.found = FoldArtefact(
                 fold=[
                     FoldRecord(**vars(each), kl_before=found.kl_before, kl_after=found.kl_after, kept=found.kept)
                     for each in found.cuts
                 ],
-                changed=this.save_changes(student.model, "folded") if found.kept else [],
-                files=[f"{this.name('folded')}.safetensors"] if found.kept else [],
+                changed=work.save_changes(student.model, "folded") if found.kept else [],
+                files=["folded.safetensors"] if found.kept else [],
             )
     for outcome in stage.artefact.fold:
         say("fold", describe_fold(asdict(outcome)))
@@ -112,53 +111,49 @@ def tuning_rows_to_fold(calibration: int, window: int) -> int:
     return max(0, FOLD_TOKENS - calibration) // window
 
 
-def tune(this: Round, removal: Removal) -> HealArtefact:
+def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
     """Cutoff endpoint tuning, from the fold where that was kept."""
-    work, config, text = this.work, this.work.config.heal, this.work.text
-    fold = work.run.artefact(FoldArtefact, this.name("fold"))
+    config, text = work.config.heal, work.text
+    fold = work.run.artefact(FoldArtefact, "fold")
     inputs = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
     inputs += taught(work)
-    after = [this.name("fold")]
-    with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
-        if stage.open and not config.tune_tokens:
+    with work.run.stage(HealArtefact, "heal", inputs, after=["fold"], together=True) as stage:
+        if stage.open and not (segments and config.tune_tokens):
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
         elif stage.open:
-            student = DecoderRunner(this.student(removal.cut, "folded"))
-            treated = tuning_treatment(work).of(this.part)
-            files = tuning_files(this, student, treated.row_lengths)
+            student = DecoderRunner(work.student(segments, "folded"))
+            treated, rows = tuning_treatment(work), work.blocks["tuning"]
+            files = tuning_files(work, student, treated.row_lengths)
             if work.own_process:
                 memory.reuse_freed()
             heldout, settings = work.blocks["heldout"], tune_settings(config)
-            report = tune_(
-                student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings), **vars(treated)
-            )
+            report = tune_(student, work.stack, rows, heldout=heldout, files=files, **vars(settings), **vars(treated))
             if files.states:
                 files.states.close()
             stage.found = HealArtefact(
                 fold=fold.fold,
-                tuning=work.trained(this.name("heal"), report),
-                changed=this.save_changes(student.model, "tuned"),
-                files=[f"{this.name('tuned')}.safetensors"],
+                tuning=work.trained("heal", report),
+                changed=work.save_changes(student.model, "tuned"),
+                files=["tuned.safetensors"],
             )
     if tuning := stage.artefact.tuning:
         say("tune", describe_tuning(asdict(tuning)))
     return stage.artefact
 
 
-def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
+def tuning_files(work: RunContext, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
     """What tuning reads from and keeps in the run folder."""
-    work, tokens = this.work, this.tuning
-    states = stored_states(this, student, tokens, lengths) if student.on_disk else None
-    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(this.name("heal")))
+    tokens = work.blocks["tuning"]
+    states = stored_states(work, student, tokens, lengths) if student.on_disk else None
+    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of("heal"))
     return TuningFiles(states=states, state=state, stopping=work.stopping)
 
 
 def stored_states(
-    this: Round, student: DecoderRunner, tokens: torch.Tensor, lengths: torch.Tensor | None
+    work: RunContext, student: DecoderRunner, tokens: torch.Tensor, lengths: torch.Tensor | None
 ) -> FrozenStates:
     """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
-    work = this.work
-    key = digest([work.run.inputs_of(this.name("heal")), fingerprint(tokens)])
+    key = digest([work.run.inputs_of("heal"), fingerprint(tokens)])
     settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
     return frozen_states(student, work.stack, tokens, settings, folder, key=key, row_lengths=lengths)
 

@@ -26,7 +26,7 @@ from layercut.healing.endpoint_tuning import endpoints
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import quantize, trial, tune_quantized
 from layercut.pipeline.stages.search import edition, generated_tests, search_options
 from layercut.progress import say
@@ -46,15 +46,14 @@ STAGE, PRICED = "shares", "shares-priced"
 
 def number_of_layers(work: RunContext) -> int:
     """How many layers go for --target-size, where the bits of what stays are chosen too."""
-    this = Round(work)
     with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
         if priced.open:
-            priced.found = PricedArtefact(points=every_number(this))
+            priced.found = PricedArtefact(points=every_number(work))
     KnownPrices(work.run, PRICED).forget_()
     trained = [*trial.healing_inputs(work), *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
-            points = decided(this, priced.artefact.points)
+            points = decided(work, priced.artefact.points)
             best = min(points, key=lambda point: math.inf if point.left is None else point.left)
             stage.found = SharesArtefact(layers=best.layers, points=points)
     KnownPrices(work.run, STAGE).forget_()
@@ -90,13 +89,13 @@ def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
     return [n for n in possible[:: max(1, round(layers / STEPS))] if n <= possible[0] + layers // MOST]
 
 
-def every_number(this: Round) -> list[ShareRecord]:
+def every_number(work: RunContext) -> list[ShareRecord]:
     """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs."""
-    work, dense, target = this.work, this.work.dense.model, this.work.config.search.target_bytes
+    dense, target = work.dense.model, work.config.search.target_bytes
     config, calibration, tests = work.config.quantize, work.blocks["calibration"], generated_tests(work)
     possible = bit_choice.numbers_left_open(dense, config, target)
     costs = bit_choice.measured(dense, rounding_rows(work), config)
-    folds = cache(lambda: trial.fold_prices(this, calibration, tests))
+    folds = cache(lambda: trial.fold_prices(work, calibration, tests))
     few = calibration[: max(1, TOKENS // calibration.shape[1])]
     known, points, refused = KnownPrices(work.run, PRICED), list[ShareRecord](), None
 
@@ -105,7 +104,7 @@ def every_number(this: Round) -> list[ShareRecord]:
 
     for number in numbers_tried(possible, work.layers):
         try:
-            cuts = segments_of(known.value(f"cut {number}", partial(searched, this, few, number, tests)))
+            cuts = segments_of(known.value(f"cut {number}", partial(searched, work, few, number, tests)))
             cut = surgery.cut(dense, cuts) if cuts else dense
         except (ConfigError, SurgeryError) as error:  # of this number alone: another one may do
             refused = error
@@ -129,12 +128,12 @@ def every_number(this: Round) -> list[ShareRecord]:
     return points
 
 
-def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> list[Bounds]:
+def searched(work: RunContext, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> list[Bounds]:
     """The best plain cut of so many layers, as artefacts hold it; no segment where the number is 0."""
     if not number:
         return []
-    how = search_options(this, number, tests)
-    return bounds_of(layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments)
+    how = search_options(work, number, tests)
+    return bounds_of(layer_search.search(work.stack, tokens, **how, seed=work.config.text.seed).segments)
 
 
 def on_trial(points: Sequence[ShareRecord]) -> list[int]:
@@ -143,25 +142,25 @@ def on_trial(points: Sequence[ShareRecord]) -> list[int]:
     return sorted({0, cheapest // 2, cheapest})
 
 
-def decided(this: Round, points: Sequence[ShareRecord]) -> list[ShareRecord]:
+def decided(work: RunContext, points: Sequence[ShareRecord]) -> list[ShareRecord]:
     """The points, of those on trial with what is left of the model."""
-    work, known, found = this.work, KnownPrices(this.work.run, STAGE), list(points)
-    left_of = trial.Left(this.stack, trial.unseen_rows(work, generated_tests(work)))
+    known, found = KnownPrices(work.run, STAGE), list(points)
+    left_of = trial.Left(work.stack, trial.unseen_rows(work, generated_tests(work)))
     for place in on_trial(points):
         cuts = segments_of(points[place].segments)
-        left = known("rounded", cuts, partial(left_after, this, cuts, left_of))
+        left = known("rounded", cuts, partial(left_after, work, cuts, left_of))
         say("shares", f"{points[place].layers} layers removed: {left:.4g} nats after a short healing and rounding")
         found[place] = replace(points[place], left=left)
     return found
 
 
-def left_after(this: Round, cuts: Sequence[Segment], left_of: trial.Left) -> float:
+def left_after(work: RunContext, cuts: Sequence[Segment], left_of: trial.Left) -> float:
     """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while."""
-    work, calibration = this.work, this.work.blocks["calibration"]
-    student = trial.healed_for_a_while(this, cuts, calibration).at_rest if cuts else work.dense.model
+    calibration = work.blocks["calibration"]
+    student = trial.healed_for_a_while(work, cuts, calibration).at_rest if cuts else work.dense.model
     options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}
     beside = endpoints(cuts, work.layers)
     found = rounding.quantize(student, rounding_rows(work), endpoints=beside, **options)
     if tune_quantized.wanted(work.config):
-        found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(this))
+        found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(work))
     return sum(left_of(DecoderRunner(found.model)))

@@ -1,27 +1,24 @@
-"""Stage: what is left in fewer bits, and the points of the frontier of size and loss."""
+"""Stage: what is left in fewer bits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from layercut import evaluation
 from layercut import quantization as rounding
-from layercut.config import Bits, CompressConfig, DataConfig, QuantizeConfig
+from layercut.config import CompressConfig, DataConfig, QuantizeConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS
 from layercut.files.json_values import digest
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.models import decoder_stack, model_weights
-from layercut.models.losses import as_price
 from layercut.pipeline import gguf_run
-from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierRecord, QuantizeArtefact
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
 from layercut.pipeline.stages.text import has
@@ -123,25 +120,3 @@ def planned_rounding_tests(config: CompressConfig) -> int:
     """Rows of tests that a run will round on, as far as that is known without its tokenizer."""
     wanted = capabilities_read(config, config.quantize) and config.text.window >= SHORTEST_TESTED
     return rows_of_tests(config.text) if wanted else 0
-
-
-def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
-    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
-    work, after = this.work, [this.name("heal")] if this.removal else []
-    with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
-        if stage.open:
-            stage.found = FrontierArtefact(points=[point(work, this.healed, width) for width in bits])
-    return stage.artefact.points
-
-
-def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
-    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out text."""
-    size, layers = model_weights.parameter_bytes(model), len(decoder_stack.find_decoder(model))
-    if bits < 16:
-        asked = replace(work.config.quantize, bits=bits)
-        rows = rows_to_round_on(work, tests_to_round_on(work, asked))
-        found = rounding.quantize(model, rows, **asdict(asked))
-        model, size = found.model, found.bytes_after
-    perplexity = evaluation.perplexity(model, work.held_out_text)
-    rise = as_price(perplexity / work.heldout_perplexity - 1)
-    return FrontierRecord(layers=layers, bits=bits, bytes=size, rise=rise)

@@ -38,12 +38,12 @@ from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import length_for_saved_size
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import trial
 from layercut.progress import say
 from layercut.registries import criteria, objectives
 from layercut.report.stage_lines import describe_tried
-from layercut.segments import Removal, Segment
+from layercut.segments import Segment
 
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
@@ -53,54 +53,55 @@ SHORTEST_TESTED = 64
 """Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
 
 
-def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
-    """Which layers go: those given, or the search's answer; in a round of several, of those that are left."""
-    work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
+def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> list[Segment]:
+    """Which layers go: those given, or the search's answer."""
+    config, seed = work.config.search, work.config.text.seed
     counted = keeps_gguf(work.config, work.checkpoint) or work.config.quantize.bits not in (16, "auto")
     if counted and config.target_size and config.max_loss is None and length is None:
         length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
     scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
-    with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
+    with work.run.stage(SearchArtefact, "search", scored, together=True) as stage:
         if stage.open:
-            stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
+            stack, tokens, tests = work.stack, work.blocks["calibration"], generated_tests(work)
             if wanted:  # --for has been checked by `resolve`
                 result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
+            elif length == 0:
+                result = replace(layer_search.search(stack, tokens, segments=()), method="none")
             elif length is None and config.max_loss is not None:
-                result = search_within(this, config.max_loss, tests)
+                result = search_within(work, config.max_loss, tests)
             else:
-                how = search_options(this, length_for_target(work) if length is None else length, tests)
-                inputs, name = plain_inputs(this, how), this.name("search-plain")
-                with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
+                how = search_options(work, length_for_target(work) if length is None else length, tests)
+                inputs, name = plain_inputs(work, how), "search-plain"
+                with work.run.stage(SearchArtefact, name, inputs, together=True) as plain:
                     if plain.open:
                         result = layer_search.search(stack, tokens, **how, seed=seed)
                         plain.found = recorded(result, work)
                 result = result_of(plain.artefact)
                 if work.score_now != "raw":
-                    result = gone_on_from(this, result, tokens, how)
-            stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
+                    result = gone_on_from(work, result, tokens, how)
+            stage.found = replace(recorded(result, work), tests=tests.facts() if tests else None)
     found = stage.artefact
-    this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
+    segments = sorted(segments_of(found.segments))
     if found.tried:
         say("search", describe_tried(asdict(found)))
-    words = ", ".join(map(str, this.removal.all))
+    words = ", ".join(map(str, segments)) or "none"
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
-    return this.removal
+    return segments
 
 
-def gone_on_from(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
+def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
     """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again."""
-    work, name = this.work, this.name("search-tried")
-    inputs = [*plain_inputs(this, how), work.config.search, *trial.inputs(work)]
-    with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as stage:
+    name = "search-tried"
+    inputs = [*plain_inputs(work, how), work.config.search, *trial.inputs(work)]
+    with work.run.stage(SearchArtefact, name, inputs, together=True) as stage:
         if stage.open:
-            stage.found = recorded(trial.go_on(this, result, tokens, how, name), work)
+            stage.found = recorded(trial.go_on(work, result, tokens, how, name), work)
     KnownPrices(work.run, name).forget_()
     return result_of(stage.artefact)
 
 
-def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
+def plain_inputs(work: RunContext, how: dict[str, Any]) -> list[Any]:
     """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder."""
-    work = this.work
     config = replace(work.config.search, score="raw")
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
 
@@ -124,18 +125,11 @@ def result_of(found: SearchArtefact) -> SearchResult:
     )
 
 
-def recorded(result: SearchResult, work: RunContext, this: Round | None = None) -> SearchArtefact:
-    """A search as its artefact holds it.
-
-    Of a round of several, candidates stay in the layers of the model that is cut, and what was chosen among them is
-    `cut`.
-    """
-    chosen = result.segments
-    several = this is not None and this.number is not None
+def recorded(result: SearchResult, work: RunContext) -> SearchArtefact:
+    """A search as its artefact holds it."""
     return SearchArtefact(
         method=result.method,
-        segments=bounds_of(this.removed(chosen).all if this and several else chosen),
-        cut=bounds_of(chosen) if several else None,
+        segments=bounds_of(result.segments),
         candidates=list(map(candidate_record, result.candidates)),
         by_text=candidate_record(result.by_text) if result.by_text else None,
         by_number=list(map(candidate_record, result.by_number)),
@@ -195,11 +189,11 @@ def planned_search_tests(config: CompressConfig) -> int:
     return rows_of_tests(config.text) if takes and config.text.window >= SHORTEST_TESTED else 0
 
 
-def search_options(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:
+def search_options(work: RunContext, length: int, tests: ProbeRows | None) -> dict[str, Any]:
     """What the configuration says about a search, as arguments of `layer_search.search`."""
-    config = this.work.config.search
+    config = work.config.search
     return {
-        "restriction": limits(this, length),
+        "restriction": limits(work, length),
         "n_layers": length,
         "num_segments": config.num_segments,
         "method": config.method,
@@ -208,44 +202,44 @@ def search_options(this: Round, length: int, tests: ProbeRows | None) -> dict[st
     }
 
 
-def limits(this: Round, length: int) -> Restriction | None:
+def limits(work: RunContext, length: int) -> Restriction | None:
     """The cuts that stay right in the consumers of --for, how many of which are left is logged."""
-    names = consumer_names(this.work.config.search.consumers)
+    names = consumer_names(work.config.search.consumers)
     if not names:
         return None
-    found = restriction(this.stack.model.config, names, length)
+    found = restriction(work.stack.model.config, names, length)
     if not found.is_none:
-        left, every = len(found.segments()), len(this.stack) - length + 1
+        left, every = len(found.segments()), len(work.stack) - length + 1
         say("search", f"--for {','.join(names)}: {left} of {every} segments of {length} layers stay right: {found.why}")
     return found
 
 
-def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> SearchResult:
+def search_within(work: RunContext, max_loss: float, tests: ProbeRows | None) -> SearchResult:
     """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
-    work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
+    rows, unseen = split_rows(work.blocks["calibration"])
     seed = work.config.text.seed
     within = longest_within(
         max_loss,
-        lengths_to_try(this),
-        lambda length: layer_search.search(this.stack, rows, **search_options(this, length, tests), seed=seed),
-        lambda cuts: perplexity_rise(this.stack, unseen, cuts),
+        lengths_to_try(work),
+        lambda length: layer_search.search(work.stack, rows, **search_options(work, length, tests), seed=seed),
+        lambda cuts: perplexity_rise(work.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
 
 
-def lengths_to_try(this: Round) -> list[int]:
+def lengths_to_try(work: RunContext) -> list[int]:
     """How many layers a search within a budget may remove: of --for such as may go almost anywhere, as whole periods.
 
     Of other numbers only the last layers may go, which are dear, so that the rise would not grow with the length.
     """
-    names, every = consumer_names(this.work.config.search.consumers), range(1, len(this.stack))
+    names, every = consumer_names(work.config.search.consumers), range(1, len(work.stack))
     if not names:
         return [*every]
     shares = {}
     for length in every:
         with suppress(ConfigError):  # none of so many layers
-            right = restriction(this.stack.model.config, names, length).segments()
-            shares[length] = len(right) / (len(this.stack) - length + 1)
+            right = restriction(work.stack.model.config, names, length).segments()
+            shares[length] = len(right) / (len(work.stack) - length + 1)
     most = max(shares.values(), default=0.0)
     return [length for length, share in shares.items() if share > most / 2] or [*every]
 

@@ -30,7 +30,7 @@ from layercut.models.memory import slices
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
-from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import keyed, tokens_to_fold, tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
@@ -65,16 +65,18 @@ def rows_to_tune(rows: int, times: int = 1) -> int:
     return max(1, times * rows // TUNED_SHARE)
 
 
-def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str) -> SearchResult:
+def go_on(
+    work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str
+) -> SearchResult:
     """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen."""
-    work, tests = this.work, how["probes"]
+    tests = how["probes"]
     if work.score_now == "raw":
         return result
-    left_of = Left(this.stack, unseen_rows(work, tests))
+    left_of = Left(work.stack, unseen_rows(work, tests))
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
-    limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
-    prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
-    folds = cache(lambda: fold_prices(this, tokens, tests))
+    limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
+    prices, known = Prices(work.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
+    folds = cache(lambda: fold_prices(work, tokens, tests))
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
         shown.enter_context(bar("pricing cuts after a quick fold", None))
@@ -85,7 +87,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
             try:
-                left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
+                left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(work, cuts, tokens, times)))
             except SurgeryError as error:  # other cuts of this model can be expressed: the search found one
                 say("trial", f"{', '.join(map(str, cuts))}: {error.message}")
                 return math.inf
@@ -104,14 +106,14 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     return replace(found, cost=cost, tried=[replace(one, text=of_text.get(one.segments)) for one in found.tried])
 
 
-def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
+def fold_prices(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
     """Prices of cuts after a quick fold, on held-out text and other tests."""
-    work, fit = this.work, tokens[: rows_to_fit(tokens.shape[1])]
+    fit = tokens[: rows_to_fit(tokens.shape[1])]
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
     others = other_tests(work, tests, JUDGED_ROWS, work.config.text.window)
     few = weighted_rows(work.held_out_text[:JUDGED_ROWS], others)
-    return FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder)
+    return FoldPrices(work.stack, fit, few.tokens, few.weights, work.run.folder)
 
 
 def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]:
@@ -123,31 +125,33 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
     return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
 
 
-def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor, times: int = 1) -> DecoderRunner:
+def healed_for_a_while(
+    work: RunContext, cuts: Sequence[Segment], tokens: torch.Tensor, times: int = 1
+) -> DecoderRunner:
     """A cut as the run would heal it, with fewer tokens to tune on."""
-    heal, heldout = this.work.config.heal, this.work.blocks["heldout"][:JUDGED_ROWS]
-    student = DecoderRunner(surgery.cut(this.before, cuts))
-    rows, treated = some_to_tune(this, times) if heal.tune_tokens else (tokens[:0], None)
+    heal, heldout = work.config.heal, work.blocks["heldout"][:JUDGED_ROWS]
+    student = DecoderRunner(surgery.cut(work.dense.model, cuts))
+    rows, treated = some_to_tune(work, times) if heal.tune_tokens else (tokens[:0], None)
     if heal.fold:
-        fold_(student, this.stack, tokens_to_fold(tokens, rows), heldout=heldout)
+        fold_(student, work.stack, tokens_to_fold(tokens, rows), heldout=heldout)
     if treated:
-        tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)))
+        tune_(student, work.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)))
     return student
 
 
-def some_to_tune(this: Round, times: int = 1) -> tuple[torch.Tensor, Treatment]:
+def some_to_tune(work: RunContext, times: int = 1) -> tuple[torch.Tensor, Treatment]:
     """The rows that heal a cut on trial, token ids [n, T], and how they are done."""
-    some = some_of_each(this, times)
-    treated = tuning_treatment(this.work).by_predictions()  # as what is left is told
-    return this.tuning[some], treated.of(lambda each: this.part(each)[some])
+    some = some_of_each(work, times)
+    treated = tuning_treatment(work).by_predictions()  # as what is left is told
+    return work.blocks["tuning"][some], treated.of(lambda each: each[some])
 
 
-def some_of_each(this: Round, times: int = 1) -> torch.Tensor:
+def some_of_each(work: RunContext, times: int = 1) -> torch.Tensor:
     """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
 
     Of tests two, of which one is short and one is long.
     """
-    parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins)
+    parts = by_origin(torch.arange(len(work.blocks["tuning"])), work.text["tuning"].origins)
     counts = {name: max(rows_to_tune(len(part), times), 1 + (name == sources.TESTS)) for name, part in parts.items()}
     return torch.cat([part.sort().values[: counts[name]] for name, part in parts.items()]).sort().values
 
