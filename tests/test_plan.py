@@ -591,7 +591,7 @@ def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
     assert fetched == [("owner/name", "config.json")]
 
 
-NOT_PLANNED = ("run", "compiled", "tasks", "long", "hub")
+NOT_PLANNED = ("run", "tasks", "long", "hub")
 """Settings that take nothing, take as often again what the search takes, save what was measured on one machine alone,
 or say where the result goes."""
 

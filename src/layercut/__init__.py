@@ -42,7 +42,6 @@ _WHERE = {
     "criteria": "registries", "objectives": "registries", "quantizers": "registries", "evaluations": "registries",
     "exporters": "registries",
     "progress_to": "progress", "LayercutError": "errors", "memory_limit": "models",
-    "compiled": "models",
 }  # fmt: skip
 """Public name -> the room that has it."""
 
@@ -71,7 +70,6 @@ if TYPE_CHECKING:
     from layercut.layer_search import search as search
     from layercut.models import DecoderRunner as DecoderRunner
     from layercut.models import Objective as Objective
-    from layercut.models import compiled as compiled
     from layercut.models import memory_limit as memory_limit
     from layercut.pipeline import RunResult as RunResult
     from layercut.pipeline import compress as compress

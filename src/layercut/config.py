@@ -164,17 +164,6 @@ class ModelConfig:
             raise ConfigError(f"both {' and '.join(on)} are given", "give one of them")
 
 
-@options(LOADING)
-@dataclass(frozen=True, kw_only=True)
-class CompileConfig:
-    """How layers and losses are computed."""
-
-    compile: Annotated[bool, rare_switch] = False
-    """Have torch.compile fuse what a layer and a loss of logits do, in search, healing and perplexity: fewer and larger
-    kernels for a GPU. On a CPU it gains little: 5 % in tuning, nothing in perplexity. Takes a minute or more first, and
-    a compiler (Triton; on a CPU, C++); for layers that are on one device."""
-
-
 @options(TEXT)
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -646,7 +635,6 @@ class PerplexityConfig:
     """Measuring alone."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
-    compiled: CompileConfig = field(default_factory=CompileConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     eval_data: str | None = None
     """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
@@ -738,7 +726,6 @@ class FindConfig:
     """The journey as far as the search."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
-    compiled: CompileConfig = field(default_factory=CompileConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -1075,7 +1062,6 @@ class CompareConfig:
     """Methods side by side."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
-    compiled: CompileConfig = field(default_factory=CompileConfig)
     text: DataConfig = field(default_factory=DataConfig)
     compare: MethodsConfig = field(default_factory=MethodsConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
@@ -1085,7 +1071,6 @@ class CompareConfig:
         """The run with the same model and tokens, checked as a whole."""
         config = CompressConfig(
             load=self.load,
-            compiled=self.compiled,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
             heal=self.compare.heal(),

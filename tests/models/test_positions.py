@@ -48,7 +48,6 @@ def test_rows_that_are_put_together_are_longer_than_the_positions():
     model = gpt2()
     stack, segments = DecoderRunner(model), [Segment(1, 2)]
     fit, judged = (torch.randint(40, (rows, KNOWN), generator=torch.Generator().manual_seed(rows)) for rows in (8, 3))
-    assert stack._head is None, "else this shows nothing"
     together, alone = FoldPrices(stack, fit, judged), [FoldPrices(stack, fit, judged[i : i + 1]) for i in range(3)]
     assert together(segments) == pytest.approx(math.fsum(price(segments) for price in alone) / 3, rel=1e-4)
 

@@ -22,7 +22,6 @@ from layercut.errors import ConfigError, RunError
 from layercut.evaluation.probe_scores import Probed, probed, probes_for
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
-from layercut.models.compiling import compiled
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.provenance import is_run, models_of, versions
 from layercut.pipeline.resolve_options import check_window, needs_memory
@@ -76,7 +75,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
 
     What was found of a run is kept in its evaluations/, where `layercut report` finds it.
     """
-    with memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile):
+    with memory.memory_limit(config.load.max_memory):
         found = _evaluate(target, config)
     if is_run(Path(target)):
         try:

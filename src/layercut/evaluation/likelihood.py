@@ -16,7 +16,6 @@ import torch
 from layercut.data.blocks import by_origin
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.models import compiling
 from layercut.models.decoder_stack import positions
 from layercut.models.layer_reader import layers_on_disk
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
@@ -165,10 +164,8 @@ def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 def _opened(model: Any, window: int, itemsize: int) -> DecoderRunner | None:
     """A runner of the model, where one window's logits are too large to have at once and its layers can be run.
 
-    Or where its layers are to run compiled. itemsize: bytes of a logit.
+    itemsize: bytes of a logit.
     """
-    if compiling.opened() is not None:
-        return DecoderRunner(model)
     if (
         window * itemsize <= 4 * positions_at_once(model, 1)
         or "logits_to_keep" not in inspect.signature(model.forward).parameters

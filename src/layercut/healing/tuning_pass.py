@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from layercut.distributed import processes, sharding
-from layercut.models.compiling import fused
 from layercut.models.memory import slices
 from layercut.models.objectives import KL, NextToken, Objective, weighted
 from layercut.models.passes import carry_, common_prefix, enter_all, not_finite
@@ -120,7 +119,7 @@ def loss_gradient(
                 some = None if p is None else p[part]
                 weights = None if counted is None else counted[piece].flatten()[part]
                 given = None if answers is None else answers[piece].flatten()[part]
-                summed, slope[part] = fused(_of_terms)(
+                summed, slope[part] = _of_terms(
                     z[part], some, following.flatten()[part], scale, terms, weights, given
                 )
                 loss += summed
@@ -277,9 +276,5 @@ def _summed(
     """The loss of logits [M, V], summed; float32 exists for a few tokens at a time, `together`."""
     total = torch.zeros((), device=q.device)
     for part in slices(len(q), together):
-        total += fused(_judged)(q[part], None if p is None else p[part], targets[part], term)
+        total += term.loss(q[part].float(), None if p is None else p[part].float(), targets[part]).sum()
     return total
-
-
-def _judged(q: torch.Tensor, p: torch.Tensor | None, targets: torch.Tensor, term: Objective) -> torch.Tensor:
-    return term.loss(q.float(), None if p is None else p.float(), targets).sum()

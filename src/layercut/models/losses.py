@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layercut.models.compiling import fused
 from layercut.models.memory import budget, slices
 
 LOSS_SCALE = 2.0**16
@@ -37,11 +36,11 @@ class Teacher:
     """
 
     def __init__(self, p_logits: torch.Tensor) -> None:
-        self.p, self.negative_entropy = fused(_distribution)(p_logits)
+        self.p, self.negative_entropy = _distribution(p_logits)
 
     def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
         """KL(p || q) per token, differentiable in the student's logits: [..., V] -> [...]."""
-        return fused(_kl)(q_logits, self.p, self.negative_entropy)
+        return self.negative_entropy + _CrossEntropy.apply(q_logits, self.p)
 
 
 def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,14 +48,6 @@ def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_p = F.log_softmax(logits.float(), dim=-1)
     p = log_p.exp()
     return p, torch.linalg.vecdot(p, log_p)
-
-
-def _kl(logits: torch.Tensor, p: torch.Tensor, negative_entropy: torch.Tensor) -> torch.Tensor:
-    return negative_entropy + _CrossEntropy.apply(logits, p)
-
-
-def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -105,5 +96,5 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each token, a few of them in float32 at a time."""
     z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), budget(logits.device).float_tokens(logits.shape[-1]))
-    losses = [fused(_nll)(z[part], targets[part]) for part in parts]
+    losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
     return torch.cat(losses).view(tokens.shape)

@@ -18,7 +18,6 @@ over the same weights, and all processes must take as many steps (`sharding.in_s
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -29,11 +28,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layercut.distributed import sharding
-from layercut.errors import ConfigError, ModelError
-from layercut.models import compiling
+from layercut.errors import ModelError
 from layercut.models.decoder_stack import find_decoder, positions
 from layercut.models.devices import placed
-from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader import layers_on_disk
 from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget
 from layercut.models.model_weights import stored_dtype
@@ -86,34 +83,14 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def layer_output(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden state that a layer puts out."""
-    return hidden_of(layer(hidden, *args, **kwargs))
-
-
 def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
     """A layer's output with another hidden state in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-MOST_SHAPES = 4
-"""Shapes of tokens whose layer arguments (masks, rotary embeddings) are remembered."""
 REPEATS, NOISE = 3, 4
 """Where layer by layer a model's logits are not its own to the bit: runs that show how far its own are from each other,
 and how many times as far those may be."""
-
-
-def same_values(one: Any, other: Any) -> bool:
-    """Whether two layers' arguments are equal: of tensors, plain values, and tuples, lists and dicts of these alone."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(same_values, one, other))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(map(same_values, one.values(), other.values()))
-    return (one is None or isinstance(one, bool | int | float | str)) and one == other
 
 
 def logits_at(model: Any, positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -149,13 +126,10 @@ class DecoderRunner:
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
         self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
-        self._embedding: nn.Module | None = None  # where nothing is between it and the first layer
-        self._head: DirectHead | None = None  # not known: logits by a run of the whole model
-        self._arguments: OrderedDict[torch.Size, Calls] | None = None  # by the tokens' shape, where that decides them
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
         # what is checked depends on the classes and the config, not on the weights: layers on disk get random ones
         without_reading = self.on_disk.random_weights() if self.on_disk else nullcontext()
-        with without_reading, compiling.not_compiled():
+        with without_reading:
             self._check()
 
     def __len__(self) -> int:
@@ -222,8 +196,6 @@ class DecoderRunner:
 
     def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""
-        if self._embedding and (known := self._known_arguments(tokens)):
-            return self._embedding(self.place(tokens)), known
         calls: Calls = []
         embedded: list[torch.Tensor] = []
 
@@ -236,44 +208,22 @@ class DecoderRunner:
         with intercepted(self.layers, record), sharding.not_gathering(self.layers):
             one = self._keep(torch.zeros(1, dtype=torch.long, device=self.device))  # spares the head
             self.model(input_ids=self.place(tokens), use_cache=False, **one)
-        if self._arguments is not None:
-            self._arguments[tokens.shape] = calls
-            if len(self._arguments) > MOST_SHAPES:
-                self._arguments.popitem(last=False)
         return embedded[0], calls
 
     def arguments(self, tokens: torch.Tensor) -> Calls:
-        """What each layer will need for tokens [B, T], without their embeddings where it is known already."""
-        return self._known_arguments(tokens) or self.enter(tokens)[1]
-
-    def _known_arguments(self, tokens: torch.Tensor) -> Calls | None:
-        """The layers' arguments for other tokens of this shape; None where they may differ, or are not known yet."""
-        if not self._arguments or tokens.shape not in self._arguments:
-            return None
-        self._arguments.move_to_end(tokens.shape)
-        return self._arguments[tokens.shape]
+        """What each layer will need for tokens [B, T]."""
+        return self.enter(tokens)[1]
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
         """h_{i+1} = f_i(h_i) [B, T, D]. Under a gradient a layer on disk is recomputed, or the graph would hold it."""
         if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
             return recomputed_layer(self, i, hidden, calls)
-        return self._computed(compiling.opened(), i, hidden, calls)
+        return self.plain_layer(i, hidden, calls)
 
     def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """The same wherever the layer is, and never compiled: for who watches what happens inside."""
-        return self._computed(None, i, hidden, calls)
-
-    def _computed(
-        self, functions: compiling.CompiledFunctions | None, i: int, hidden: torch.Tensor, calls: Calls
-    ) -> torch.Tensor:
+        """The same wherever the layer is."""
         args, kwargs = calls[i]
-        if functions is None:
-            return layer_output(self.layers[i], hidden, args, kwargs)
-        placed_apart = own_device(self.layers[i]) is not None
-        if self.on_disk or placed_apart or sharding.is_spread(self.model):
-            where = "read from disk" if self.on_disk else "on several devices" if placed_apart else "sharded"
-            raise ConfigError(f"--compile is for layers in one place, and these are {where}", compiling.WITHOUT)
-        return functions.call(layer_output, self.layers[i], hidden, args, kwargs)
+        return hidden_of(self.layers[i](hidden, *args, **kwargs))
 
     def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
         """h_stop from h_start [B, T, D]: layers start, start + 1, …, stop - 1."""
@@ -290,8 +240,6 @@ class DecoderRunner:
 
     def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
         """Logits [B, T, V] from h_L [B, T, D], or of some positions, by the model's own final norm and head."""
-        if self._head:
-            return self._head.logits(hidden if part is None else hidden[:, part], self.place(tokens))
         longest = positions(self.model.config) or tokens.shape[1]
         if part is not None or tokens.shape[1] <= longest:
             return self._exit_whole(hidden, tokens, part)
@@ -338,27 +286,14 @@ class DecoderRunner:
                 f"a {type(self.model).__name__} has no language-model head, and gives no logits",
                 "AutoModelForCausalLM.from_pretrained(name)",
             )
-        embedding = self.model.get_input_embeddings()
-        embedded: list[torch.Tensor] = []
-        hook = embedding.register_forward_hook(lambda module, given, found: embedded.append(found))
-        try:
-            hidden, calls = self.enter(tokens)
-        finally:
-            hook.remove()
-        last = self.run(hidden, calls, 0, len(self))
-        self._head = find_direct_head(self.model, self.layers, self._exit_whole, last, tokens)
-        got = self.exit(last, tokens)
+        hidden, calls = self.enter(tokens)
+        got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
         if hidden.shape[:2] != tokens.shape or not self._agrees(expected, got, tokens):
             raise ModelError(
                 f"the layers of {type(self.model).__name__} exchange more than the hidden state, "
                 "so they cannot be searched or healed one by one",
                 "cut a segment you choose yourself: layercut cut MODEL --segment START:STOP",
             )
-        # a run that ends at the first layer leaves weights gathered; and a model may look at its tokens for masks
-        others = [] if sharding.is_spread(self.model) else self._other_tokens(tokens)
-        if others and all(same_values(calls, self.enter(other)[1]) for other in others):
-            self._arguments = OrderedDict()
-            self._embedding = embedding if any(found is hidden for found in embedded) else None
 
     def _agrees(self, expected: torch.Tensor, got: torch.Tensor, tokens: torch.Tensor) -> bool:
         """Whether logits are those of the model's own forward [1, T, V]: to the bit, or as near as that is to itself.
@@ -384,15 +319,6 @@ class DecoderRunner:
         )
         return True
 
-    def _other_tokens(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens in the place of others [1, T], on which masks may depend: those that the config names, and none."""
-        configs = (self.model.config, self.model.config.get_text_config())
-        named = {v for c in configs for name, v in vars(c).items() if "token" in name and type(v) is int}
-        special = sorted(v for v in named if 0 <= v < self.vocabulary) or [0]
-        plain = next((v for v in range(self.vocabulary) if v not in named), 0)
-        rows = [(special * tokens.shape[1])[: tokens.shape[1]], [plain] * tokens.shape[1]]
-        return [torch.tensor([row], device=tokens.device) for row in rows]
-
 
 def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
     """h_{i+1} = f_i(h_i), of which only h_i is kept for the backward pass: there the layer is run again.
@@ -400,7 +326,5 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
     So a gradient passes through a model of which one layer is in memory at a time; on disk, layer i is read again
     in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
     """
-    functions = compiling.opened()  # a backward pass may run in a thread of its own, which does not know
-    return checkpoint(
-        lambda h: stack._computed(functions, i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
-    )  # no randomness: models are in eval mode
+    # no randomness: models are in eval mode
+    return checkpoint(stack.plain_layer, i, hidden, calls, use_reentrant=False, preserve_rng_state=False)

@@ -26,7 +26,6 @@ from layercut.errors import ConfigError, ModelError
 from layercut.files.json_values import jsonable, restored
 from layercut.healing.lora import check_lora
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
-from layercut.models.compiling import compiled
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
 from layercut.pipeline.compare_artefacts import (
     CompareArtefact,
@@ -85,7 +84,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     folder = default_folder(model)
 
     folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
-    with limit, compiled(config.compiled.compile), Run(config.run.out or folder, force=config.run.force) as run:
+    with limit, Run(config.run.out or folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)}, checkpoint)
         compare_methods(RunContext(checkpoint, journey, run, own_process=own_process), model, config.compare, length)
         return run.folder

@@ -17,7 +17,6 @@ from pathlib import Path
 from layercut.config import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
-from layercut.models.compiling import compiled
 from layercut.models.devices import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
@@ -64,8 +63,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     asked = resolve(model, config, until)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
     folder = gguf_run.run_folder(asked.config.run) or default_folder(model)
-    opened = memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile)
-    with opened[0], opened[1], Run(folder, force=asked.config.run.force) as run:
+    with memory.memory_limit(config.load.max_memory), Run(folder, force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)}, asked.checkpoint)
         work = RunContext(
             asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process, score=asked.score,

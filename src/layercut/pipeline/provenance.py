@@ -30,7 +30,7 @@ PROGRAM = "layercut"
 """What `python -m layercut.cli` is called, as a launcher of several processes starts it."""
 SUMMARIES = ("summary.json", "compare.json")
 """What a finished `compress` leaves, and a finished `compare`."""
-SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "compile", "push_to_hub", "private"}
+SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "push_to_hub", "private"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 MORE: dict[str, Any] = {
     "speed": False, "tasks": "", "evaluations": "", "probes": False, "long_context": 0,

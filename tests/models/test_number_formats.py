@@ -16,9 +16,12 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.evaluation import perplexity
+from layercut.healing import endpoint_tuning, tune_
 from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.quantization import quantize_
 from layercut.quantization.grid import decode, encode, fit_grid
+from layercut.segments import Segment
+from layercut.surgery import cut_segment_
 
 SHORT = ["--tokens=512", "--window=32", "--tune-tokens=512", "--eval-tokens=512", "--no-speed", "--segment=2:4"]
 
@@ -132,3 +135,38 @@ def test_a_plan_knows_both_formats(checkpoint, monkeypatch, capsys):
     assert parts[1] == 2 * parts[0]
     gpu = [{f["target"]: f for f in plan["fits"]}["one 24 GB GPU"]["needs_bytes"] for plan in (narrow, wide)]
     assert gpu[0] == gpu[1], "on an accelerator both compute in bfloat16"
+
+
+def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
+    """256 tokens and 8,192 words: an entry of the logits' gradient is 5e-7 and less, the least of float16 is 6e-8."""
+    tokens = torch.randint(8192, (5, 64), generator=torch.Generator().manual_seed(0))
+    step_ = endpoint_tuning._Training.step_
+
+    def tuned(dtype, scale):
+        model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
+        model_weights.convert_parameters_(model, dtype)
+        student, found = model_weights.share(model), []
+        cut_segment_(student, [Segment(1, 3)])
+
+        def noting(self):
+            count = step_(self)
+            found.append(torch.cat([m.grad.flatten() for m in self.masters]))
+            return count
+
+        with monkeypatch.context() as patch:
+            patch.setattr(endpoint_tuning._Training, "step_", noting)
+            patch.setattr(endpoint_tuning, "LOSS_SCALE", scale)
+            rate = {"batch_tokens": 256, "learning_rate": 3e-3}
+            return found, tune_(student, model, tokens[:-1].repeat(4, 1), heldout=tokens[-1:], **rate)
+
+    (exact, *_), wanted = tuned(torch.float32, 1.0)
+    errors, reports = {}, {}
+    for scale in (1.0, 2.0**16, 2.0**30):
+        (found, *_), reports[scale] = tuned(torch.float16, scale)
+        errors[scale] = ((found - exact).norm() / exact.norm()).item()
+    assert errors[2.0**16] < 0.01
+    assert errors[2.0**30] < 0.01, "what overflows is taken again by half"
+    assert errors[1.0] > 0.1
+    assert 1 < reports[2.0**30].loss_scale < 2.0**30
+    assert reports[2.0**16].best == pytest.approx(wanted.best, rel=0.01)
+    assert wanted.best < 0.9 * wanted.heldout[0]["loss"]
