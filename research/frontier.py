@@ -99,7 +99,7 @@ class Given:
 def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
-        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", num_segments="1",
+        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="fisher", preserve="none", num_segments="1",
         score="auto", window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
         train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, cuts=[""],
         work=Path("runs/frontier"), **ASKED,

@@ -7,7 +7,7 @@
     python research/gate_ablation.py deep                                       80 and 126 layers, planted segments
 
 Each is added, case by case, to research/results/gate_ablation.json; cases that are there are not run again, and a run
-that was stopped goes on. `--again clp` runs these methods of the cases that are there once more, and nothing else;
+that was stopped goes on. `--again fisher` runs these methods of the cases that are there once more, and nothing else;
 seconds of the others stay those of before. Regret is the price of what was found, KL of the real cut on all calibration
 rows, over the best there is, or, with several segments, over the best that any method found. Cost is counted in layers
 applied to a row of tokens, a backward as `backward_over_forward` of them, measured beside.
@@ -42,8 +42,8 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.provenance import environment
 from layercut.segments import Segment, joined_segments, layers_to_remove
 
-ALONE = ("gate", "race", "clp", "exhaustive")
-SEVERAL = ("gate", "clp", "race", "sleb", "evolution")
+ALONE = ("race", "fisher", "exhaustive")
+SEVERAL = ("fisher", "race", "sleb", "evolution")
 KEYS = ("kind", "model", "layers", "ratio", "seed")
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
@@ -206,7 +206,7 @@ def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, (layers, planted) in product(range(args.seeds), DEEP):
         length, count = sum(map(len, planted)), len(planted)
         case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
-        if asked := args.cases.lacking(case, ("gate", "clp", "race")):
+        if asked := args.cases.lacking(case, ("fisher", "race")):
             stack = rugged("llama", layers, seed, planted)
             tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
             found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))

@@ -49,7 +49,7 @@ from layercut.pipeline.run_store import Run
 from layercut.segments import Segment
 from memory import Children, high_water, reset_peak
 
-STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
+STAGES = ["load", "exhaustive", "fisher", "fold", "tune", "eval", "export"]
 LENGTH = 0.2
 NOTHING = BeforeAfter(before=0, after=0)
 ASSUMED: dict[str, Artefact] = {
@@ -158,7 +158,7 @@ def settings(args: dict[str, Any], method: str = "exhaustive") -> CompressConfig
 def planned_and_measured(name: str, model: Path, dtype: str, args: Any, scratch: Path) -> Iterator[dict[str, Any]]:
     given = {"dtype": dtype, "tokens": args.tokens, "window": args.window}
     folder = scratch / f"run-{name}-{dtype}"
-    plans = {method: planned(model, given, method) for method in ("exhaustive", "clp")}
+    plans = {method: planned(model, given, method) for method in ("exhaustive", "fisher")}
     for stage in args.stages:
         job = given | {"model": str(model), "stage": stage, "folder": str(folder)}
         env = os.environ | {"LAYERCUT_PLAN_STAGE": json.dumps(job)}
@@ -166,8 +166,8 @@ def planned_and_measured(name: str, model: Path, dtype: str, args: Any, scratch:
         if done.returncode != 0:
             sys.exit(f"{name} {stage}: {done.stderr}")
         seen = json.loads(done.stdout.splitlines()[-1])
-        plan = plans["clp" if stage == "clp" else "exhaustive"]
-        figures = plan["stages"]["search" if stage in ("clp", "exhaustive") else stage]
+        plan = plans["fisher" if stage == "fisher" else "exhaustive"]
+        figures = plan["stages"]["search" if stage in ("fisher", "exhaustive") else stage]
         yield {
             "model": name,
             "stage": stage,
@@ -194,7 +194,7 @@ def planned(model: Path, given: dict[str, Any], method: str) -> dict[str, Any]:
 def measure(job: dict[str, Any]) -> None:
     """One stage, in this process; prints its peak resident bytes and seconds."""
     stage = job["stage"]
-    config = settings(job, "clp" if stage == "clp" else "exhaustive")
+    config = settings(job, "fisher" if stage == "fisher" else "exhaustive")
     checkpoint = checkpoints.resolve(job["model"])
     with Run(Path(job["folder"])) as run:
         run.describe({"model": job["model"]})
@@ -206,7 +206,7 @@ def measure(job: dict[str, Any]) -> None:
         jobs: dict[str, Callable[[], Any]] = {
             "load": lambda: work.dense,
             "exhaustive": lambda: stages.search.search(work, [], length),
-            "clp": lambda: stages.search.search(work, [], length),
+            "fisher": lambda: stages.search.search(work, [], length),
             "fold": lambda: stages.heal.fold(work, segments),
             "tune": lambda: stages.heal.tune(work, segments),
             "eval": lambda: stages.evaluate.evaluate(work, segments),
@@ -222,7 +222,7 @@ def measure(job: dict[str, Any]) -> None:
         jobs[stage]()
         seconds = time.perf_counter() - begun
         peak = high_water() if children is None else children.stop()
-        found = run.artefact(SearchArtefact, "search") if stage in ("exhaustive", "clp") else None
+        found = run.artefact(SearchArtefact, "search") if stage in ("exhaustive", "fisher") else None
     keys = ("layer_forwards", "layer_backwards")
     spent = {key: getattr(found, key, None) for key in keys}
     print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": spent}))

@@ -19,7 +19,7 @@ from typing import Any
 
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import layercut.layer_search.clp
+import layercut.layer_search.fisher
 import layercut.report.charts  # noqa: F401
 from layercut import cli
 from layercut.export import checkpoint

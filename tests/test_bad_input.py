@@ -252,7 +252,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--mix 0.1 is given with --objective next-token", "leave out --mix"],
     ),
     "learning rate": (["--ratio=0.2", "--learning-rate=7"], ["--learning-rate 7 is outside 0 to 1", "1e-4"]),
-    "unknown method": (["--ratio=0.2", "--method=guess"], ["--method", "guess", "clp", "exhaustive"]),
+    "unknown method": (["--ratio=0.2", "--method=guess"], ["--method", "guess", "fisher", "exhaustive"]),
     "unknown objective": (["--ratio=0.2", "--objective=mse"], ["--objective", "mse", "next-token"]),
     "unknown dtype": (["--ratio=0.2", "--dtype=int3"], ["--dtype", "int3", "bfloat16"]),
     "unknown device": (["--ratio=0.2", "--device=abacus"], ["'abacus'", "auto, cpu, cuda"]),

@@ -12,7 +12,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import likelihood
 from layercut.healing import fold_, tune_, tuning_pass
 from layercut.layer_search import sweep
-from layercut.layer_search.gate import foretell
+from layercut.layer_search.fisher import estimate
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
@@ -243,7 +243,7 @@ def short_layers(most):
 
 def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
     stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(2)
-    wanted, cost = foretell(Prices(stack, tokens, Cost()), 2, 0).table, Cost()
+    wanted, cost = estimate(Prices(stack, tokens, Cost()), 2, 0).table, Cost()
     exit_ = DecoderRunner.exit
 
     def short_head(self, hidden, tokens, part=None):
@@ -254,7 +254,7 @@ def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
     monkeypatch.setattr(memory, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
     monkeypatch.setattr(DecoderRunner, "exit", short_head)
     with memory_limit():
-        found = foretell(Prices(stack, tokens, cost), 2, 0).table
+        found = estimate(Prices(stack, tokens, cost), 2, 0).table
         assert memory.budget(torch.device("cpu")).logit_tokens(tiny.VOCABULARY) == 4
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
     assert cost.dense_tokens == tokens.numel(), "what failed is not counted"

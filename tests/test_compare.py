@@ -36,7 +36,7 @@ from layercut.report import comparison_views, formatting
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
-METHODS = ["clp:all", *criteria]
+METHODS = ["fisher:all", *(name for name in criteria if name != "auto")]
 RUNS_OWN = {each.name for each in fields(Artefact)} | {SEAL}
 """What the run folder adds to what a method found."""
 FAIR = ["--tune-tokens=64"]
@@ -256,7 +256,7 @@ def test_what_no_task_tells_is_no_hundred_per_cent_and_a_perplexity_is_no_share(
     comparison = {
         "tasks": {"wiki": {"metric": "word_perplexity", "items": 62, "chance": 0.0, "share": False}},
         "judged_dense": judged_json(wiki=35.2),
-        "methods": [{"method": "clp", "judged": {"cut": judged_json(wiki=60.3)}}],
+        "methods": [{"method": "fisher", "judged": {"cut": judged_json(wiki=60.3)}}],
     }
     columns = [list(column.cells) for column in comparison_views.survival_table(comparison).columns]
     assert columns[2] == columns[3] == ["-", "-"], "kept, and above chance"
@@ -275,7 +275,7 @@ def test_perplexity_of_each_of_several_texts_is_shown(tmp_path):
     several = {"dense": {"wiki.txt": 21.25, "<web>": 33.5}, "cut": {"wiki.txt": 41.75, "<web>": 57.25}}
     comparison = {
         "model": "x", "dense": {"perplexity": 26.7, "texts": several["dense"]},
-        "methods": [{"method": "clp", "kl": 0.1, "perplexity": {}, "texts": {"cut": several["cut"]}}],
+        "methods": [{"method": "fisher", "kl": 0.1, "perplexity": {}, "texts": {"cut": several["cut"]}}],
     }  # fmt: skip
     (tmp_path / "compare.json").write_text(json.dumps(comparison))
     assert main(["report", str(tmp_path)]) == 0
@@ -308,7 +308,7 @@ def test_figures_of_packages_evaluations_are_shown_and_an_empty_plot_is_not_draw
     own = {"evaluations": {"sentiment": {"accuracy": 0.8125, "bias": 0.03}}}
     comparison = {
         "judged_dense": {"evaluations": {"sentiment": {"accuracy": 0.9375}}},
-        "methods": [{"method": "clp", "judged": {"cut": own}}],
+        "methods": [{"method": "fisher", "judged": {"cut": own}}],
     }
     table = comparison_views.survival_table(comparison)
     shown = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
@@ -328,14 +328,14 @@ def test_figures_of_packages_evaluations_are_shown_and_an_empty_plot_is_not_draw
 def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(arguments, tmp_path, monkeypatch):
     tried, real = [], module.layer_search.search
     monkeypatch.setattr(module.layer_search, "search", lambda *args, **how: tried.append(how) or real(*args, **how))
-    command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,clp:all"]
+    command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,fisher:all"]
     for edition, searched in ((0, 2), (0, 2), (1, 3)):
         monkeypatch.setattr(search_stage, "EDITION", edition)
         if edition:
             assert main(command) == 2, "what is finished is not replaced"
             (tmp_path / "run" / "compare.json").unlink()
         assert main(command) == 0
-        assert len(tried) == searched, "clp:all alone sees tests"
+        assert len(tried) == searched, "fisher:all alone sees tests"
 
 
 @pytest.mark.parametrize("more", ["", ",block-influence"])
@@ -376,15 +376,15 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--methods=clp,magic"], "'magic'"),
+        (["--methods=fisher,magic"], "'magic'"),
         (["--methods=,"], "no method"),
         (["--methods=cosine:all"], "goes by text alone"),
         (["--methods=cosine:recall"], "goes by text alone"),
-        (["--methods=clp:music"], "'music'"),
+        (["--methods=fisher:music"], "'music'"),
         (["--states=cut,healed"], "'healed'"),
         (["--states=,"], "names none"),
         (["--states=tuned"], "give --tune-tokens"),
-        (["--methods=clp,2:5"], "2:5 removes 3 layers"),
+        (["--methods=fisher,2:5"], "2:5 removes 3 layers"),
         (["--ratio=1.5"], "outside 0 to 1"),
         (["--eval-tokens=1"], "too small"),
         (["--tune-tokens=-1"], "too small"),

@@ -90,7 +90,7 @@ def test_a_part_of_this_process_is_registered_by_a_decorator():
         assert "here-first" in list(lc.criteria)
         assert lc.criteria.get("here-first") is first
         with pytest.raises(ConfigError, match="is a criterion of layercut itself"):
-            lc.criteria.register("clp")
+            lc.criteria.register("fisher")
         with pytest.raises(ConfigError) as caught:
             lc.criteria.check("here-frist", "--method")
         assert caught.value.hint == "did you mean --method here-first?"
@@ -126,5 +126,5 @@ def test_a_part_that_was_edited_is_another_one(tiny_model, texts, tmp_path):
         assert chosen() == [[3, 5]]
     finally:
         del lc.criteria.registered["here-edited"]
-    assert lc.criteria.edition("clp") == []
+    assert lc.criteria.edition("fisher") == []
     assert len(lc.quantizers.edition("gptq")) == 0

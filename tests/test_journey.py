@@ -52,7 +52,7 @@ def run(tmp_path_factory):
         return compress(str(model), config)
 
 
-def small_config(out, method="clp"):
+def small_config(out, method="fisher"):
     return CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=256, window=64),
         search=SearchConfig(ratio=0.2, method=method, preserve="none"),  # tests: test_probes.py

@@ -60,7 +60,7 @@ def _each_chart_is_drawn_once() -> Iterator[None]:
 def search_json() -> dict[str, Any]:
     every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
     return {
-        "method": "clp", "segments": [[13, 19]], "candidates": [every[i] for i in (2, 9, 12, 13, 14, 22)],
+        "method": "fisher", "segments": [[13, 19]], "candidates": [every[i] for i in (2, 9, 12, 13, 14, 22)],
         "dense_tokens": 12288, "layer_forwards": 11520, "layer_backwards": 11520, "seconds": 41.2, "seed": 0,
         "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"}, "statistics": None,
     }  # fmt: skip

@@ -156,7 +156,7 @@ def plain_prices():
 
 
 def result_of(*cuts):
-    return SearchResult("clp", [Candidate((Segment.parse(one),), float(i)) for i, one in enumerate(cuts)], Cost())
+    return SearchResult("fisher", [Candidate((Segment.parse(one),), float(i)) for i, one in enumerate(cuts)], Cost())
 
 
 def test_the_price_after_the_fold_decides_and_leads_to_moves_that_the_search_had_not():

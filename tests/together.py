@@ -40,10 +40,10 @@ from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
 METHODS = [
-    "clp", "gate", "race", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb",
+    "fisher", "race", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb",
     "evolution",
 ]  # fmt: skip
-SPREAD_METHODS = ["clp", "exhaustive", "angular"]
+SPREAD_METHODS = ["fisher", "exhaustive", "angular"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"},
 }  # fmt: skip
@@ -56,7 +56,8 @@ def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, A
     two = {"n_layers": 2}
     found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
     several = {"n_layers": 3, "num_segments": 2, "objective": "next-token"}
-    found |= {f"two, {method}": search(stack, tokens, method=method, **several).to_dict() for method in ("clp", "race")}
+    for method in ("fisher", "race"):
+        found[f"two, {method}"] = search(stack, tokens, method=method, **several).to_dict()
     cost = Cost()  # of three passes one process has two
     found["passes"] = [candidate.kl for candidate in set_costs(stack, tokens[:3], [tuple(CUT)], cost, rows=1)]
     found["spent"] = asdict(cost)

@@ -54,7 +54,7 @@ GgufType = Literal[
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
     "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
-TAKE_TESTS = ("clp", "gate", "race", "exhaustive")
+TAKE_TESTS = ("auto", "fisher", "race", "exhaustive")
 """Criteria of layercut that take generated tests, several segments and other objectives."""
 OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
 """Options whose value is names, or numbers, separated by commas."""
@@ -209,7 +209,7 @@ class SearchConfig:
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
-    """Remove the layers as up to so many segments; for clp, gate, race and exhaustive. auto: as one, or as two where
+    """Remove the layers as up to so many segments; for fisher, race and exhaustive. auto: as one, or as two where
     that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
     """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
@@ -223,16 +223,16 @@ class SearchConfig:
         str,
         one_of(
             criteria,
-            "clp: the gate proposes, real cuts decide. gate: the same with fewer cuts. race: real cuts alone. "
+            "fisher: the Fisher information estimate proposes, real cuts decide. auto: fisher. race: real cuts alone. "
             "exhaustive: every segment, in one sweep. The others are the baselines they are compared with; "
             "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),
-    ] = "clp"
+    ] = "auto"
     search_objective: Annotated[
         str,
         one_of(
             objectives,
-            "What makes a cut good, for clp, gate, race and exhaustive. kl: it predicts as the dense model. "
+            "What makes a cut good, for fisher, race and exhaustive. kl: it predicts as the dense model. "
             "next-token: it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
             RARE,
         ),
@@ -278,7 +278,7 @@ class SearchConfig:
         for flag, is_asked in asked.items():
             # of other packages' criteria, the search itself asks whether they take it
             if is_asked and self.method in criteria.own and self.method not in TAKE_TESTS:
-                raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
+                raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or --method")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
         if self.segment and self.goes_on:
@@ -990,9 +990,9 @@ class MethodsConfig:
 
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
-    methods: str = ",".join(("clp:all", *criteria))
+    methods: str = ",".join(("fisher:all", *(name for name in criteria if name != "auto")))
     """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with generated tests of
-    these capabilities as well, and as two segments where that pays, for clp, gate, race and exhaustive; unlike
+    these capabilities as well, and as two segments where that pays, for fisher, race and exhaustive; unlike
     compress, it heals no cut on trial. 3:6+12:15: these layers. The first is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank

@@ -40,10 +40,10 @@ from layercut.files.json_values import digest
 from layercut.healing import tune_
 from layercut.healing.fold_prices import FoldPrices
 from layercut.layer_search import prices, search
-from layercut.layer_search.clp import priced_sums
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
-from layercut.layer_search.gate import foretell
+from layercut.layer_search.fisher import estimate
 from layercut.layer_search.prices import Prices
+from layercut.layer_search.race import least_sums
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
@@ -694,7 +694,7 @@ def test_what_few_rows_propose_has_seen_the_tests(monkeypatch, model, probes):
     """On the first row alone, which is text, nothing would tell the layers that hold recall from the others."""
     planted(monkeypatch, {0: (0.9, 0.1), 1: (0.1, 9.0), 2: (0.8, 0.1), 3: (0.1, 9.0), 4: (0.8, 0.1)})
     prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 512), Cost(), probes=probes)
-    proposed = priced_sums(prices, Restriction.none(5, 2), 2)
+    proposed = least_sums(prices, Restriction.none(5, 2), 2)
     assert {layer for segment in proposed[0] for layer in range(segment.start, segment.stop)} <= {0, 2, 4}
 
 
@@ -714,7 +714,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, floa
     monkeypatch.setattr(Prices, "_of_batch", of_batch)
 
 
-@pytest.mark.parametrize("method", ["clp", "gate", "race", "exhaustive"])
+@pytest.mark.parametrize("method", ["fisher", "race", "exhaustive"])
 def test_a_layer_that_is_cheap_on_text_and_holds_recall_is_kept(monkeypatch, model, probes, method):
     cheap_on_text = {0: (9.0, 9.0), 1: (0.4, 0.1), 2: (0.5, 0.2), 3: (0.1, 8.0), 4: (0.2, 8.0)}
     planted(monkeypatch, cheap_on_text)
@@ -749,7 +749,7 @@ def test_of_too_many_sets_one_segment_alone_is_searched(monkeypatch, model, prob
     """Left to itself, the exhaustive search of a deep stack is not refused after its first half is done."""
     planted(monkeypatch, {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)})
     monkeypatch.setattr("layercut.layer_search.MOST_SETS", 5)
-    monkeypatch.setattr("layercut.layer_search.exhaustive.MOST_SETS", 5)
+    monkeypatch.setattr("layercut.layer_search.race.MOST_SETS", 5)
     text, asked = tiny.some_tokens(8, 512), {"n_layers": 2, "method": "exhaustive", "probes": probes}
     found = search(model, text, num_segments="auto", **asked)
     assert found.segments == search(model, text, **asked).segments
@@ -763,13 +763,13 @@ def test_a_method_of_the_literature_takes_no_tests(model, probes):
         search(model, tiny.some_tokens(), n_layers=2, method="cosine", probes=probes)
 
 
-def test_the_gate_foretells_by_the_answers(model, probes):
+def test_the_estimate_goes_by_the_answers(model, probes):
     stack, text = DecoderRunner(model), tiny.some_tokens(4, 64)
-    seeing, blind = (foretell(Prices(stack, text, Cost(), probes=tests), 2, 0) for tests in (probes, None))
+    seeing, blind = (estimate(Prices(stack, text, Cost(), probes=tests), 2, 0) for tests in (probes, None))
     only = Prices(stack, text, Cost(), probes=probes)
     only.weights = torch.where(only.weighted.is_text[:, None], only.weights, 0.0)  # as if no answer counted
     assert not torch.equal(seeing.table, blind.table)
-    assert not torch.equal(seeing.table, foretell(only, 2, 0).table)
+    assert not torch.equal(seeing.table, estimate(only, 2, 0).table)
     found = layer_search.search(model, text, n_layers=2, probes=probes)
     assert found.candidates[0].score == pytest.approx(found.kl + found.candidates[0].damage, rel=1e-5)
 

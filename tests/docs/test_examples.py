@@ -75,7 +75,7 @@ def test_configs_run(tiny_model, texts, tmp_path, capsys, quick_runs):
         assert shown[1] == str(file.relative_to(ROOT))
         command, words = shown[0], [*common, "--config", str(file), "--out", str(tmp_path / file.stem)]
         if command == "compare":
-            words += ["--methods", "clp,cosine", "--tune-tokens", "64"]
+            words += ["--methods", "fisher,cosine", "--tune-tokens", "64"]
             words += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
         elif "target_size" in yaml.safe_load(file.read_text()):  # which is measured after healing
             command = "tune"

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from test_search import brute_force
 from transformers import (
     Gemma2Config,
     GPTNeoXConfig,
@@ -36,7 +37,6 @@ from layercut.layer_search.sweep import sweep as carry
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, passes, placement
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
-from test_search import brute_force
 
 SMALL = {
     "vocab_size": tiny.VOCABULARY,
@@ -135,7 +135,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     segment_costs(stack, tokens, all_segments(2, 8), Cost())
     assert len(most) == 8
     taylor_scores(stack, tokens, Cost())  # and the way down
-    search(stack, tokens, n_layers=2, method="clp", seed=0)
+    search(stack, tokens, n_layers=2, method="fisher", seed=0)
     for i in (0, 5, 2):  # and where another layer was read ahead
         disk.enter_(i)
     assert max(most) == 2
@@ -207,7 +207,7 @@ def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
         disk.enter_(3)
 
 
-@pytest.mark.parametrize("method", ["clp", "race", "sleb"])
+@pytest.mark.parametrize("method", ["fisher", "race", "sleb"])
 def test_other_methods_search_on_disk_too(llama, method):
     memory, stack, _ = both(llama)
     tokens = tiny.some_tokens(4)

@@ -199,7 +199,7 @@ def compare(model: Model, *, config: CompareConfig | None = None, log: Log = Non
 
     With --tasks and --probes also what each cut still does, cut, folded and tuned. For example:
 
-        layercut compare MODEL --ratio 0.2 --methods clp:all,cosine,sleb --tasks arc_easy,piqa --limit 400 --probes
+        layercut compare MODEL --ratio 0.2 --methods fisher:all,cosine,sleb --tasks arc_easy,piqa --limit 400 --probes
     """
     from rich.console import Console
 

@@ -24,11 +24,11 @@ from layercut.layer_search.budgets import (
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
-from layercut.layer_search.exhaustive import MOST_SETS
-from layercut.layer_search.gate_walls import number_of_sets
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.race import MOST_SETS
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
+from layercut.layer_search.segment_sets import number_of_sets
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.model_in_memory import prepared
@@ -55,7 +55,7 @@ def search(
     n_layers: int | None = None,
     segments: Any = None,
     num_segments: int | Literal["auto"] = 1,
-    method: str | Criterion = "clp",
+    method: str | Criterion = "auto",
     objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     seed: int = 0,
@@ -71,8 +71,8 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together, each a `Segment`, (13, 19) or "13:19".
-        num_segments: how many segments at most, for clp, gate, race and exhaustive; "auto": two where that pays.
-        method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race.
+        num_segments: how many segments at most, for fisher, race and exhaustive; "auto": two where that pays.
+        method: a name in `layercut.criteria`, or a `Criterion`; "auto" is "fisher", an estimate checked by real cuts.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
         probes: generated tests (`layercut.probe_rows`), whose damage such a search minimises with the loss.
         seed: of everything drawn at random: the same seed gives the same result.
@@ -120,7 +120,7 @@ def allowed_cuts(
 def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
     """A criterion and its name, from either. ConfigError where it is neither."""
     if isinstance(method, str):
-        return method, registries.criteria.get(method)
+        return "fisher" if method == "auto" else method, registries.criteria.get(method)
     if not callable(method):
         raise ConfigError(f"method={method!r} is no criterion", "a name in layercut.criteria, or your own function")
     return getattr(method, "__name__", type(method).__name__), method
@@ -206,7 +206,7 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
     """Refuse options that a criterion does not name as a parameter and would therefore ignore."""
     for option, is_asked in {"num_segments": several, "objective": other_objective, "probes": probes}.items():
         if is_asked and not names(criterion, option):
-            raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
+            raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'fisher'")
 
 
 def priced(

@@ -8,7 +8,7 @@ A criterion says which layers to remove. It is a function, found by its name in 
         return scores                                  # [L], the lowest are removed
 
 What it picks is priced by the real cut afterwards, on all tokens (`layer_search.search`). Those that price their
-candidates themselves are in `clp.py` and `exhaustive.py`; those that measure again after each choice in `greedy.py`.
+candidates themselves are in `fisher.py` and `race.py`; those that measure again after each choice in `greedy.py`.
 
 L layers, of which n are removed; h_i enters layer i. Layers that are not neighbours come back as several segments.
 """
@@ -24,10 +24,8 @@ import torch
 from layercut.layer_search import greedy
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
-from layercut.layer_search.search_cost import all_segments_cost, costs, measured_once
 from layercut.layer_search.statistics import Similarity, similarity, taylor_scores
-from layercut.layer_search.sweep import Cuts, set_losses, set_work, sweep_cost
-from layercut.models.cost import PlannedRun, Spent, Work
+from layercut.layer_search.sweep import Cuts, set_losses, set_work
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -48,8 +46,7 @@ class Criterion(Protocol):
         restriction: Restriction        of the cuts that it may choose (`restriction.py`); a forbidden choice is refused
 
     It runs under `torch.no_grad()` or not as it likes, and leaves the model as it is. Of several processes each
-    calls it with the same tokens; the main process's choice counts. What it computes and holds it may say beforehand,
-    for `layercut plan`: `search_cost.costs`.
+    calls it with the same tokens; the main process's choice counts.
     """
 
     def __call__(
@@ -82,7 +79,6 @@ def accepted(criterion: Callable[..., Any], options: dict[str, Any]) -> dict[str
     return {name: value for name, value in options.items() if takes(criterion, name)}
 
 
-@costs(measured_once(0))
 def random_segment(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int, restriction: Restriction | None = None
 ) -> Cuts:
@@ -92,7 +88,6 @@ def random_segment(
     return (allowed[int(torch.randint(len(allowed), (), generator=generator))],)
 
 
-@costs(measured_once(0))
 def reverse_order(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, restriction: Restriction | None = None
 ) -> Cuts:
@@ -101,13 +96,11 @@ def reverse_order(
     return (next((one for one in reversed(allowed) if one.stop < len(runner)), allowed[-1]),)
 
 
-@costs(measured_once(1))
 def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> torch.Tensor:
     """BI_i = 1 - E[cos(h_i, h_{i+1})], over all tokens (ShortGPT, 2403.03853)."""
     return 1 - _measured("block-influence", runner, tokens, cost).cosine.diagonal(1)
 
 
-@costs(measured_once(1))
 def angular(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
@@ -116,7 +109,6 @@ def angular(
     return best_start(scores, length, allowed_segments(runner, length, restriction))
 
 
-@costs(measured_once(1))
 def cosine(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
@@ -130,12 +122,6 @@ def without_each(layers: int) -> list[Cuts]:
     return [(Segment(i, i + 1),) for i in range(layers)]
 
 
-def perplexity_cost(run: PlannedRun) -> Spent:
-    """The model without each layer in turn."""
-    return Spent(all_segments_cost(run).peak, sweep_cost(run, without_each(run.shape.layers)).work)
-
-
-@costs(perplexity_cost)
 def perplexity(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
@@ -146,7 +132,6 @@ def perplexity(
     return one_shot(torch.tensor([losses[cuts] for cuts in sets]), length, restriction)
 
 
-@costs(measured_once(2, 1))
 def taylor(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:
@@ -155,15 +140,6 @@ def taylor(
         return one_shot(taylor_scores(runner, tokens, cost, advance=advance), length, restriction)
 
 
-def sleb_cost(run: PlannedRun) -> Spent:
-    """`greedy.sleb_work`, and in each round logits of every layer that is left."""
-    shape, rows = run.shape, run.calibration
-    candidates = sum(shape.layers - removed for removed in range(run.length))
-    work = Work.of(shape, greedy.sleb_work(run.length, shape.layers, rows), heads=rows * candidates)
-    return Spent(all_segments_cost(run).peak, work)
-
-
-@costs(sleb_cost)
 def sleb(
     runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
 ) -> Cuts:

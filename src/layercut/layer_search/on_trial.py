@@ -18,10 +18,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from layercut.layer_search.gate_walls import neighbours
 from layercut.layer_search.prices import Prices, candidates
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import SearchResult, Tried
+from layercut.layer_search.segment_sets import neighbours
 from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
 from layercut.segments import layers_of

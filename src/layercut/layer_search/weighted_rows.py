@@ -4,7 +4,7 @@
 
 KL_text is the mean over all tokens of text, D_c the mean over the answers' tokens of capability c (`data/probes.py`),
 both of KL(dense || cut), in nats per token. Each row carries a weight for every position, so that J is the plain mean
-of the rows' prices, sum_t w_t KL_t: whatever prices rows (the gate, the race, the sweep) minimises J and need not know.
+of the rows' prices, sum_t w_t KL_t: whatever goes by rows (the estimate, the race) minimises J and need not know.
 Rows of text and of tests stand in turn until the fewer run out, and the mean of the first rows is taken of each kind by
 itself: a coarse pricing on few rows sees both, or it would propose what is cheap on text alone.
 """

@@ -12,9 +12,8 @@ import torch
 import tiny
 from layercut.errors import ConfigError
 from layercut.layer_search import Restriction, search
-from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.criteria import lowest
-from layercut.layer_search.gate_walls import all_sets
+from layercut.layer_search.segment_sets import all_sets, cheapest_sums
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.search import lengths_to_try
 from layercut.registries import criteria
@@ -94,7 +93,7 @@ def test_the_gate_finds_the_best_allowed(model, count):
     asked = {"n_layers": LENGTH, "num_segments": count, "restriction": period()}
     exact = search(model, tiny.some_tokens(), method="exhaustive", **asked)
     assert len(exact.candidates) == sum(period().allows(cuts) for cuts in all_sets(LENGTH, LAYERS, count))
-    assert search(model, tiny.some_tokens(), method="clp", **asked).kl == pytest.approx(exact.kl)
+    assert search(model, tiny.some_tokens(), method="fisher", **asked).kl == pytest.approx(exact.kl)
 
 
 def test_what_is_forbidden_is_refused(model):
@@ -106,7 +105,7 @@ def test_what_is_forbidden_is_refused(model):
         search(model, tokens, n_layers=2, method=lambda runner, tokens, length: [Segment(0, 2)], restriction=period(2))
     # the eighth layer may stay nowhere but behind whole periods
     none = Restriction(tuple((False,) * 8 for _ in range(9)), "nothing fits")
-    for method in ("clp", "gate", "race", "exhaustive", "block-influence", "sleb", "evolution", "random"):
+    for method in ("fisher", "race", "exhaustive", "block-influence", "sleb", "evolution", "random"):
         with pytest.raises(ConfigError, match="nothing fits"):
             search(model, tokens, n_layers=1, method=method, restriction=none)
     assert kept_layers([Segment(7, 9)], 9) == list(range(7))
@@ -120,4 +119,3 @@ def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(c
     work = SimpleNamespace(config=SimpleNamespace(search=SimpleNamespace(consumers=consumers)))
     this: Any = SimpleNamespace(work=work, stack=stack)
     assert lengths_to_try(this) == lengths
-

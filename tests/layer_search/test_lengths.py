@@ -225,7 +225,7 @@ def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
 
 
 @pytest.mark.parametrize("endpoint_bits", [8, 16])
-@pytest.mark.parametrize("method", ["block-influence", "angular", "clp"])
+@pytest.mark.parametrize("method", ["block-influence", "angular", "fisher"])
 def test_a_size_is_met_with_endpoints_of_their_own_bits_however_layers_are_scattered(method, endpoint_bits):
     layers, quantize = 12, QuantizeConfig(bits=4, endpoint_bits=endpoint_bits, quantizer="rtn")
     model = tiny.llama(layers)
@@ -237,7 +237,7 @@ def test_a_size_is_met_with_endpoints_of_their_own_bits_however_layers_are_scatt
 
     def saved(n):
         apart = [Segment(i, i + 1) for i in range(1, 2 * n, 2)] if method == "block-influence" else [Segment(1, n + 1)]
-        if method == "clp":
+        if method == "fisher":
             apart = [Segment(1, 1 + n // 2), Segment(2 + n // 2, n + 2)] if n > 1 else [Segment(1, 2)]
         student = cut(model, apart)
         ends = endpoints_of(student.config, layers - n)

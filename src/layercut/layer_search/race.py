@@ -1,0 +1,114 @@
+"""Searches by real cuts alone: `race`, successive halving, and `exhaustive`, every cut on every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layercut.data.probes import ProbeRows
+from layercut.errors import ConfigError
+from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, halving, is_kl
+from layercut.layer_search.restriction import Restriction
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
+from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
+from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_costs, set_work
+from layercut.models.objectives import Objective
+from layercut.models.runner import DecoderRunner
+from layercut.progress import bar
+
+COARSE_SETS = 4
+"""Race with several segments: so many sets a layer are raced."""
+MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
+"""Rounds of climbing at most, each of which takes one move; and how many moves are run on all rows, at least."""
+MOST_SETS = 20_000
+"""The exhaustive search refuses more sets than these."""
+
+
+def race(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """Successive halving by real cuts, without a gradient: what an estimate has to be compared with.
+
+    With one segment all race. With several, where not all sets can be run, each segment is run alone on a few
+    rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
+    """
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    prices = Prices(runner, tokens[order], cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    if num_segments == 1:
+        sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
+        found = halving(prices, sets)
+    else:
+        sets = least_sums(prices, limits, num_segments)
+        found = climb(prices, halving(prices, sets), limits, num_segments)
+    return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
+
+
+def least_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
+    """Sets of several segments by the sum of what each costs alone, by its real cut on a few rows."""
+    singles = all_lengths(limits.length, len(limits.may))
+    costs = prices.weighted.mean(prices.of_singles(singles)).tolist()
+    ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
+    if not ranked:
+        limits.needed_segments()  # raises: a single segment would have been among them
+    return ranked[: COARSE_SETS * len(limits.may)]
+
+
+def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
+    """Race the one-layer moves of the best candidate against it until none is better."""
+    best = found[0].segments
+    known = {candidate.segments: candidate for candidate in found}
+    for _ in range(MOST_CLIMBS):
+        moves = filter(limits.allows, neighbours(best, len(limits.may), count))
+        name = f"race beside {', '.join(map(str, best))}"
+        raced = halving(prices, {best, *moves}, name, finalists=CLIMB_FINALISTS)
+        known |= {candidate.segments: candidate for candidate in raced}
+        ordered = sorted(known.values(), key=merit)
+        if ordered[0].segments == best:
+            break
+        best = ordered[0].segments
+    return sorted(known.values(), key=merit)
+
+
+def exhaustive(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """Every set of at most `num_segments` segments with n layers in all, by its real cut; the best is the optimum."""
+    layers, objective = len(runner), as_objective(objective)
+    if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
+        raise ConfigError(
+            f"{number:,} sets of {num_segments} segments are too many to run them all; allowed are {MOST_SETS:,}",
+            f"search them by an estimate: --method fisher --num-segments {num_segments}",
+        )
+    limits = restriction or Restriction.none(layers, length)
+    sets = [cuts for cuts in all_sets(length, layers, num_segments) if limits.allows(cuts)]
+    if not sets:
+        raise ConfigError(
+            f"no cut of {length} layers into {num_segments} segments is allowed: {limits.why}",
+            "give another --ratio, or leave out --for",
+        )
+    if probes is not None or not is_kl(objective):
+        prices = Prices(runner, tokens, cost, objective, probes)
+        with bar(f"sweeping {len(sets)} sets", None):
+            found = candidates(prices, prices.ranked(sets, prices.rows))
+            return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
+    with bar(f"sweeping {len(sets)} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
+        return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, advance=advance), cost)
