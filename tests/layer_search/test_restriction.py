@@ -116,6 +116,6 @@ def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(c
     """Gemma 3 in MLX: one layer in six attends to everything, by its place, so that of five only the last ones go."""
     model = tiny.gemma3([5, 11], layers=14)
     stack = DecoderRunner(model)
-    work = SimpleNamespace(config=SimpleNamespace(search=SimpleNamespace(consumers=consumers)))
-    this: Any = SimpleNamespace(work=work, stack=stack)
-    assert lengths_to_try(this) == lengths
+    config = SimpleNamespace(search=SimpleNamespace(consumers=consumers))
+    work: Any = SimpleNamespace(config=config, stack=stack)
+    assert lengths_to_try(work) == lengths
