@@ -46,7 +46,7 @@ test-minimum:
 	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints/minimum.txt --editable '.[dev]' $(MINIMUM_PIP)
 	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/test_cli.py tests/test_artefacts.py \
-		tests/test_progress.py tests/test_journey.py tests/test_cut.py tests/test_cut_gguf.py tests/test_data.py tests/test_lora.py
+		tests/test_progress.py tests/test_journey.py tests/surgery/test_cut.py tests/surgery/test_cut_gguf.py tests/data/test_data.py tests/test_lora.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

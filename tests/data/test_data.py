@@ -299,8 +299,43 @@ def test_passages_tell_the_same_text_parted_otherwise():
     same = torch.zeros(4, 256, dtype=torch.long)
     assert text_overlap.shared([torch.cat([a, same])], [same]) < 0.01, "a formula counts once"
     assert text_overlap.shared([a[:1, :63]], [a]) == 0.0
+    head = torch.arange(9000, 9200)
+    files = [torch.cat([each for row in rows for each in (head, row)])[None] for rows in (a[:6], b[:6])]
+    assert text_overlap.shared(*([each] for each in files)) < 0.02, "a head that the files of both have"
     by_hand = {tuple(a.flatten()[i : i + text_overlap.PASSAGE].tolist()) for i in range(runs)}
-    assert len(text_overlap.passages(a)) == len(by_hand)
+    assert len({*text_overlap.runs(a.flatten().numpy(), text_overlap.PASSAGE)}) == len(by_hand)
+
+
+def test_words_tell_shuffled_records_and_let_ordinary_text_pass(tokenizer):
+    draw = random.Random(0)
+    lexicon = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(3000)]
+    licence = " ".join(draw.choices(lexicon, k=60))
+
+    def rows(documents):
+        return torch.tensor([i for each in documents for i in [0, *tokenizer.encode(each, add_special_tokens=False)]])[
+            None
+        ]
+
+    def prose(count):
+        return [" ".join(draw.choices(lexicon, k=80)) for _ in range(count)]
+
+    def share(judged, others):
+        return text_overlap.shared_words([rows(judged)], [rows(others)], tokenizer)
+
+    mine, others = prose(20), prose(20)
+    for length in (6, 10, 16):
+        records = [" ".join(each.split()[i : i + length]) for each in mine for i in range(0, 80, length)]
+        draw.shuffle(records)
+        assert share(records, others) == 0
+        assert share(records, [*others, *mine[:8]]) == pytest.approx(0.4, abs=0.02)
+        assert share([each.upper() for each in records], mine[:8]) == pytest.approx(0.4, abs=0.02)
+        if length > text_overlap.RUN:
+            assert share(mine, [*others, *records[: len(records) // 2]]) == pytest.approx(0.5, abs=0.02)
+    for count in (2, 20):
+        with_head = [[f"{licence} {each}" for each in texts[:count]] for texts in (mine, others)]
+        assert share(*with_head) < 0.01, "code files with the same licence"
+    assert share([*mine, "it is the same to us"], [*others, "to him it is the same to us all"]) < 0.01
+    assert share([], mine) == share(mine, []) == 0
 
 
 # --- records and files ---

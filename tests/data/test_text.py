@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -220,13 +221,29 @@ def test_tests_of_another_edition_are_drawn_anew_and_text_is_not(tiny_model, sev
     assert anew == {"calibration": False, "tuning": True}
 
 
+def test_text_that_is_split_into_shuffled_records_is_found(tiny_model, several, tmp_path):
+    """Records of some 40 tokens, 43 % of them tuned on as prose: no run of 64 tokens goes across two of them."""
+    pages = (several / "a.txt").read_text().split("\n\n\n")
+    words = [page.split() for page in pages]
+    for length in (8, 20):  # shorter than a run of 13 words, and longer
+        records = [" ".join(some[i : i + length]) for some in words for i in range(0, 120, length)]
+        random.Random(0).shuffle(records)
+        (tmp_path / f"{length}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in records))
+        (tmp_path / "tuned.txt").write_text("\n\n\n".join(pages[:17]))
+        config = asking(f"{several}/other.txt", f"{tmp_path}/tuned.txt", f"{tmp_path}/{length}.jsonl")
+        config = replace(config, heal=HealConfig(tune_data=f"{tmp_path}/tuned.txt", tune_tokens=3000, probe_share=0))
+        config = replace(config, evaluate=replace(config.evaluate, eval_tokens=9000))
+        with pytest.raises(DataError, match="of the words of the evaluation text"):
+            draw(tiny_model, tmp_path / f"run {length}", config)
+
+
 def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_path):
     draw(tiny_model, tmp_path, asking(f"{several}/other.txt", f"{several}/a.txt", "python-docs"))
     tokenizer = loading.load_tokenizer(checkpoints.resolve(str(tiny_model)))
 
     def judged_by(name: str, tokens: int) -> None:
         blocks = load_blocks(name, tokenizer, tokens=tokens, window=64, seed=0, order="as written")
-        check_unseen(tmp_path, blocks)
+        check_unseen(tmp_path, blocks, tokenizer)
 
     for name, words in {"copy.txt": "the same source", "lines.jsonl": "documents", "one.jsonl": "passages"}.items():
         with pytest.raises(DataError, match=words) as caught:
@@ -243,7 +260,7 @@ def test_generated_tests_judge_a_run_that_was_tuned_on_others(tiny_model, severa
     tokenizer = loading.load_tokenizer(checkpoints.resolve(str(tiny_model)))
     blocks = load_blocks("python-docs+probes:0.5", tokenizer, tokens=4096, window=128, seed=0, order="as written")
     assert "probes" in blocks.origins
-    check_unseen(tmp_path, blocks)
+    check_unseen(tmp_path, blocks, tokenizer)
 
 
 # --- windows ---
@@ -357,13 +374,13 @@ def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
     opening, draw = torch.arange(100), torch.Generator().manual_seed(0)
 
     def blocks(*origins: str) -> Blocks:
-        rows = [torch.cat([opening, torch.randint(100, 9999, (156,), generator=draw)]) for _ in range(2)]
-        return Blocks(torch.stack(rows), "+".join(origins), 2, "", origins=origins)
+        row = torch.cat([opening, torch.randint(100, 9999, (412,), generator=draw)])
+        return Blocks(row.view(2, 256), "+".join(origins), 2, "", origins=origins)
 
     for heldout, tuning in (("a.txt", "chats"), ("chats", "a.txt"), ("chats", "probes"), ("probes", "chats")):
-        check_held_out(blocks(heldout), [blocks(tuning)])
+        check_held_out(blocks(heldout), [blocks(tuning)], folders.tokenizer())
     with pytest.raises(DataError, match="of the passages of the held-out text"):
-        check_held_out(blocks("a.txt"), [blocks("b.txt")])
+        check_held_out(blocks("a.txt"), [blocks("b.txt")], folders.tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import tiny
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig
 from layercut.data import retrieval
-from layercut.evaluation import generation, likelihood
+from layercut.evaluation import generation, likelihood, probe_scores
 from layercut.evaluation.generation import distinct, first_divergence, replies
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
@@ -177,6 +177,20 @@ def test_the_grid_counts_what_is_found():
     assert places == [(n, d) for n in (256, 512, 1024) for d in retrieval.DEPTHS]
     assert all(cell["trials"] == retrieval.TRIALS for cell in grid)
     assert all(cell["found"] == (retrieval.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        (" 12345.", "12345"), ("12,345", "12345"), (" 12 345 and", "12345"), ("12'345", "12345"), ("1 2 3 4 5", "12345"),
+        ("**12345**", "12345"), ("the key, which is 12345, not 9", "12345"), ("\n\"12345\"", "12345"),
+        ("912345", "912345"), ("123456", "123456"), ("54321 12345", "54321"), ("not 12345, it is 99999", ""),
+        ("it isn't 12345", ""), ("1234.5", "1234.5"), ("A12345", "A12345"), ("12345b", "12345b"), ("1,12345", "1"),
+        ("12,3456", "12"), (" rose and 1", "1"), (" rose and", "rose"), ("", ""), ("...", ""),
+    ],
+)  # fmt: skip
+def test_a_reply_is_judged_by_its_first_whole_number(reply, answer):
+    assert probe_scores.first_answer(reply) == answer
 
 
 def test_the_chat_template_is_used_where_there_is_one():

@@ -257,6 +257,6 @@ class _Judged:
         )  # fmt: skip
         decoder_stack.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
         if self.run:
-            check_unseen(self.run, blocks)
+            check_unseen(self.run, blocks, loaded.tokenizer)
         say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.perplexity_protocol(self.window)}")
         return blocks

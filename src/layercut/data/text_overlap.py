@@ -1,14 +1,14 @@
-"""Whether two texts are the same in part, by their tokens: however they are called, stored and split into documents.
+"""Whether two texts are the same in part, however they are called, stored and split into documents.
 
-Beside `data/blocks.py`, which keeps whole documents apart. A passage is a run of PASSAGE tokens, known by a hash of 64
-bits; of two sets of rows, the share of the one's different passages that are in the other as well is what they have in
-common: Broder's containment (1997) of runs of tokens. In two texts that have nothing to do with each other it is near
-0: what is left are formulas that many texts repeat, each of which counts once.
+Beside `data/blocks.py`, which keeps whole documents apart. Two measures: runs of 64 tokens find copied passages, runs
+of 13 words and whole short records find text that was split into records and shuffled.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,29 +16,31 @@ import torch
 PASSAGE = 64
 """Tokens in a passage, some 45 words: no two people write these alike."""
 MOST = 0.05
-"""Share of the passages of a text on which is judged that other text may hold as well. A guess, not
+"""Share of the passages of a text that is judged on, which other text may hold as well. A guess, not
 measured: quotations and licences that a set of web pages repeats should come to less, copies come to all."""
+RUN, SHORTEST = 13, 5
+"""Words in a run (Brown et al. 2020, 2005.14165, Appendix C), and in the shortest record that is compared whole."""
+MOST_WORDS = 0.1
+"""Share of the words of a text that is judged on, which may stand in shared runs or short records. Measured on two
+halves of one data set: Alpaca 1.9 %, Wikipedia passages 0.6 %, GSM8K 0.1 %, C4 0.0 %; shuffled copies come to all."""
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
+"""A letter of scripts without blanks is a word of its own."""
 BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2^64: the golden ratio's fraction."""
 
 
-def passages(rows: torch.Tensor) -> np.ndarray:
-    """Hashes of the different runs of PASSAGE tokens in rows [N, T] that follow each other; uint64, sorted.
-
-    A polynomial of the mixed token ids modulo 2^64, by differences of its prefix sums.
-    """
-    ids = rows.flatten().numpy().astype(np.uint64)
-    count = len(ids) - PASSAGE + 1
+def runs(ids: np.ndarray, length: int) -> np.ndarray:
+    """Hashes of the runs of so many ids, uint64 [N - length + 1]: a polynomial modulo 2^64, by differences of sums."""
+    count = len(ids) - length + 1
     if count < 1:
         return np.empty(0, np.uint64)
     with np.errstate(over="ignore"):
-        mixed = (ids + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(31)
         mixed *= np.uint64(0x94D049BB133111EB)
         powers = _powers(BASE, len(ids))
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed * powers, dtype=np.uint64)])
-        found = (sums[PASSAGE:] - sums[:count]) * _powers(pow(BASE, -1, 2**64), count)
-    return np.unique(found)
+        return (sums[length:] - sums[:count]) * _powers(pow(BASE, -1, 2**64), count)
 
 
 def _powers(base: int, count: int) -> np.ndarray:
@@ -49,10 +51,59 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    """Share of the passages of some rows that are in other rows as well; 0 where either has none."""
-    a, b = (_union(rows) for rows in (judged, others))
-    return float(np.isin(a, b, assume_unique=True).mean()) if len(a) and len(b) else 0.0
+    """Share of the different passages of some rows that are in other rows as well (Broder's containment, 1997).
+
+    Rows [N, T] follow each other. A passage that both texts repeat, such as a licence at the head of files, counts as
+    in neither. 0 where either has none.
+    """
+    (own, _, times), (known, _, counts) = (
+        _different(np.concatenate([np.empty(0, np.uint64), *(runs(rows.flatten().numpy(), PASSAGE) for rows in each)]))
+        for each in (judged, others)
+    )
+    return len(_common(own, times, known, counts)) / len(own) if len(own) else 0.0
 
 
-def _union(rows: Sequence[torch.Tensor]) -> np.ndarray:
-    return np.unique(np.concatenate([passages(each) for each in rows])) if rows else np.empty(0, np.uint64)
+def _different(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each hash once, where it is first, and how often it is there."""
+    return np.unique(hashes, return_index=True, return_counts=True)
+
+
+def _common(own: np.ndarray, times: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which of a text's own hashes are known from another text, unless both repeat them."""
+    _, at, there = np.intersect1d(own, known, assume_unique=True, return_indices=True)
+    return at[(times[at] == 1) | (counts[there] == 1)]
+
+
+def shared_words(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor], tokenizer: Any) -> float:
+    """Share of the words of some rows that stand in runs of RUN words, or in whole shorter records, of other rows.
+
+    Each run and record counts once. A run that both texts repeat, such as a licence at the head of files, does not.
+    """
+    numbers: dict[str, int] = {}
+    records, elsewhere = ([each for some in rows for each in _records(some, tokenizer, numbers)]
+                          for rows in (judged, others))  # fmt: skip
+    mine, theirs = (np.concatenate([np.empty(0, np.int64), *each]) for each in (records, elsewhere))
+    found = np.zeros(len(mine), bool)
+    (own, first, times), (known, _, counts) = (_different(runs(words, RUN)) for words in (mine, theirs))
+    for start in first[_common(own, times, known, counts)]:
+        found[start : start + RUN] = True
+    starts = np.cumsum([0, *map(len, records)])
+    for length in range(SHORTEST, RUN):
+        places = np.array([start for start, record in zip(starts, records, strict=False) if len(record) == length], int)
+        own, first = np.unique(runs(mine, length)[places], return_index=True)
+        for start in places[first[np.isin(own, runs(theirs, length))]]:
+            found[start : start + length] = True
+    return float(found.mean()) if len(found) else 0.0
+
+
+def _records(rows: torch.Tensor, tokenizer: Any, numbers: dict[str, int]) -> list[np.ndarray]:
+    """The words of each document among rows [N, T] that follow each other, as numbers that equal words share."""
+    ids = rows.flatten()
+    marks = [mark for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id) if mark is not None]
+    borders = torch.isin(ids, torch.tensor(marks, dtype=ids.dtype)).nonzero()[:, 0].tolist()
+    found = []
+    for start, stop in zip([0, *(i + 1 for i in borders)], [*borders, len(ids)], strict=True):
+        text = tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=True) if start < stop else ""
+        words = WORD.findall(text.lower())
+        found.append(np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64))
+    return found

@@ -8,6 +8,7 @@ tuned.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,9 @@ LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256
 """Tokens of the longest prompts; rows of tests of all capabilities, and tokens in one."""
 Grid = list[dict[str, Any]]
 """[{"length", "depth", "found", "trials"}, …]."""
+NUMBER = re.compile(r"(?<!\w)(\d{1,3}(?:[,.'’ \u00a0\u202f]\d{3})+|\d(?: \d)+)(?!\w)|\w*\d\w*(?:\.\d+)?")
+"""12345 and 12,345, and the digits that some tokenizers part by blanks; A12345 and 12345.6 are words of their own."""
+DENIAL = re.compile(r"\b(?:not|never)\b|n't\b", re.IGNORECASE)
 Advance = Callable[[int], None]
 
 
@@ -106,12 +110,23 @@ def retrieval_grid(
     grid: dict[tuple[int, float], list[bool]] = {}
     for length, depth, ids, key in asked:
         reply = tokenizer.decode(greedy(model, torch.tensor([ids]), ANSWER, padding(tokenizer))[0])
-        grid.setdefault((length, depth), []).append(key in reply.replace(" ", ""))
+        grid.setdefault((length, depth), []).append(first_answer(reply) == key)
         advance(len(ids))
     return [
         {"length": length, "depth": depth, "found": sum(hits), "trials": len(hits)}
         for (length, depth), hits in grid.items()
     ]
+
+
+def first_answer(reply: str) -> str:
+    """The first whole number of a reply without its separators of thousands, or the first word where it has none.
+
+    Nothing where the reply denies it ("not 12345, it is 99999").
+    """
+    number = NUMBER.search(reply)
+    if number is None:
+        return next(iter(re.findall(r"\w+", reply)), "")
+    return "" if DENIAL.search(reply[: number.start()]) else re.sub(r"\W", "", number[1]) if number[1] else number[0]
 
 
 def found_of(grid: Grid) -> tuple[int, int]:

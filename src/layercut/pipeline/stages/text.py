@@ -22,7 +22,7 @@ from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
 from layercut.data.sources import CHATS, MADE_ANEW, TESTS, share_of, split_mix, what_is_read
-from layercut.data.text_overlap import MOST, shared
+from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.files.reading import read_json
@@ -265,8 +265,16 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
                     "would be searched or tuned on",
                     "give --eval-data another text than --data and --tune-data",
                 )
+            read = {name: rows for name, rows in evaluated.rows_by_origin().items() if name not in MADE_ANEW}
+            if (words := shared_words([*read.values()], streams, work.tokenizer)) > MOST_WORDS:
+                raise DataError(
+                    f"{words:.0%} of the words of the evaluation text {evaluated.source!r} are in records and runs of "
+                    "words that would be searched or tuned on as well",
+                    "give --eval-data another text than --data and --tune-data",
+                )
             if "heldout" in drawn:
-                check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
+                others = [blocks for blocks in used if blocks is not drawn["heldout"]]
+                check_held_out(drawn["heldout"], others, work.tokenizer)
             keys = frozenset().union(*(blocks.keys for blocks in used))
             stage.found = SharedTextArtefact(
                 documents=len(evaluated.keys & keys),
@@ -276,16 +284,18 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     return stage.artefact.facts
 
 
-def check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
+def check_held_out(heldout: Blocks, others: list[Blocks], tokenizer: Any) -> None:
     """Refuse held-out text that has too much in common with other text; the same stream gives no row twice."""
     for origin, rows in heldout.rows_by_origin().items():
         if origin in MADE_ANEW:  # of seeds of their own; what a template writes is in chats and in tests
             continue
         parts = [part for blocks in others for part in blocks.rows_by_origin().items()]
         elsewhere = [other for name, other in parts if name not in (origin, *MADE_ANEW)]
-        if (found := shared([rows], elsewhere)) > MOST:
+        found, words = shared([rows], elsewhere), shared_words([rows], elsewhere, tokenizer)
+        if found > MOST or words > MOST_WORDS:
+            of = f"{found:.0%} of the passages" if found > MOST else f"{words:.0%} of the words"
             raise DataError(
-                f"{found:.0%} of the passages of the held-out text, from {heldout.source!r}, are also in other text "
+                f"{of} of the held-out text, from {heldout.source!r}, are also in other text "
                 "that would be searched or tuned on",
                 "give --tune-data the same text as --data, or one that shares nothing with it",
             )
@@ -300,19 +310,23 @@ def _stored(work: RunContext, use: str) -> Blocks:
     )  # fmt: skip
 
 
-def check_unseen(folder: Path, blocks: Blocks) -> None:
+def check_unseen(folder: Path, blocks: Blocks, tokenizer: Any) -> None:
     """Refuse to evaluate a finished run on text that it was searched or tuned on.
 
     Judged by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
     """
     had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
     names = {read for use in had for read in read_json(folder / f"text-{use}.json").get("reads", ())}
-    passages = shared([blocks.tokens], [stored_blocks(folder, use) for use in had])
+    used = [stored_blocks(folder, use) for use in had]
+    passages = shared([blocks.tokens], used)
+    read = {name: rows for name, rows in blocks.rows_by_origin().items() if name not in MADE_ANEW}
+    words = shared_words([*read.values()], used, tokenizer)
     keys = blocks.keys & {key for use in had for key in _keys(folder, use)}
     found = {
         "the same source": names & {*blocks.reads} - MADE_ANEW,
         f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.documents),
         f"{passages:.0%} of its passages": passages > MOST,
+        f"{words:.0%} of its words": words > MOST_WORDS,
     }
     if both := [what for what, is_shared in found.items() if is_shared]:
         raise DataError(
