@@ -73,7 +73,7 @@ SETTINGS = [
     "bits=6 embeddings=8 rounding_tests=0.25 train=scales",
     "bits=4 embeddings=8 rounding_tests=0.25 train=scales",
     "bits=4 embeddings=4 rounding_tests=0.25 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 rounding_tests=0.25 train=rounding tests=0.1 tokens=32768",
+    "bits=3 embeddings=3 rounding_tests=0.25 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 

@@ -56,9 +56,7 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.texts)
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    longer = probes_for(
-        model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials
-    )
+    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
     probes = replace(longer, tests=tests)
     named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
     facts = {key: getattr(args, key) for key in named}

@@ -1,6 +1,6 @@
 """Writes the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md and docs/engines.md.
 
-    python research/tables.py      # each from the file of research/results that its function names
+python research/tables.py      # each from the file of research/results that its function names
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         --settings "bits=4" "bits=4 train=scales" "bits=3 embeddings=3 group=96 train=rounding"
     python research/tune_quantized.py …      # goes on; rows that are done are kept
 
-A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and a zero point), `quantizer`,
+A setting is `bits`, `group` (columns that share a scale), `quantizer`,
 `embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
@@ -63,7 +63,7 @@ from layercut.surgery import cut
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
 LATER = {
-    "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
+    "removed": str, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
     "beside": str, "calibration": int, "tests": float, "rounding_tests": float,
 }  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
@@ -122,17 +122,13 @@ def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Q
     config = QuantizeConfig(
         bits=asked["bits"], quantizer="rtn" if asked["quantizer"] == PEER else asked["quantizer"],
         group_size=asked["group"] or None,
-        asymmetric=None if asked["bits"] == "auto" else bool(asked.get("asymmetric")),
-        quantize_embeddings=asked["bits"] != "auto" and asked["embeddings"] < 16,
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
     return quantize_(model_weights.share(student), calibration, config, target=target)
 
 
-def trained_(
-    found: Quantized, student: Any, asked: dict[str, Any], text: Text
-) -> tuple[Quantized, dict[str, Any]]:
+def trained_(found: Quantized, student: Any, asked: dict[str, Any], text: Text) -> tuple[Quantized, dict[str, Any]]:
     """What `rounded` made of the student, trained towards it; and how that went."""
     parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
     rows = slice(max(1, asked["tokens"] // text.tuning.shape[1]))

@@ -119,10 +119,10 @@ def test_segments_as_a_person_writes_them():
 @pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
 def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     given = Unchanged(attention_dropout=0.5)
-    found = lc.quantize(given.model, TOKENS, bits=4, quantizer=quantizer, quantize_embeddings=True)
+    found = lc.quantize(given.model, TOKENS, bits=4, quantizer=quantizer, embedding_bits=8)
     given.check()
     in_place = model_weights.share(given.model).eval()
-    command = quantize_(in_place, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer, quantize_embeddings=True))
+    command = quantize_(in_place, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer, embedding_bits=8))
     assert torch.equal(logits(found.model), logits(in_place))
     assert found.packed.keys() == command.packed.keys()
     assert all(torch.equal(tensor, command.packed[name]) for name, tensor in found.packed.items())
@@ -138,13 +138,6 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     ))  # fmt: skip
     with pytest.raises(AttributeError):
         found.bytes_after = 0
-
-
-def test_layers_beside_a_cut_are_found_in_the_clone():
-    small = lc.cut(tiny.llama(6), "2:4")
-    found = lc.quantize(small, bits=4, quantizer="rtn", endpoint_bits=8)
-    eight = {row.name.split(".")[2] for row in found.weights if row.bits == 8}
-    assert eight == {"1", "2"}
 
 
 def floor(weight, hessian, grid):
@@ -174,7 +167,7 @@ def test_a_quantizer_of_the_callers_own():
     weight, rounded = (dict(m.named_parameters())[name] for m in (model, found.model))
     assert (rounded <= weight + 1e-6).all()
     assert torch.equal(rounded, quantized_weights(found.packed, found.config)[name])
-    lc.quantize(model, TOKENS, bits=4, quantizer=Recording, quantize_embeddings=True)
+    lc.quantize(model, TOKENS, bits=4, quantizer=Recording, embedding_bits=8)
     assert len(Recording.seen) == 2 * 7, "embeddings and head have no Hessian and are rounded to nearest"
     assert all(h.shape[0] == h.shape[1] and h.dtype == torch.float64 for h in Recording.seen)
 

@@ -222,7 +222,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--score folded", "--search-objective hidden", "priced by KL"],
     ),
     "groups of nothing": (["--ratio=0.3", "--group-size=32"], ["--group-size is given, but nothing is quantized"]),
-    "rounding of nothing": (["--ratio=0.3", "--symmetric"], ["--symmetric is given, but nothing is quantized"]),
+    "rounding of nothing": (["--ratio=0.3", "--group-size=64"], ["--group-size is given, but nothing is quantized"]),
     "bits to choose among": (["--ratio=0.3", "--bits=4", "--bits-allowed=8"], ["--bits-allowed", "--bits auto"]),
     "a trace of tests": (["--ratio=0.3", "--probe-share=0.0004"], ["--probe-share 0.0004", "0.001 to 0.999"]),
     "ratio 0": (["--ratio=0"], ["--ratio 0 is outside 0 to 1", "--ratio 0.2"]),

@@ -120,7 +120,7 @@ def test_costs_are_the_kl_of_rounding_one_weight():
 
 def test_a_mixture_costs_less_than_one_width_of_its_size(monkeypatch):
     model = uneven()
-    uniform = quantize(model, bits=4, quantizer="rtn", quantize_embeddings=True)
+    uniform = quantize(model, bits=4, quantizer="rtn", embedding_bits=8)
     budget = uniform.bytes_after + 8192  # both take about as much for the file's header
     mixed = quantize(model, TOKENS, bits="auto", quantizer="rtn", target_size=str(budget))
     assert mixed.bytes_after <= uniform.bytes_after + 200 * len(uniform.packed)
@@ -167,8 +167,11 @@ def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monk
 def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     model = half(tiny.llama(3, tie_word_embeddings=True, vocab_size=folders.VOCABULARY, **SIZES))
-    fixed = {"bits": 3, "group_size": 64, "quantizer": "rtn", "quantize_embeddings": True, "embedding_bits": 3}
-    plain, zeros = (quantize(model, asymmetric=each, **fixed) for each in (False, True))
+    zeros = quantize(model, bits=3, group_size=64, quantizer="rtn", embedding_bits=3)
+    monkeypatch.setattr(QuantizeConfig, "zero_points", False)
+    plain = quantize(model, bits=3, group_size=64, quantizer="rtn", embedding_bits=3)
+    monkeypatch.undo()
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
 
     def chosen(like):
         budget = like.bytes_after + bit_choice.TENSOR_HEADER * 2 * len(like.packed)
@@ -182,9 +185,9 @@ def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkey
         return found
 
     without, found = chosen(plain), chosen(zeros)
-    assert not without.settings["asymmetric"]
+    assert not without.settings["zero_points"]
     assert not any("zero_point" in name for name in without.packed)
-    assert found.settings["asymmetric"]
+    assert found.settings["zero_points"]
     assert kl(model, found.model) < 0.8 * kl(model, without.model)
     told = [describe_quantization(each.to_dict()) for each in (without, found)]
     assert ["with zero points" in line for line in told] == [False, True]
@@ -212,7 +215,6 @@ def test_only_what_is_allowed_is_chosen():
     [
         ({"ratio": 0.2}, "without --target-size"),
         ({"target_size": "1MB", "max_loss": 0.1}, "with --max-loss"),
-        ({"target_size": "1MB", "ratio": 0.2, "asymmetric": True}, "--asymmetric is given"),
         ({"target_size": "1MB", "ratio": 0.2, "embedding_bits": 4}, "--embedding-bits 4 is given"),
         ({"target_size": "1MB", "ratio": 0.2, "bits_allowed": "5"}, "--bits-allowed is '5'"),
         ({"target_size": "1MB", "ratio": 0.2, "bits": 4}, "both --ratio and --target-size"),

@@ -111,9 +111,6 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     assert apart, "no method chose layers apart from each other"
 
 
-
-
-
 def test_the_table_and_the_plot_name_every_method(arguments, finished, capsys):
     assert main([*arguments, *FAIR, f"--out={finished}"]) == 0
     shown, plot = capsys.readouterr().out, (finished / "compare.svg").read_text()

@@ -28,7 +28,6 @@ from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_store import Run
-from layercut.quantization import endpoints_of
 
 
 @pytest.fixture
@@ -381,15 +380,3 @@ def test_the_held_out_loss_is_taken_eight_times():
         scored = [step for step in range(1, steps + 1) if is_scored(step, steps)]
         assert len(scored) == min(SCORES, steps)
         assert scored[-1] == steps
-
-
-@pytest.mark.parametrize(
-    ("index", "beside"), [(None, []), ([0, 1, 2, 3], [3]), ([2, 3, 4, 5], [0]), ([0, 1, 4, 5], [1, 2]), ([0, 1], [])]
-)
-def test_a_cut_at_an_end_of_the_stack_has_an_endpoint(index, beside):
-    import tiny
-
-    config = tiny.llama(4).config
-    if index is not None:
-        config.original_layer_index = index
-    assert endpoints_of(config, 4) == beside

@@ -57,8 +57,8 @@ from layercut.models.placement import spread_peak
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.search import planned_search_tests, rows_of_tests
 from layercut.quantization import quantize
+from layercut.quantization.packing import saved_bytes
 from layercut.quantization.quantization_cost import quantize_cost
-from layercut.quantization.saved_size import saved_bytes
 from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -546,11 +546,11 @@ def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
 
 def test_a_plan_tells_the_size_in_the_bits_that_are_asked_for(bare, capsys):
     common = ["plan", str(bare), "--no-calibrate", "--tokens=128", "--window=16", "--tune-tokens=64", "--ratio=0.25"]
-    asked = ["--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--group-size=16"]
+    asked = ["--bits=3", "--embedding-bits=3", "--group-size=16"]
     assert main([*common, *asked, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     dtype = getattr(torch, told["dtype"])
-    config = QuantizeConfig(bits=3, quantize_embeddings=True, embedding_bits=3, group_size=16)
+    config = QuantizeConfig(bits=3, embedding_bits=3, group_size=16)
     whole = saved_bytes(skeleton(stock("qwen2"), dtype), config, dtype)
     ((start, stop),) = told["segments"]
     gone = sum(whole.layers[start:stop])

@@ -32,7 +32,6 @@ from layercut.pipeline.stages.quantize import how_rounded
 from layercut.quantization import (
     bit_choice,
     coordinate_descent,
-    endpoints_of,
     quantize_,
     quantized_weights,
     recipe,
@@ -44,7 +43,7 @@ from layercut.quantization.coordinate_descent import descended
 from layercut.quantization.gptq import DAMPING, damped, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
-from layercut.quantization.saved_size import saved_bytes, saved_bytes_of_any_cut
+from layercut.quantization.packing import saved_bytes
 from layercut.quantization.scales import better_start, by_turns, fitted_scales
 from layercut.quantization.sensitivity import token_weights
 
@@ -487,9 +486,9 @@ def test_a_quantizer_says_whether_scales_are_fitted_to_its_codes(fits):
 
 def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
     assert recipe(QuantizeConfig(bits=8)) == []
-    assert recipe(QuantizeConfig(bits=8, quantize_embeddings=True)) == []
+    assert recipe(QuantizeConfig(bits=8, embedding_bits=8)) == []
     assert recipe(QuantizeConfig(bits=4)) == scales.RECIPE
-    with_head = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
+    with_head = QuantizeConfig(bits=4, embedding_bits=4)
     assert recipe(with_head) == scales.RECIPE
     assert recipe(QuantizeConfig(bits="auto")) == scales.RECIPE + bit_choice.CHOSEN_AMONG
     config = CompressConfig(quantize=QuantizeConfig(bits=4))
@@ -624,7 +623,7 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     hook.remove()
     counts = token_weights(dense, TOKENS, ["lm_head"])["lm_head"]
     hessian = gram(caught[0] * counts.sqrt().unsqueeze(-1)).double()
-    options = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
+    options = QuantizeConfig(bits=4, embedding_bits=4)
     student = model_weights.share(dense)
     rows = {row.name: row for row in quantize_(student, TOKENS, options).weights}
     row = rows["model.embed_tokens" if tied else "lm_head"]
@@ -643,21 +642,17 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     several = rows_of_head(dense, monkeypatch)
     by_row = caught[0] * row_weights().sqrt().unsqueeze(-1)
     assert torch.allclose(several, gram(by_row).double(), rtol=1e-5, atol=1e-2)
-    whole_bytes = quantize_(
-        model_weights.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)
-    ).weights
+    whole_bytes = quantize_(model_weights.share(dense), TOKENS, QuantizeConfig(bits=4, embedding_bits=8)).weights
     assert {row.method for row in whole_bytes if row.bits == 8} == {"rtn"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("asymmetric", [False, True])
-def test_the_packed_tensors_are_the_model(tied, asymmetric):
+@pytest.mark.parametrize("width", [{"bits": 8}, {"bits": 4}])
+def test_the_packed_tensors_are_the_model(tied, width):
     dense = half(tiny.llama(4, tie_word_embeddings=tied))
     before = {name: weight.clone() for name, weight in dense.named_parameters()}
     student = model_weights.share(dense)
-    width = {"bits": 8} if asymmetric else {"bits": 4, "endpoint_bits": 8}
-    config = QuantizeConfig(quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, **width)
-    found = quantize_(student, TOKENS, config, endpoints=[1, 2])
+    found = quantize_(student, TOKENS, QuantizeConfig(quantizer="rtn", embedding_bits=8, **width))
     assert all(torch.equal(weight, before[name]) for name, weight in dense.named_parameters()), "the dense model"
     weights = quantized_weights(found.packed, found.config)
     for name, weight in student.named_parameters(remove_duplicate=False):
@@ -669,22 +664,17 @@ def test_the_packed_tensors_are_the_model(tied, asymmetric):
             assert (name, tied) == ("lm_head.weight", True)
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
     bits = {row.name: row.bits for row in found.weights}
-    assert {bits[name] for name in bits if ".layers.1." in name or ".layers.2." in name} == {8}
-    assert {bits[name] for name in bits if ".layers.0." in name or ".layers.3." in name} == {8 if asymmetric else 4}
+    assert {bits[name] for name in bits if ".layers." in name} == {width["bits"]}
     assert bits["model.embed_tokens"] == 8
-    sizes = {row.group_size for row in found.weights}
-    if asymmetric:
-        assert sizes == {32}, "one for all"
-    else:
-        assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
+    assert {row.group_size for row in found.weights} == {32, 64}, "the largest that divides each weight's columns"
 
 
-@pytest.mark.parametrize("options", [{}, {"endpoint_bits": 8}, {"endpoint_bits": 16}, {"asymmetric": True}], ids=str)
-def test_the_config_says_what_vllm_asks(options):
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_config_says_what_vllm_asks(bits):
     """Its rules, as read in its source: every linear module in a group or ignored, by full name; modules that it fuses
     in one group; weights of four or eight bits alone, packed, in groups it has kernels for."""
     model = half(tiny.llama(4))
-    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn", **options), endpoints=[1, 2])
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=bits, quantizer="rtn"))
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     named = [name for group in found.config["config_groups"].values() for name in group["targets"]]
     assert sorted(named + found.config["ignore"]) == sorted(linear)
@@ -700,17 +690,16 @@ def test_the_config_says_what_vllm_asks(options):
         assert group["input_activations"] is None
         weights = group["weights"]
         assert (weights["type"], weights["strategy"], weights.get("actorder")) == ("int", "group", None)
-        assert (weights["dynamic"], weights["symmetric"]) == (False, "asymmetric" not in options)
-        assert weights["num_bits"] in (4, 8)
+        assert (weights["dynamic"], weights["symmetric"], weights["num_bits"]) == (False, bits > 3, bits)
         assert weights["group_size"] in (32, 64, 128)
         for name in group["targets"]:
-            per_word, (rows, columns) = 32 // weights["num_bits"], model.get_submodule(name).weight.shape
+            rows, columns = model.get_submodule(name).weight.shape
             packed = {key: tuple(found.packed[f"{name}.{key}"].shape) for key in ("weight_packed", "weight_scale")}
             groups = columns // weights["group_size"]
-            assert packed == {"weight_packed": (rows, columns // per_word), "weight_scale": (rows, groups)}
+            assert packed == {"weight_packed": (rows, -(-columns * bits // 32)), "weight_scale": (rows, groups)}
             assert found.packed[f"{name}.weight_shape"].tolist() == [rows, columns]
-            if "asymmetric" in options:  # packed along the outputs
-                assert found.packed[f"{name}.weight_zero_point"].shape == (rows // per_word, groups)
+            if bits == 3:  # packed along the outputs
+                assert found.packed[f"{name}.weight_zero_point"].shape == (-(-rows * bits // 32), groups)
 
 
 def test_bits_and_bytes_of_the_packed_weights():
@@ -720,13 +709,6 @@ def test_bits_and_bytes_of_the_packed_weights():
         weight = model.get_submodule(row.name).weight
         groups = weight.numel() // row.group_size
         assert row.bytes == weight.numel() // 2 + 2 * groups + 2 * 8  # codes, scales, the shape
-
-
-def test_endpoints_are_read_off_the_config():
-    config = tiny.llama(4).config
-    assert endpoints_of(config, 4) == []
-    config.original_layer_index = [0, 1, 5, 6]
-    assert endpoints_of(config, 4) == [1, 2]
 
 
 SIZES = {
@@ -743,7 +725,7 @@ SIZES = {
 def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
     quick.leave_out(monkeypatch)
     model = half(tiny.tiny(config))
-    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, embedding_bits=8))
     packing = {"packed": found.packed, "quantization_config": found.config}
     checkpoint.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
     loaded = loading.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
@@ -751,16 +733,13 @@ def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
     assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 6])
-def test_one_width_throughout_reloads_to_the_bit(bits, tied, asymmetric, tmp_path, monkeypatch):
+def test_one_width_throughout_reloads_to_the_bit(bits, tied, tmp_path, monkeypatch):
     """Embeddings packed as all other weights, which stock transformers unpacks while loading; tied ones stored once."""
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     model = half(tiny.llama(2, tie_word_embeddings=tied))
-    config = QuantizeConfig(
-        bits=bits, quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, embedding_bits=bits
-    )
+    config = QuantizeConfig(bits=bits, quantizer="rtn", embedding_bits=bits)
     found = quantize_(model, TOKENS, config)
     assert {row.group_size for row in found.weights} == {32}, "one for all: a loader takes the first group's"
     packing = {"packed": found.packed, "quantization_config": found.config}
@@ -773,46 +752,9 @@ def test_one_width_throughout_reloads_to_the_bit(bits, tied, asymmetric, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "has"),
-    [
-        ({"bits": 3}, True), ({"bits": 2, "endpoint_bits": 16}, True), ({"bits": 4, "asymmetric": True}, True),
-        ({"bits": 3, "quantize_embeddings": True, "embedding_bits": 3}, True),
-        ({"bits": 4}, False), ({"bits": "auto"}, False), ({"bits": 3, "asymmetric": False}, False),
-        ({"bits": 3, "quantize_embeddings": True}, False), ({"bits": 3, "endpoint_bits": 8}, False),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_few_bits_have_zero_points_where_they_can_be_loaded(options, has):
-    assert QuantizeConfig(**options).zero_points == has
-    if options["bits"] == 3 and has:
-        found, plain = (quantize_(half(tiny.llama(2)), TOKENS, QuantizeConfig(quantizer="rtn", **options | more))
-                        for more in ({}, {"asymmetric": False}))  # fmt: skip
-        assert found.settings["asymmetric"]
-        assert not plain.settings["asymmetric"]
-        assert sum(row.weight_error for row in found.weights) < 0.9 * sum(row.weight_error for row in plain.weights)
-        assert any(name.endswith("weight_zero_point") for name in found.packed)
-
-
-@pytest.mark.parametrize("options", [{}, {"asymmetric": True}], ids=str)
-def test_layers_alone_reload_with_zero_points_and_in_three_bits(options, tmp_path, monkeypatch):
-    """transformers loads zero points of packed weights only where it unpacks while loading."""
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    model = half(tiny.llama(2))
-    found = quantize_(model, TOKENS, QuantizeConfig(bits=3, quantizer="rtn", **options))
-    packing = {"packed": found.packed, "quantization_config": found.config}
-    checkpoint.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
-
-
-@pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bits": 3, "embedding_bits": 3}, "without --quantize-embeddings"),
-        ({"bits": 4, "quantize_embeddings": True, "embedding_bits": 3}, "beside --bits 4 cannot be loaded"),
-        ({"bits": 4, "asymmetric": True, "quantize_embeddings": True}, "weights of different bits"),
-        ({"bits": 4, "asymmetric": True, "endpoint_bits": 8}, "weights of different bits"),
-        ({"bits": 3, "quantize_embeddings": True, "embedding_bits": 3, "endpoint_bits": 8}, "of different bits"),
+        ({"bits": 4, "embedding_bits": 3}, "beside --bits 4 cannot be loaded"),
     ],
     ids=str,
 )
@@ -829,8 +771,6 @@ def test_refusals(monkeypatch):
     with pytest.raises(ConfigError, match="groups of 48 do not divide the columns of all weights, 32, 64") as refusal:
         quantize_(model, TOKENS, QuantizeConfig(bits=4, group_size=48))
     assert refusal.value.hint == "give --group-size 32"
-    with pytest.raises(ConfigError, match="has no cut"):
-        quantize_(model, TOKENS, QuantizeConfig(bits=4, endpoint_bits=8))
     with pytest.raises(ModelError, match="no linear modules"):
         quantize_(tiny.gpt2(2), TOKENS, QuantizeConfig(bits=4))
     with pytest.raises(ModelError, match="experts of MixtralForCausalLM are merged"):
@@ -841,7 +781,7 @@ def test_refusals(monkeypatch):
     with monkeypatch.context() as older:
         older.delattr("transformers.integrations.compressed_tensors.CompressedTensorsDequantize")
         with pytest.raises(ConfigError, match="cannot load zero points or packed embeddings"):
-            quantize_(tiny.llama(2), TOKENS, QuantizeConfig(bits=4, asymmetric=True))
+            quantize_(tiny.llama(2), TOKENS, QuantizeConfig(bits=3))
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(ConfigError, match="compressed-tensors") as refusal:
         quantize_(model, TOKENS, QuantizeConfig(bits=4))
@@ -872,7 +812,7 @@ def quantized_run(texts, tmp_path_factory) -> Path:
     model = half(tiny.llama(6, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
     model.save_pretrained(folder / "model")
     folders.tokenizer().save_pretrained(folder / "model")
-    flags = [*SHORT, "--segment=2:4", "--bits=4", "--endpoint-bits=8", "--quantize-embeddings"]
+    flags = [*SHORT, "--segment=2:4", "--bits=4", "--embedding-bits=8"]
     argv = ["compress", str(folder / "model"), *flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     with pytest.MonkeyPatch.context() as patch:
         quick.leave_out_samples(patch)
@@ -960,32 +900,25 @@ def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, 
     [
         {"bits": 16},
         {"bits": 4},
-        {"bits": 6, "group_size": 32, "endpoint_bits": 16},
-        {"bits": 4, "endpoint_bits": 8, "quantize_embeddings": True},
-        {"bits": 4, "asymmetric": True},
-        {"bits": 3, "quantize_embeddings": True, "embedding_bits": 3},
-        {"bits": 3, "endpoint_bits": 8},
-        {"bits": 4, "endpoint_bits": 16, "quantize_embeddings": True, "embedding_bits": 4},
+        {"bits": 6, "group_size": 32},
+        {"bits": 4, "embedding_bits": 8},
+        {"bits": 3},
+        {"bits": 3, "embedding_bits": 3},
+        {"bits": 4, "embedding_bits": 4},
     ],
 )
 def test_bytes_are_known_before_anything_is_rounded(asked, tied):
     """To the byte those of the tensors, of each layer too: without it there are as many fewer."""
-    config, ends = QuantizeConfig(quantizer="rtn", **asked), [1, 2]
+    config = QuantizeConfig(quantizer="rtn", **asked)
     model = half(tiny.llama(3, tie_word_embeddings=tied))
     model.stored_dtype = torch.bfloat16
-    found = saved_bytes(model, config, torch.bfloat16, endpoints=ends)
+    found = saved_bytes(model, config, torch.bfloat16)
     whole = model_weights.parameter_bytes(model)
     if config.rounds:
-        whole = quantize_(model_weights.share(model), None, config, endpoints=ends).bytes_after
+        whole = quantize_(model_weights.share(model), None, config).bytes_after
     assert found.total == whole
-    if not config.endpoint_bits:
-        fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
-        assert found.layers == (found.total - fewer.total,) * 3
-    else:
-        outside = saved_bytes_of_any_cut(model, config, torch.bfloat16)
-        assert outside.beside(2) == found.total
-        assert outside.layers[1] < found.layers[1]
-        assert outside.layers[0] == found.layers[0]
+    fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
+    assert found.layers == (found.total - fewer.total,) * 3
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "q8_0"), (6, "q6_k"), (4, "q4_k_m"), (3, "q3_k_m"), (2, "q2_k")])

@@ -42,8 +42,8 @@ STOPPED = 130
 """Exit status of a command that Ctrl-C ended."""
 WAYS: list[dict[str, Any]] = [
     {"bits": 4},
-    {"bits": 3, "asymmetric": True, "quantize_embeddings": True, "embedding_bits": 3},
-    {"bits": 2, "quantize_embeddings": True},
+    {"bits": 3, "embedding_bits": 3},
+    {"bits": 2, "embedding_bits": 8},
 ]
 
 
@@ -117,7 +117,7 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     dense = half(tiny.llama(2, tie_word_embeddings=True))
     kept = {name: weight.clone() for name, weight in dense.named_parameters()}
-    found = rounded(dense, bits=3, asymmetric=False, quantize_embeddings=True, embedding_bits=3)
+    found = rounded(dense, bits=3, embedding_bits=3)
     size = sum(tensor.nbytes for tensor in found.packed.values())
     codes = found.packed["model.layers.0.mlp.up_proj.weight_packed"].clone()
     parts = Trainable.of_(found, dense if learned else None)
@@ -150,7 +150,7 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
     rounds = Rounded.forward
     monkeypatch.setattr(Rounded, "forward", lambda self: calls.append(len(self.latent)) or rounds(self))
     for piece in (2**30, 4 * dense.config.vocab_size * 5):  # five tokens
-        parts = Trainable.of_(rounded(dense, bits=3, quantize_embeddings=True, embedding_bits=3), dense)
+        parts = Trainable.of_(rounded(dense, bits=3, embedding_bits=3), dense)
         monkeypatch.setattr(DecoderRunner, "budget", replace(Budget.of_cpu(), piece=piece))
         with prepared(parts.model, dense) as (cut, whole), torch.enable_grad():
             own = [parameter.requires_grad_() for parameter, _ in parts.parameters]
@@ -244,7 +244,7 @@ def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_p
     quick.leave_out(monkeypatch)
     half(tiny.llama(3, vocab_size=folders.VOCABULARY, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--segment=1:2", "--bits=4", "--quantize-embeddings", "--embedding-bits=4", "--no-speed", "--no-fold"]
+    flags = ["--segment=1:2", "--bits=4", "--embedding-bits=4", "--no-speed", "--no-fold"]
     flags += ["--tokens=256", "--window=32", "--tune-tokens=256", "--batch-tokens=64", "--eval-tokens=256"]
     argv = ["compress", str(tmp_path / "model"), *flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, f"--out={tmp_path / 'whole'}"]) == 0
@@ -298,7 +298,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     model = half(tiny.llama(5, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--segment=2:3", "--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--quantizer=rtn"]
+    flags = ["--segment=2:3", "--bits=3", "--embedding-bits=3", "--quantizer=rtn"]
     flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=2048", "--batch-tokens=32", "--no-fold"]
     flags += ["--tune-window=64"]
     flags += ["--eval-tokens=256", "--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
@@ -361,16 +361,15 @@ BIASED: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (Qwen2Config(**BIASED, num_key_value_heads=2), {"bits": 4, "endpoint_bits": 16}),
+        (Qwen2Config(**BIASED, num_key_value_heads=2), {"bits": 4}),
         (PhiConfig(**BIASED), {"bits": 4}),
     ],
-    ids=["layers beside a cut in 16 bits", "a head with a bias"],
+    ids=["biases beside projections", "a head with a bias"],
 )  # fmt: skip
 def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     dense = half(tiny.tiny(config))
-    endpoints = [0] if "endpoint_bits" in options else []
-    found = quantize_(model_weights.share(dense), None, QuantizeConfig(quantizer="rtn", **options), endpoints=endpoints)
+    found = quantize_(model_weights.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
     parts = Trainable.of_(found)
     assert parts.norms
     assert all("norm" in name for name in parts.norms), "no bias of a linear module is trained"

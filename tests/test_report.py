@@ -866,7 +866,6 @@ def test_replies_that_have_become_short_are_no_tick(tmp_path: Path) -> None:
     assert "0.457" in html
 
 
-
 # ---- nothing that reassures or misleads ----------------------------------------------------------------------
 
 

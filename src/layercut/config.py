@@ -417,24 +417,23 @@ class QuantizeConfig:
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns,
     where all weights have the same the largest that divides all."""
-    asymmetric: Annotated[bool | None, Parameter(group=RARE, negative="--symmetric")] = None
-    """Store a zero point for every group as well; all weights then have the same bits and groups. Not given: with 3
-    bits and fewer, where all weights have the same."""
-    endpoint_bits: Annotated[Literal[16, 8] | None, rare] = None
-    """More bits for the layers beside the cut. Not given: as --bits."""
-    quantize_embeddings: Annotated[bool, rare_switch] = False
-    """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
     embedding_bits: Annotated[EmbeddingBits | None, rare] = None
-    """Bits of these instead: 8, or the same as --bits, and then in the same groups as all other weights. 16: with
-    --bits auto they stay as they are."""
+    """Bits of embeddings and head: 8, or the same as --bits, and then in the same groups as all other weights; only
+    transformers reads those. Not given, or 16: they stay as they are; with --bits auto not given means chosen too."""
 
     def __post_init__(self) -> None:
         quantizers.check(self.quantizer, "--quantizer")
         _ = self.allowed
-        if self.bits == "auto":
-            self._check_auto()
-        else:
-            self._check_one_width()
+        if self.bits == "auto" and self.embedding_bits not in (None, 16):
+            flag = f"--embedding-bits {self.embedding_bits}"
+            raise ConfigError(f"--bits auto chooses bits, and {flag} is given", f"leave out {flag}")
+        if self.bits == "auto" and self.allowed == (16,):
+            raise ConfigError("--bits auto has nothing to choose: --bits-allowed is 16", "--bits-allowed 16,8,4")
+        if self.embedding_bits not in (None, 16, 8, self.bits):  # stock transformers cannot load others
+            raise ConfigError(
+                f"--embedding-bits {self.embedding_bits} beside --bits {self.bits} cannot be loaded by transformers",
+                f"give --embedding-bits 8 or {self.bits}",
+            )
         if self.group_size is not None:
             at_least("group_size", self.group_size, 8)
 
@@ -449,8 +448,6 @@ class QuantizeConfig:
         plain = QuantizeConfig()
         values = {
             "--quantizer": self.quantizer != plain.quantizer, "--group-size": self.group_size is not None,
-            "--asymmetric" if self.asymmetric else "--symmetric": self.asymmetric is not None,
-            "--endpoint-bits": self.endpoint_bits is not None, "--quantize-embeddings": self.quantize_embeddings,
             "--embedding-bits": self.embedding_bits is not None, "--bits-allowed": self.bits_allowed != ALL_BITS,
         }  # fmt: skip
         return [flag for flag, is_given in values.items() if is_given]
@@ -469,79 +466,34 @@ class QuantizeConfig:
 
     @property
     def zero_points(self) -> bool:
-        """Whether every group has a zero point: as asked, else up to `COARSE_BITS` where all weights have as many."""
-        if self.asymmetric is None:
-            return self.bits != "auto" and self.bits <= COARSE_BITS and not self._is_mixed
-        return self.asymmetric
-
-    @property
-    def _is_mixed(self) -> bool:
-        """Whether some weights are asked to be in other bits than most."""
-        return self.endpoint_bits == 8 != self.bits or (self.quantize_embeddings and self.embedded_in != self.bits)
+        """Whether every group has a zero point: up to `COARSE_BITS` where all weights that are rounded have as many."""
+        same = self.embedding_bits in (None, 16, self.bits)
+        return self.bits != "auto" and self.bits <= COARSE_BITS and same
 
     @property
     def packs_embeddings(self) -> bool:
         """Whether embeddings are packed as the other weights are, and not stored as whole bytes."""
-        return self.quantize_embeddings and (self.embedding_bits == self.bits or self.zero_points)
+        return self.embedding_bits == self.bits and self.embedding_bits not in (8, 16)
 
     @property
     def one_width(self) -> bool:
         """Whether all weights must have the same bits and groups, since a loader takes the first group's for all."""
-        return self.rounds and (self.zero_points or self.packs_embeddings)
+        return self.zero_points or self.packs_embeddings
 
     def check_allowed(self) -> None:
         """Refuse --bits-allowed where nothing is chosen."""
         if self.bits != "auto" and self.bits_allowed != ALL_BITS:
             raise ConfigError("--bits-allowed is what --bits auto chooses among", "give --bits auto, or leave it out")
 
-    def _check_auto(self) -> None:
-        """Refuse what says of some weights in how many bits they are, where bits are chosen."""
-        given = {
-            "--asymmetric" if self.asymmetric else "--symmetric": self.asymmetric is not None,
-            "--endpoint-bits": self.endpoint_bits is not None,
-            f"--embedding-bits {self.embedding_bits}": self.embedding_bits not in (None, 16),
-        }  # fmt: skip
-        for flag in (flag for flag, is_given in given.items() if is_given):
-            raise ConfigError(f"--bits auto chooses bits, and {flag} is given", f"leave out {flag}")
-        if self.quantize_embeddings and self.embedding_bits == 16:
-            raise ConfigError("--quantize-embeddings is given with --embedding-bits 16", "give one of them")
-        if self.allowed == (16,):
-            raise ConfigError("--bits auto has nothing to choose: --bits-allowed is 16", "--bits-allowed 16,8,4")
-
-    def _check_one_width(self) -> None:
-        """Refuse what stock transformers cannot load: packed embeddings or zero points beside weights of other bits."""
-        if self.embedding_bits == 16:
-            raise ConfigError("--embedding-bits 16 is for --bits auto", "leave out --embedding-bits")
-        if self.embedding_bits is not None and not self.quantize_embeddings:
-            raise ConfigError(
-                "--embedding-bits is given without --quantize-embeddings", "give both, or leave out --embedding-bits"
-            )
-        if self.embedding_bits not in (None, 8, self.bits):
-            raise ConfigError(
-                f"--embedding-bits {self.embedding_bits} beside --bits {self.bits} cannot be loaded by transformers",
-                f"give --embedding-bits 8 or {self.bits}",
-            )
-        if self.one_width and self._is_mixed:
-            what = "--asymmetric" if self.asymmetric else f"--embedding-bits {self.embedding_bits}"
-            raise ConfigError(
-                f"{what} is given with weights of different bits, which transformers cannot load",
-                "leave out --endpoint-bits, and give --embedding-bits as --bits",
-            )
-
     @property
     def small_head(self) -> bool:
         """Whether the head has so few bits that it is calibrated, or may be given them."""
-        return self.bits == "auto" or (self.quantize_embeddings and self.embedded_in < NEAR_ENOUGH)
+        return self.bits == "auto" or (self.embedding_bits or 16) < NEAR_ENOUGH
 
     @property
     def small(self) -> bool:
         """Whether any weight has, or may be given, so few bits that scales are fitted to what it does."""
-        return self.small_head or self.bits == "auto" or self.bits < NEAR_ENOUGH
-
-    @property
-    def embedded_in(self) -> int:
-        """Bits of embeddings and head, where they are quantized."""
-        return self.embedding_bits or 8
+        return self.bits == "auto" or self.bits < NEAR_ENOUGH
 
 
 @options(QUANTIZATION)
@@ -795,10 +747,10 @@ class CompressConfig(TuneConfig):
                 what = "nothing is quantized" if missing == "--bits" else "no tokens are tuned on"
                 raise ConfigError(f"--tune-quantized {asked} is given, but {what}", f"give {missing} too")
         quantize.check_allowed()
-        if self.search.two_budgets and (quantize.bits != 16 or quantize.endpoint_bits):
+        if self.search.two_budgets and quantize.bits != 16:
             raise ConfigError(
-                "--bits or --endpoint-bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
-                "leave it out; --quantize-embeddings goes with both budgets",
+                "--bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
+                "leave it out; --embedding-bits 8 goes with both budgets",
             )
         if quantize.bits == 16 and quantize.how and not self.search.two_budgets:
             raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")

@@ -267,7 +267,7 @@ def test_a_file_whose_healed_layers_could_not_be_written_back_is_refused_at_the_
     check_names(from_flat({"ratio": 0.3}), checkpoint, Qwen3Config(**sizes, vocab_size=64, head_dim=8))
 
 
-@pytest.mark.parametrize("flag", ["--group-size=64", "--quantizer=rtn", "--symmetric", "--endpoint-bits=16"])
+@pytest.mark.parametrize("flag", ["--group-size=64", "--quantizer=rtn", "--embedding-bits=8"])
 def test_how_weights_are_rounded_is_not_asked_of_a_gguf_file(flag, source, tmp_path, capsys):
     assert main(["quantize", str(source), "--bits=8", flag, f"--out={tmp_path / 'x.gguf'}"]) == 2
     assert f"error: {flag.partition('=')[0]} is given" in " ".join(capsys.readouterr().err.split())

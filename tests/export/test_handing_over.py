@@ -186,7 +186,7 @@ def test_quantize_writes_a_card_and_what_is_packed_is_not_cut(tiny_model, tmp_pa
     assert "pip install compressed-tensors" in card
     assert "Nothing was measured on this model" in card
     assert "vllm serve" in card
-    for flags in (["3"], ["4", "--asymmetric"], ["4", "--quantize-embeddings"]):
+    for flags in (["3"], ["4", "--embedding-bits=8"]):
         argv = ["quantize", str(tiny_model), "--quantizer", "rtn", "--out", str(out), "--quiet", "--force"]
         assert main([*argv, "--bits", *flags]) == 0
         card = (out / "README.md").read_text()

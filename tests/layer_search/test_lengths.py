@@ -10,7 +10,7 @@ import torch
 import tiny
 from layercut import layer_search
 from layercut.cli.command_line import main
-from layercut.config import CompressConfig, QuantizeConfig, SearchConfig
+from layercut.config import QuantizeConfig, SearchConfig
 from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
@@ -20,12 +20,11 @@ from layercut.layer_search.result import Candidate, Cost
 from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.resolve_options import length_for_saved_size, wanted_length
-from layercut.quantization import endpoints_of
-from layercut.quantization.saved_size import saved_bytes
+from layercut.pipeline.resolve_options import wanted_length
+from layercut.quantization.packing import saved_bytes
 from layercut.report import formatting
 from layercut.segments import Segment
-from layercut.surgery import cut, cut_segment_
+from layercut.surgery import cut_segment_
 
 
 @pytest.mark.parametrize(
@@ -222,37 +221,3 @@ def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
         layer = decoder_stack.find_decoder(dense).layers[0]
         one_left = model_weights.parameter_bytes(dense) - 7 * model_weights.parameter_bytes(layer)
         assert 0 <= parse_bytes("", least[1]) - one_left < 1000
-
-
-@pytest.mark.parametrize("endpoint_bits", [8, 16])
-@pytest.mark.parametrize("method", ["block-influence", "angular", "fisher"])
-def test_a_size_is_met_with_endpoints_of_their_own_bits_however_layers_are_scattered(method, endpoint_bits):
-    layers, quantize = 12, QuantizeConfig(bits=4, endpoint_bits=endpoint_bits, quantizer="rtn")
-    model = tiny.llama(layers)
-    most = saved_bytes(model, quantize, torch.float32, endpoints=[layers]).total
-
-    def length(target):
-        search = SearchConfig(target_size=f"{target}B", method=method)
-        return length_for_saved_size(CompressConfig(search=search, quantize=quantize), model, torch.float32)
-
-    def saved(n):
-        apart = [Segment(i, i + 1) for i in range(1, 2 * n, 2)] if method == "block-influence" else [Segment(1, n + 1)]
-        if method == "fisher":
-            apart = [Segment(1, 1 + n // 2), Segment(2 + n // 2, n + 2)] if n > 1 else [Segment(1, 2)]
-        student = cut(model, apart)
-        ends = endpoints_of(student.config, layers - n)
-        return saved_bytes(student, quantize, torch.float32, endpoints=ends).total
-
-    found = {}
-    for target in range(most - 1, most // 3, -most // 40):
-        try:
-            found[target] = length(target)
-        except ConfigError as error:
-            smallest = parse_bytes("--target-size", error.hint.rpartition(" ")[2])
-            assert smallest > target
-            assert length(smallest) < layers, "what the hint allows is allowed"
-            break
-    assert found if endpoint_bits == 16 else len(set(found.values())) > 3
-    for target, n in found.items():
-        if n <= 5:  # as many as can stand apart from each other in twelve
-            assert saved(n) <= target

@@ -83,7 +83,7 @@ def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypa
         assert torch.equal(p, q.float()), name
 
 
-@pytest.mark.parametrize("bits", [[], ["--bits=4", "--quantize-embeddings"]], ids=["16 bits", "4 bits"])
+@pytest.mark.parametrize("bits", [[], ["--bits=4", "--embedding-bits=8"]], ids=["16 bits", "4 bits"])
 def test_a_run_measures_in_float32_what_it_saves_in_bfloat16(checkpoint, texts, tmp_path, monkeypatch, bits):
     lacking(monkeypatch)
     quick.leave_out_samples(monkeypatch)

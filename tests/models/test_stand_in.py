@@ -251,7 +251,7 @@ def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(
     assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
 
 
-@pytest.mark.parametrize("head", [{}, {"quantize_embeddings": True, "embedding_bits": 4}])
+@pytest.mark.parametrize("head", [{}, {"embedding_bits": 4}])
 def test_a_model_over_two_devices_is_rounded_as_on_one(counts, head):
     model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}

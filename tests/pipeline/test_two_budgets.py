@@ -59,9 +59,7 @@ def test_budgets_that_cannot_be_met_are_refused_with_what_was_seen(tiny_model, t
         ["--target-size=1MB", "--max-loss=0.1", "--tune-tokens=0"],
         ["--ratio=0.5", "--max-loss=0.1"],
         ["--target-size=1MB", "--max-loss=0.1", "--bits=8"],
-        ["--target-size=1MB", "--max-loss=0.1", "--endpoint-bits=8"],
-        ["--ratio=0.5", "--quantize-embeddings"],
-        ["--ratio=0.5", "--endpoint-bits=8"],
+        ["--ratio=0.5", "--embedding-bits=8"],
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, tiny_model, texts, tmp_path, capsys):

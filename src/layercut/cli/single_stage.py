@@ -26,10 +26,8 @@ from layercut.errors import ModelError, RunError
 from layercut.export import engines
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import write_json
-from layercut.files.reading import read_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
-from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.source_card import source_card
 from layercut.pipeline.handover import describe_, destination, export, upload
@@ -40,7 +38,7 @@ from layercut.quantization.quantizers import resolve
 from layercut.report.formatting import label
 from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
 from layercut.report.stage_lines import describe_quantization
-from layercut.segments import Segment, kept_layers
+from layercut.segments import kept_layers
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
 
 GGUF_OF_BITS: dict[AskedBits, GgufType] = {8: "q8_0", 6: "q6_k", 4: "q4_k_m", 3: "q3_k_m", 2: "q2_k"}
@@ -119,9 +117,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if most or resolve(config.quantize.quantizer)[1].needs_calibration:
         own = of_run and config.text == DataConfig()
         tokens = stored_blocks(run, "calibration") if own else _calibration(loaded, config.text)
-    cut = _cut_of(run) if of_run else []
     with memory.memory_limit(config.load.max_memory):  # in place: old weights leave memory
-        found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut, target=most)
+        found = quantize_(loaded.model, tokens, config.quantize, target=most)
     facts = found.to_dict()
     say("quantize", describe_quantization(facts))
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
@@ -161,9 +158,3 @@ def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tenso
     ).tokens  # fmt: skip
     decoder_stack.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
     return tokens
-
-
-def _cut_of(run: Path) -> list[int]:
-    """Layers beside the cuts of a finished run, by their place in its model."""
-    cut, summary = read_json(run / "cut.json"), read_json(run / "summary.json")
-    return endpoints([Segment(*bounds) for bounds in cut["segments"]], summary["layers"]["before"])

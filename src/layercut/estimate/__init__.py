@@ -54,9 +54,9 @@ from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_search_tests
 from layercut.pipeline.stages.text import held_out_tokens
 from layercut.quantization import bit_choice
+from layercut.quantization.packing import saved_bytes
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
-from layercut.quantization.saved_size import saved_bytes, saved_bytes_of_any_cut
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
@@ -380,16 +380,9 @@ def _asked_sizes(planner: _Planner, journey: CompressConfig, stored: torch.dtype
     """Bytes before and after the cut in the bits that are asked for; nothing where none are, or they are chosen."""
     if not journey.quantize.rounds or journey.quantize.bits == "auto":
         return {}
-    whole, cuts = loading.skeleton(planner.stock, stored), planner.segments
-    before = saved_bytes_of_any_cut(whole, journey.quantize, stored)
-    if journey.search.segments:
-        beside = {i for cut in cuts for i in (cut.start - 1, cut.stop)} or {len(before.layers)}
-        after = saved_bytes(whole, journey.quantize, stored, endpoints=sorted(beside))
-        layers, total = after.layers, after.total
-    else:
-        layers, total = before.layers, before.beside(2 * len(cuts))
-    gone = sum(sum(layers[cut.start : cut.stop]) for cut in cuts)
-    return {"before": {"asked": before.total}, "after": {"asked": total - gone}}
+    saved = saved_bytes(loading.skeleton(planner.stock, stored), journey.quantize, stored)
+    gone = sum(sum(saved.layers[cut.start : cut.stop]) for cut in planner.segments)
+    return {"before": {"asked": saved.total}, "after": {"asked": saved.total - gone}}
 
 
 def _told_stages(planner: _Planner, journey: CompressConfig, on_cpu: bool, rates: Rates | None) -> dict[str, Any]:

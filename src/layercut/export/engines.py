@@ -324,7 +324,7 @@ def check_written(names: Sequence[str], written: Written) -> None:
             folder = ", and folders of float weights by way of layercut export" if "float" not in engine.reads else ""
             raise ConfigError(
                 f"{engine.title} does not read {WORDS[written]}; it reads {allowed}{folder}",
-                "leave out --bits and --quantize-embeddings, or leave it out of --for; of --bits auto it may read "
+                "leave out --bits and --embedding-bits, or leave it out of --for; of --bits auto it may read "
                 "--bits-allowed 8,4 --embedding-bits 16",
             )
 
@@ -357,7 +357,7 @@ def written_by(quantize: QuantizeConfig) -> Written:
         return "packed embeddings" if quantize.embedding_bits != 16 else _of_linear(few)
     if quantize.one_width:  # packed embeddings or zero points, which transformers reads by unpacking all weights
         return "packed embeddings"
-    if quantize.quantize_embeddings:
+    if quantize.embedding_bits == 8:
         return "int8 embeddings"
     return _of_linear({quantize.bits})
 

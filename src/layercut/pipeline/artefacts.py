@@ -264,9 +264,7 @@ class QuantizeArtefact(Artefact):
     layers: list[QuantizedWeight]
     quantizer: str | None = field(default=None, metadata=OPTIONAL)
     group_size: int | None = None
-    asymmetric: bool | None = field(default=None, metadata=OPTIONAL)
-    endpoint_bits: int | None = None
-    quantize_embeddings: bool | None = field(default=None, metadata=OPTIONAL)
+    zero_points: bool | None = field(default=None, metadata=OPTIONAL)
     embedding_bits: int | None = None
     bits_allowed: str | None = field(default=None, metadata=OPTIONAL)
     mixture: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)

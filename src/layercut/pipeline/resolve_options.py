@@ -21,11 +21,11 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.export import engines
 from layercut.layer_search import length_for_size, length_for_speedup
-from layercut.layer_search.criteria import most_segments, names
+from layercut.layer_search.criteria import names
 from layercut.models import checkpoints, decoder_stack, devices, loading, placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
-from layercut.quantization import bit_choice, endpoints_of
-from layercut.quantization.saved_size import saved_bytes_of_any_cut
+from layercut.quantization import bit_choice
+from layercut.quantization.packing import saved_bytes
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
@@ -148,17 +148,9 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
 
 def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype) -> int:
     """Layers to remove for --target-size of a checkpoint folder, in the bits that it is saved in."""
-    search, quantize, layers = config.search, config.quantize, len(decoder_stack.find_decoder(model))
-    there = len(endpoints_of(model.config, layers))  # of earlier cuts
-    saved, criterion = saved_bytes_of_any_cut(model, quantize, dtype), criteria.get(search.method)
-    before = saved.beside(there)
-
-    def beside(n: int) -> int:
-        segments = most_segments(criterion, search.num_segments, n)
-        return saved.beside(max(there, min(there + 2 * segments, layers - n))) - before
-
-    what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
-    return length_for_size(saved.layers, before, search.target_bytes, what, beside)
+    saved = saved_bytes(model, config.quantize, dtype)
+    what = f"the model's weights in {config.quantize.bits} bits" if config.quantize.rounds else "the model's weights"
+    return length_for_size(saved.layers, saved.total, config.search.target_bytes, what)
 
 
 def check_consumers(

@@ -29,7 +29,7 @@ from layercut.models.model_in_memory import model_of
 from layercut.models.model_weights import replace_parameters_, stored_dtype
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
-from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
 from layercut.quantization.bit_choice import CHOSEN_AMONG, Mixture, choose
 from layercut.quantization.gptq import output_errors, with_ridge
 from layercut.quantization.grid import decode, encode, fit_grid
@@ -40,7 +40,7 @@ from layercut.quantization.quantizers import Quantizer, codes, resolve
 from layercut.quantization.scales import RECIPE, better_start, by_turns
 from layercut.quantization.sensitivity import token_weights
 
-__all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
+__all__ = ["Quantized", "QuantizedWeight", "Quantizer", "quantize", "quantize_", "quantized_weights"]
 
 
 def recipe(config: QuantizeConfig) -> list[Any]:
@@ -60,11 +60,7 @@ def quantize(
     bits: Literal[8, 6, 4, 3, 2, "auto"],
     quantizer: str | Quantizer = "gptq",
     group_size: int | None = None,
-    asymmetric: bool | None = None,
-    quantize_embeddings: bool = False,
-    endpoint_bits: Literal[16, 8] | None = None,
     embedding_bits: EmbeddingBits | None = None,
-    endpoints: Sequence[int] = (),
     bits_allowed: str = "16,8,6,4,3,2",
     target_size: str | None = None,
 ) -> Quantized:
@@ -78,13 +74,9 @@ def quantize(
             `quantization/quantizers.py` describes it.
         group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns, or
             all weights' where all must have the same.
-        asymmetric: store a zero point for every group as well; None: with 3 bits and fewer, where all weights have as
-            many.
-        quantize_embeddings: store embeddings and head in 8 bits too.
-        endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
-        embedding_bits: bits of embeddings and head, with `quantize_embeddings`: 8, or as `bits`; None: 8.
-        endpoints: layers beside a cut, by their place in `model`; those that its config shows are found in any case.
-        bits_allowed: what "auto" chooses among, embeddings and head included unless `embedding_bits` is 16.
+        embedding_bits: bits of embeddings and head: 8, or as `bits`; None or 16: they stay as they are, but that with
+            "auto" None means chosen too.
+        bits_allowed: what "auto" chooses among.
         target_size: of the checkpoint's weights, at most, as "60MB"; with "auto".
 
     Returns:
@@ -106,12 +98,11 @@ def quantize(
         raise ConfigError(f"target_size {given}", "give both, or neither: bits='auto', target_size='60MB'")
     own = {"quantizer": quantizer} if isinstance(quantizer, str) else {}
     config = QuantizeConfig(
-        bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
-        endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own,
-    )  # fmt: skip
+        bits=bits, group_size=group_size, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own
+    )
     clone = model_weights.share(model_of(model)).eval()
     target = parse_bytes("target_size", str(target_size)) if target_size else None
-    return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer, target=target)
+    return quantize_(clone, tokens, config, quantizer=None if own else quantizer, target=target)
 
 
 @torch.no_grad()
@@ -120,7 +111,6 @@ def quantize_(
     tokens: torch.Tensor | None,
     config: QuantizeConfig,
     *,
-    endpoints: Sequence[int] = (),
     quantizer: str | Quantizer | None = None,
     target: int | None = None,
 ) -> Quantized:
@@ -134,8 +124,8 @@ def quantize_(
         raise ConfigError(f"{who} on tokens, and none are given", "give tokens [N, T]")
     if tokens is not None:
         _check_tokens(tokens, model)
-    targets, mixture = _assigned(model, tokens, config, endpoints, target)
-    left, before = left_as_they_are(model, targets), model_weights.parameter_bytes(model)
+    targets, mixture = _assigned(model, tokens, config, target)
+    left, before = _left(model, targets), model_weights.parameter_bytes(model)
     rows, packed = list[QuantizedWeight](), dict[str, torch.Tensor]()
 
     def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
@@ -153,20 +143,19 @@ def quantize_(
     _decoder_layers(model, targets, tokens, weights, quantize_one)
     targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
     one_width = mixture.one_width if mixture else config.one_width
-    described = quantization_config(targets, linear_left(model, targets), one_width=one_width)
+    described = quantization_config(targets, _linear_left(model, targets), one_width=one_width)
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
-    asked = vars(config) | {"quantizer": name, "asymmetric": any(target.zero_points for target in targets)}
+    asked = vars(config) | {"quantizer": name, "zero_points": any(target.zero_points for target in targets)}
     chosen = mixture.to_dict() if mixture else None
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked, chosen)
 
 
 def _assigned(
-    model: Any, tokens: torch.Tensor | None, config: QuantizeConfig, endpoints: Sequence[int], target: int | None
+    model: Any, tokens: torch.Tensor | None, config: QuantizeConfig, target: int | None
 ) -> tuple[list[Assignment], Mixture | None]:
     """What is quantized, and to how many bits: as the config says, or chosen for a size."""
     if config.bits != "auto":
-        layers = len(decoder_stack.find_decoder(model))
-        return plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)})), None
+        return plan(model, config), None
     if tokens is None or target is None:
         raise ConfigError("bits are to be chosen, and no size is given", "give --target-size, as 60MB")
     mixture = choose(model, tokens, config, target)
@@ -207,25 +196,17 @@ def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
     decoder_stack.check_tokens(tokens, model.config, type(model).__name__)
 
 
-def endpoints_of(config: Any, layers: int) -> list[int]:
-    """Layers beside a cut, from `original_layer_index` in a model's config.
-
-    The index does not say how many layers there were. It is only there after a cut, so that one without a gap means a
-    cut at the stack's end; a cut there beside another one does not show.
-    """
-    index = original_layer_index(config)
-    if not index or len(index) != layers:
-        return []
-    beside = {j for i in range(1, layers) if index[i] != index[i - 1] + 1 for j in (i - 1, i)}
-    if index[0] != 0:
-        beside.add(0)
-    return sorted(beside) or [layers - 1]
+def _left(model: Any, targets: Sequence[Assignment]) -> list[str]:
+    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
+    decoder, done = decoder_stack.find_decoder(model), {f"{target.name}.weight" for target in targets}
+    names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
+    return [name for name in names if name not in done]
 
 
-def original_layer_index(config: Any) -> list[int] | None:
-    """Where a cut model's layers stood in the first model of all; of a composite model the outer config says it."""
-    found = getattr(config, "original_layer_index", None)
-    return found or getattr(config.get_text_config(), "original_layer_index", None)
+def _linear_left(model: Any, targets: Sequence[Assignment]) -> list[str]:
+    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
+    done = {target.name for target in targets}
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]
 
 
 def _embeddings_and_head(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,6 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""
 PACKED, WHOLE_BYTES = "pack-quantized", "naive-quantized"
 """compressed-tensors' names: codes in words of 32 bits, or each in a byte of its own."""
-
-
 Width = tuple[int, int, bool]
 """Bits, columns that share a scale, and whether they share a zero point."""
 
@@ -43,7 +40,7 @@ class Assignment:
         return self.bits, self.group_size, self.zero_points
 
 
-def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
+def plan(model: Any, config: QuantizeConfig) -> list[Assignment]:
     """Every weight that `config` asks to quantize, in the order the model uses them."""
     decoder = find_decoder(model)
     merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
@@ -53,21 +50,28 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
             "transformers cannot load weights that compressed-tensors packed",
             "leave out --bits; layercut export RUN quantizes mixtures of experts for llama.cpp",
         )
-    if config.endpoint_bits and not endpoints:
-        raise ConfigError("--endpoint-bits is given, but this model has no cut", "leave out --endpoint-bits")
-    ends, zeros = _ends(model) if config.quantize_embeddings else [], config.zero_points
+    ends = [] if config.embedding_bits in (None, 16) else _ends(model)
+    linear = [module for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
+    columns = [module.in_features for module in linear] + [width for _, width in ends]
     if config.one_width and config.group_size is None:
-        config = replace(config, group_size=_common_group_size([*_columns(decoder.layers), *(e[1] for e in ends)]))
-    elif config.group_size is not None:
-        _check_group_size(config.group_size, [*_columns(decoder.layers), *(width for _, width in ends)])
-    inside: list[Assignment] = []
-    for i, layer in enumerate(decoder.layers):
-        bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else int(config.bits)
-        for name, module in layer.named_modules():
-            if bits < 16 and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS:
-                full = f"{decoder.path}.{i}.{name}"
-                group = group_size(full, module.in_features, config)
-                inside.append(Assignment(full, i, bits, group, zero_points=zeros))
+        common = next((size for size in GROUP_SIZES if not any(width % size for width in columns)), None)
+        config = replace(config, group_size=common)
+    elif config.group_size is not None and any(width % config.group_size for width in columns):
+        sizes = _dividing(math.gcd(*columns))
+        raise ConfigError(
+            f"groups of {config.group_size} do not divide the columns of all weights, "
+            f"{', '.join(map(str, sorted({*columns})))}",
+            f"give --group-size {sizes[-1]}" if sizes else "leave out --group-size",
+        )
+    inside = [
+        Assignment(
+            full := f"{decoder.path}.{i}.{name}", i, int(config.bits), group_size(full, module.in_features, config),
+            zero_points=config.zero_points,
+        )
+        for i, layer in enumerate(decoder.layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+    ]  # fmt: skip
     if not inside:
         raise ModelError(
             f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",
@@ -75,30 +79,28 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
         )
     if not ends:
         return inside
-    form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedded_in
-    first, last = (Assignment(name, None, bits, group_size(name, width, config), form, zeros) for name, width in ends)
+    form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedding_bits or 8
+    first, last = (
+        Assignment(name, None, bits, group_size(name, width, config), form, config.zero_points) for name, width in ends
+    )
     return [first, *inside, last]
 
 
-def _check_group_size(size: int, columns: Sequence[int]) -> None:
-    """Refuse groups that do not divide all columns; the hint is of such as do."""
-    if any(width % size for width in columns):
-        common = math.gcd(*columns)
-        fitting = [each for each in range(8, min(common, 256) + 1, 8) if common % each == 0]
-        raise ConfigError(
-            f"groups of {size} do not divide the columns of all weights, {', '.join(map(str, sorted({*columns})))}",
-            f"give --group-size {fitting[-1]}" if fitting else "leave out --group-size",
-        )
+def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
+    """The size asked for, or else the largest usual one that divides the columns."""
+    for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
+        if columns % size == 0:
+            return size
+    fitting = _dividing(columns)
+    raise ConfigError(
+        f"{name} has {columns} columns, which groups of {config.group_size or GROUP_SIZES[-1]} do not divide",
+        f"give --group-size {fitting[-1]}" if fitting else "this model cannot be quantized in groups",
+    )
 
 
-def _columns(layers: nn.Module) -> list[int]:
-    """Columns of the linear modules."""
-    return [module.in_features for module in layers.modules() if isinstance(module, nn.Linear)]
-
-
-def _common_group_size(columns: Sequence[int]) -> int | None:
-    """The largest usual size that divides all; None where none does."""
-    return next((size for size in GROUP_SIZES if not any(width % size for width in columns)), None)
+def _dividing(columns: int) -> list[int]:
+    """Group sizes that divide so many columns."""
+    return [size for size in range(8, min(columns, 256) + 1, 8) if columns % size == 0]
 
 
 def _ends(model: Any) -> list[tuple[str, int]]:
@@ -110,34 +112,8 @@ def _ends(model: Any) -> list[tuple[str, int]]:
             raise ModelError(
                 f"{type(model).__name__} computes its embeddings or logits in a {type(module).__name__}, "
                 "which cannot be quantized",
-                "leave out --quantize-embeddings; of --bits auto: --embedding-bits 16",
+                "leave out --embedding-bits; with --bits auto: --embedding-bits 16",
             )
         name = next(name for name, found in model.named_modules() if found is module)
         ends.append((name, module.weight.shape[1]))
     return ends
-
-
-def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
-    """The size asked for, or else the largest usual one that divides the columns."""
-    for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
-        if columns % size == 0:
-            return size
-    fitting = [size for size in range(8, min(columns, 256) + 1, 8) if columns % size == 0]
-    raise ConfigError(
-        f"{name} has {columns} columns, which groups of {config.group_size or GROUP_SIZES[-1]} do not divide",
-        f"give --group-size {fitting[-1]}" if fitting else "this model cannot be quantized in groups",
-    )
-
-
-def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
-    decoder = find_decoder(model)
-    done = {f"{target.name}.weight" for target in targets}
-    names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
-    return [name for name in names if name not in done]
-
-
-def linear_left(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
-    done = {target.name for target in targets}
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]

@@ -191,7 +191,7 @@ def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[i
 
 def _candidates(model: Any, config: QuantizeConfig) -> list[Storable]:
     """The weights among which bytes are shared out."""
-    as_bytes = replace(config, bits=8, quantize_embeddings=config.embedding_bits != 16, embedding_bits=None)
+    as_bytes = replace(config, bits=8, embedding_bits=config.embedding_bits or 8)
     together: dict[int, list[Assignment]] = {}
     for target in plan(model, as_bytes):
         module = model.get_submodule(target.name)

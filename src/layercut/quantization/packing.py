@@ -8,13 +8,17 @@ stored as plain int8 ("naive-quantized"). What is computed here and what a loade
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 
+from layercut.config import QuantizeConfig
 from layercut.errors import ConfigError
-from layercut.quantization.assignment import WHOLE_BYTES, Assignment
+from layercut.models.decoder_stack import find_decoder
+from layercut.models.model_weights import parameter_bytes
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
 from layercut.quantization.grid import Grid
 
 
@@ -29,7 +33,7 @@ def require_library(*, one_width: bool = False) -> None:
     if one_width and not unpacks_while_loading():
         raise ConfigError(
             f"transformers {transformers.__version__} cannot load zero points or packed embeddings",
-            "pip install -U transformers, or --symmetric without --embedding-bits",
+            "pip install -U transformers, or give 4 bits or more without --embedding-bits",
         )
 
 
@@ -70,6 +74,34 @@ def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype)
         whole = target.form == WHOLE_BYTES
         parts["weight_zero_point"] = rows * groups if whole else -(-rows * target.bits // 32) * 4 * groups
     return {f"{target.name}.{name}": count for name, count in parts.items()}
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Of the weights in a checkpoint, its file's header aside."""
+
+    layers: tuple[int, ...]
+    """Of each decoder layer."""
+    total: int
+
+
+def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> SavedBytes:
+    """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size. Needs no weights."""
+    layers = [parameter_bytes(layer, dtype) for layer in find_decoder(model).layers]
+    total, done = parameter_bytes(model, dtype), set[int]()
+    for target in plan(model, config) if config.rounds else []:
+        weight = model.get_submodule(target.name).weight
+        parts = stored_bytes(target, tuple(weight.shape), dtype)
+        change = sum(parts.values())
+        if id(weight) not in done:
+            change -= weight.numel() * min(weight.itemsize, dtype.itemsize)
+        else:  # a tied head: its codes are the embeddings'; in whole bytes scales are stored again, as loaders ask
+            change = change - parts[f"{target.name}.weight"] if target.form == WHOLE_BYTES else 0
+        done.add(id(weight))
+        total += change
+        if target.layer is not None:
+            layers[target.layer] += change
+    return SavedBytes(tuple(layers), total)
 
 
 def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ class Quantized:
     """All weights as saved, tied ones counted once."""
     bytes_after: int
     settings: Mapping[str, Any]
-    """What was asked: bits, quantizer, group_size, asymmetric, endpoint_bits, quantize_embeddings."""
+    """What was asked: bits, quantizer, group_size, embedding_bits; and whether there are zero_points."""
     mixture: Mapping[str, Any] | None = field(default=None, repr=False)
     """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
 

@@ -78,7 +78,7 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
     layers, (before, after) = artefact["layers"], (artefact["bytes"][key] for key in ("before", "after"))
     parts = [f"{len(layers)} weights, {size(before)} -> {size(after)}"]
     if mixture := artefact.get("mixture"):
-        zeros = ", with zero points" if artefact["asymmetric"] else ""
+        zeros = ", with zero points" if artefact["zero_points"] else ""
         kl = figure(mixture["predicted_kl"])
         parts.append(f"{mixture['mean_bits']:.2f} bits a weight on average{zeros}, estimated KL {kl}")
     if known := [row for row in layers if row["output_error"] is not None]:

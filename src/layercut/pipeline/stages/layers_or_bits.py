@@ -22,7 +22,6 @@ from layercut import quantization as rounding
 from layercut.data.blocks import fingerprint
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, SurgeryError
-from layercut.healing.endpoint_tuning import endpoints
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
@@ -159,8 +158,7 @@ def left_after(work: RunContext, cuts: Sequence[Segment], left_of: trial.Left) -
     calibration = work.blocks["calibration"]
     student = trial.healed_for_a_while(work, cuts, calibration).at_rest if cuts else work.dense.model
     options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}
-    beside = endpoints(cuts, work.layers)
-    found = rounding.quantize(student, rounding_rows(work), endpoints=beside, **options)
+    found = rounding.quantize(student, rounding_rows(work), **options)
     if tune_quantized.wanted(work.config):
         found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(work))
     return sum(left_of(DecoderRunner(found.model)))

@@ -15,7 +15,6 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS
 from layercut.files.json_values import digest
-from layercut.healing.endpoint_tuning import endpoints
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
@@ -47,19 +46,19 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         if stage.open and config.bits == 16:
             stage.found = QuantizeArtefact(bits=16, layers=[])
         elif stage.open:
-            student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
+            student = work.student(segments, "folded", "tuned")
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
             tests = tests_to_round_on(work, config)
             decided = digest([*rounds, work.run.inputs_of("heal")])
 
             def rounded() -> rounding.Quantized:
-                return rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
+                return rounding.quantize(student, rows_to_round_on(work, tests), **asked)
 
             found = tune_quantized.rounded_once(work, student, decided, rounded)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
-                **(vars(config) | {"asymmetric": found.settings["asymmetric"]}),
+                **(vars(config) | {"zero_points": found.settings["zero_points"]}),
                 layers=list(found.weights),
                 left=list(found.left),
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
