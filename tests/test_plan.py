@@ -329,7 +329,6 @@ def test_the_more_is_done_at_once_the_more_memory_it_takes(llama):
     peak = total(tuned(shape, segment))
     assert total(tuned(shape, segment, batch_tokens=64)) > peak
     assert total(tuned(shape, segment, radius=2)) > peak
-    assert total(tuned(shape, segment, objective="hidden")) < peak
     early, late = (tuned(shape, Segment(s, s + 3))["kept for backward"] for s in (1, 8))
     assert early > late
 
@@ -350,7 +349,7 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     assert peaks["tune"]["trained state"] == in_memory["tune"]["trained state"]
     # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
     assert peaks["tune"]["inputs of a step"] == (9 - 1 + 2) * 32 * token
-    assert "logits or layer" in tuned(shape, Segment(4, 7), on_disk=True, objective="hidden")
+    assert "logits or layer" in tuned(shape, Segment(4, 7), on_disk=True)
 
 
 def test_time_is_work_over_rates(llama):

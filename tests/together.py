@@ -45,7 +45,7 @@ METHODS = [
 ]  # fmt: skip
 SPREAD_METHODS = ["fisher", "exhaustive", "angular"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"},
+    "kl": {}, "next-token": {"objective": "next-token"},
 }  # fmt: skip
 CUT = [Segment(3, 5)]
 

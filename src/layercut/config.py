@@ -233,7 +233,7 @@ class SearchConfig:
         one_of(
             objectives,
             "What makes a cut good, for fisher, race and exhaustive. kl: it predicts as the dense model. "
-            "next-token: it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
+            "next-token: it predicts the text.",
             RARE,
         ),
     ] = "kl"
@@ -354,8 +354,7 @@ class HealConfig:
         str,
         one_of(
             objectives,
-            "kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states "
-            "at the cut.",
+            "kl: match the dense model's predictions. next-token: the text's.",
         ),
     ] = "kl"
     learning_rate: float | None = None
@@ -364,9 +363,8 @@ class HealConfig:
     64 steps, 2 / N of it where N > 2 layers are."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
-    radius: Annotated[int | Literal["auto"], rare] = 1
-    """Layers tuned on each side of a cut. auto: as many as have 100 million parameters together, 1 at least; perplexity
-    gets lower, and fewer keys are kept."""
+    radius: Annotated[int, rare] = 1
+    """Layers tuned on each side of a cut. With more of them perplexity gets lower, and fewer keys are kept."""
     mix: Annotated[float | None, rare] = None
     """Share of the next-token loss in the objective kl, 0 to 1. Not given: 0.3 while layers are tuned, 0 after
     rounding."""
@@ -387,8 +385,7 @@ class HealConfig:
                 "it belongs to --objective kl; leave out --mix",
             )
         at_least("batch_tokens", self.batch_tokens, 1)
-        if self.radius != "auto":
-            at_least("radius", self.radius, 1)
+        at_least("radius", self.radius, 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
 

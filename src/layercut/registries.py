@@ -178,7 +178,6 @@ criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
 })  # fmt: skip
 objectives: Registry[Any] = Registry("objective", "layercut.objectives", {
     "kl": "layercut.models.objectives:KL", "next-token": "layercut.models.objectives:NextToken",
-    "hidden": "layercut.models.objectives:Hidden",
 })  # fmt: skip
 quantizers: Registry[Any] = Registry("quantizer", "layercut.quantizers", {
     "gptq": "layercut.quantization.quantizers:Gptq", "rtn": "layercut.quantization.quantizers:RoundToNearest",

@@ -86,7 +86,7 @@ def test_a_share_a_number_and_a_runner_are_the_same_search(model):
         ({"n_layers": 2, "method": "sled"}, "'sled' is unknown"),
         ({"n_layers": 2, "objective": "kk"}, "'kk' is unknown"),
         ({"n_layers": 2, "method": "sleb", "num_segments": 2}, "num_segments is not for the criterion 'sleb'"),
-        ({"n_layers": 2, "method": "cosine", "objective": "hidden"}, "objective is not for the criterion 'cosine'"),
+        ({"n_layers": 2, "method": "cosine", "objective": "next-token"}, "objective is not for the criterion 'cosine'"),
     ],
 )
 def test_what_does_not_make_sense_is_refused_with_a_hint(model, changes, message):
@@ -124,7 +124,7 @@ def test_ids_beyond_the_vocabulary_are_refused(model):
 
 def test_a_result_is_frozen_serialises_and_shows_itself(model):
     mpl.use("agg")
-    found = search(model, tiny.some_tokens(), n_layers=2, objective="hidden")
+    found = search(model, tiny.some_tokens(), n_layers=2, objective="next-token")
     with pytest.raises(FrozenInstanceError):
         found.method = "mine"
     told = json.loads(json.dumps(found.to_dict()))
@@ -282,16 +282,9 @@ def test_objectives_of_ones_own_reach_what_layercuts_reach_with_the_same_formula
         def loss(self, student, dense, targets):
             return kl_divergence(dense, student)
 
-    class SameHidden(Objective):
-        reads = "hidden"
-
-        def loss(self, student, dense, targets):
-            return (student - dense).square().sum(-1) / dense.square().sum(-1)
-
     for mine, theirs in (
         (SameKL(), "kl"),
         (Rank(), "next-token"),
-        (SameHidden(), "hidden"),
         (KL(mix=1.0), "next-token"),
     ):
         one, other = (search(model, tokens, n_layers=2, objective=objective) for objective in (mine, theirs))

@@ -115,7 +115,7 @@ REFUSED = {
     "loss nan": ({"max_loss": math.nan}, "--max-loss nan"),
     "no segments": ({"ratio": 0.2, "num_segments": 0}, "--num-segments 0 is too small"),
     "several by a baseline": ({"ratio": 0.2, "num_segments": 2, "method": "cosine"}, "not for --method cosine"),
-    "objective of a baseline": ({"ratio": 0.2, "search_objective": "hidden", "method": "sleb"}, "--method sleb"),
+    "objective of a baseline": ({"ratio": 0.2, "search_objective": "next-token", "method": "sleb"}, "--method sleb"),
     "loss scored": ({"max_loss": 0.1, "score": "folded"}, "--score folded is given with --max-loss"),
     "segment scored": ({"segment": ("1:2",), "score": "folded"}, "--score folded is for a search"),
 }

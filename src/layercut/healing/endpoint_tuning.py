@@ -7,8 +7,7 @@ times the stock model, its weights rounded to the dtype they are saved in: what 
 several processes each takes a share of every step's rows.
 
 What is minimised is an `Objective` (`models/objectives.py`): "kl" (KL(p || q) on the logits, the default),
-"next-token" (the paper's setting), "hidden" (what leaves the last trained layer should be what left it in the dense
-model; no logits, cheap and weaker), or one of the caller's own.
+"next-token" (the paper's setting), or one of the caller's own.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
 from layercut.models.losses import LOSS_SCALE, as_price
-from layercut.models.memory import kept_bytes, slices
+from layercut.models.memory import kept_bytes
 from layercut.models.model_in_memory import prepared
 from layercut.models.model_weights import weight_as_stored
 from layercut.models.objectives import KL, Objective, objective_of
@@ -61,8 +60,6 @@ SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start: see `is_setback`."""
 TOLERATED = 0.01
 """Rise above the start, as a share of the start's loss, of a mixture of its KL, that is no setback the first time."""
-MOST_TRAINED = 100_000_000
-"""Parameters that are trained where the radius is left open: their state takes 2.2 GB, which most machines have."""
 FEW_STEPS = 64
 """Fewer take half the default rate."""
 RAISE_EVERY = 64
@@ -78,12 +75,12 @@ class TuneSettings:
     """Peak rate of AdamW; None takes `default_learning_rate` of the weights, the steps and the layers."""
     batch_tokens: int = 1024
     """Tokens in one optimizer step."""
-    radius: int | None = 1
-    """Layers trained on each side of a cut; None: as many as `MOST_TRAINED` allows."""
+    radius: int = 1
+    """Layers trained on each side of a cut."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "radius"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}, below 1", f"the least is {name}=1")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
@@ -136,7 +133,7 @@ def tune_(
     objective: str | Objective = "kl",
     learning_rate: float | None = None,
     batch_tokens: int = 1024,
-    radius: int | None = 1,
+    radius: int = 1,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     answers: torch.Tensor | None = None,
@@ -156,7 +153,7 @@ def tune_(
         objective: a registered name, or an `Objective`: `models.objectives.KL(mix=0.1)`.
         learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
         batch_tokens: tokens in one optimizer step.
-        radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
+        radius: layers trained on each side of a cut.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
         answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
@@ -239,8 +236,7 @@ def _pair(
     student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, files: TuningFiles
 ) -> tuple[Pair, list[int]]:
     """The two models and the objective; the positions of the layers that are trained."""
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in dense.layers]
-    positions = trained_positions(removed_segments(student, dense), sizes, settings.radius)
+    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
     objective = objective_of(settings.objective)
     # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
     prefix = min(min(positions), shared_layers(dense, student))
@@ -291,17 +287,6 @@ def check_answers(answers: torch.Tensor | None, tokens: torch.Tensor) -> None:
             f"answers are {answers.dtype} {list(answers.shape)}, and tokens {list(tokens.shape)}",
             "give True or False for each token: torch.zeros(tokens.shape, dtype=torch.bool)",
         )
-
-
-def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
-    """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius."""
-    found, kept = endpoints(segments, len(sizes), radius or 1), kept_layers(segments, len(sizes))
-    for wider in range(2, len(kept)) if radius is None else ():
-        more = endpoints(segments, len(sizes), wider)
-        if sum(sizes[kept[p]] for p in more) > MOST_TRAINED:
-            break
-        found = more
-    return found
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:
@@ -440,7 +425,7 @@ class _Training:
         """All of it, as of now."""
         objective, count = self.pair.objective, sum(p.numel() for p in self.trained)
         return TuningResult(
-            objective=objective.name, label=objective.label, heldout_label=objective.judge().label, steps=self.steps,
+            objective=objective.name, label=objective.label, steps=self.steps,
             learning_rate=self.rate, trained_layers=list(self.positions), trained_parameters=count,
             state_bytes=STATE_BYTES * count,
             tokens_per_second=self.report.tokens / self.report.seconds if self.report.seconds else 0.0,
@@ -561,8 +546,7 @@ class _Training:
     def _of_length(self, given: RowParts, of: int) -> list[Batch]:
         """The passes over these of a step's rows, whose tokens are `of` in all.
 
-        They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
-        taken over: then a step's passes are always the same.
+        They are made smaller where there are fewer than processes.
         """
         tokens, rows, starts = given
         parts_of_row, student = self.tokens.shape[1] // given.length, self.pair.student
@@ -570,12 +554,7 @@ class _Training:
             None if of_tokens is None else of_tokens[rows[::parts_of_row]].view(tokens.shape)
             for of_tokens in (self.token_weights, self.answers)
         )
-        size = self.report.pass_rows * parts_of_row
-        if any(term.whole_pass for _, term in self.pair.objective.terms()):
-            parts = list(slices(len(tokens), size))
-            parts = parts[processes.share(len(parts))]
-        else:
-            parts = processes.share_of_batches(len(tokens), size)
+        parts = processes.share_of_batches(len(tokens), self.report.pass_rows * parts_of_row)
         scale = self.report.loss_scale * given.length / of
         return [
             Batch(
@@ -689,8 +668,6 @@ def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tol
 def rows_per_pass(pair: Pair, window: int) -> int:
     """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back."""
     student, budget = pair.student, pair.student.budget
-    if any(term.whole_pass for _, term in pair.objective.terms()):
-        return max(1, budget.pass_tokens // window)
     layers = student.layers[pair.prefix : pair.student_stop]
     itemsize = student.model.dtype.itemsize
     kept = sum(kept_bytes([p.shape for p in layer.parameters()], itemsize) for layer in layers)

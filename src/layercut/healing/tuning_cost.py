@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, rows_per_step, trained_positions
+from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, endpoints, rows_per_step
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.objectives import objective_of
 from layercut.segments import kept_layers
@@ -19,24 +19,21 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     """
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
     trained, kept = _trained(run, settings.radius), kept_layers(run.segments, shape.layers)
-    reads_logits, judge, first = objective.reads == "logits", objective.judge(), min(trained)
-    stop = len(kept) if reads_logits else max(trained) + 1
+    first, stop = min(trained), len(kept)
 
     rows, scored = run.tuning, run.heldout * (1 + SCORES)
     dense = stop + run.length if objective.needs_dense else first
-    forwards, heads = rows * (stop - first + dense), rows * (2 + objective.needs_dense) * reads_logits
+    forwards, heads = rows * (stop - first + dense), rows * (2 + objective.needs_dense)
     work = Work.of(shape, forwards, rows * (stop - first), trained=rows * len(trained), heads=heads)
     judged = run.heldout * held.layers + scored * (len(kept) - first)
-    work += Work.of(held, judged, heads=scored * (1 + judge.needs_dense))
+    work += Work.of(held, judged, heads=scored * (1 + objective.needs_dense))
 
     step = min(rows_per_step(settings, shape.window), run.tuning)
     budget, reckoned = run.budget, sum(shape.costs[kept[i]].kept for i in range(first, stop))
-    whole = any(term.whole_pass for _, term in objective.terms())
-    fit = max(1, budget.pass_tokens // shape.window) if whole else budget.pass_rows(shape.window, reckoned)
-    together = min(step, fit)
+    together = min(step, budget.pass_rows(shape.window, reckoned))
     # both models' logits of a piece, their gradient and one copy
     piece = min(budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
-    logits = 4 * piece * reads_logits
+    logits = 4 * piece
     parameters = sum(shape.dense.layers[kept[i]] for i in trained)
     peak = {"trained state": parameters * trained_bytes(shape.itemsize)}
     if run.on_disk:
@@ -52,11 +49,11 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
 def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, codes: int) -> Spent:
     """What it costs to train parameters in every layer, as after rounding: the model and what it was run whole."""
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
-    judge, rows, kept = objective.judge(), run.tuning, kept_layers(run.segments, shape.layers)
+    rows, kept = run.tuning, kept_layers(run.segments, shape.layers)
     heads, backwards = rows * (2 + objective.needs_dense), rows * len(kept)
     work = Work.of(shape, backwards * (1 + objective.needs_dense), backwards, trained=backwards, heads=heads)
     scored = run.heldout * (1 + SCORES)
-    work += Work.of(held, (run.heldout + scored) * len(kept), heads=scored * (1 + judge.needs_dense))
+    work += Work.of(held, (run.heldout + scored) * len(kept), heads=scored * (1 + objective.needs_dense))
     step = min(rows_per_step(settings, shape.window), run.tuning)
     together = min(step, max(1, run.budget.pass_tokens // shape.window))
     logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
@@ -86,12 +83,11 @@ def healed_bytes(run: PlannedRun) -> int:
     shape, heal = run.shape, run.config.heal
     if not run.segments:
         return 0
-    radius = None if heal.radius == "auto" else heal.radius
-    trained = sorted(shape.dense.layers)[-len(_trained(run, radius)) :] if heal.tune_tokens else []
+    trained = sorted(shape.dense.layers)[-len(_trained(run, heal.radius)) :] if heal.tune_tokens else []
     folded = shape.hidden * sum(shape.read) if heal.fold else 0
     return (sum(trained) + folded) * shape.itemsize
 
 
-def _trained(run: PlannedRun, radius: int | None) -> list[int]:
+def _trained(run: PlannedRun, radius: int) -> list[int]:
     """Positions of the layers that are trained."""
-    return trained_positions(run.segments, run.shape.dense.layers, radius)
+    return endpoints(run.segments, run.shape.layers, radius)

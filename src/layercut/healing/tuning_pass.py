@@ -17,7 +17,7 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.models.memory import slices
-from layercut.models.objectives import KL, NextToken, Objective, weighted
+from layercut.models.objectives import KL, NextToken, Objective
 from layercut.models.passes import carry_, common_prefix, enter_all, not_finite
 from layercut.models.runner import DecoderRunner
 
@@ -55,8 +55,8 @@ class Pair:
 
     @property
     def student_stop(self) -> int:
-        """How many layers of the student are run: all, or up to the last trained one where hidden states are read."""
-        return self.last + 1 if self.objective.reads == "hidden" else len(self.student)
+        """How many layers of the student are run: all."""
+        return len(self.student)
 
     @property
     def dense_stop(self) -> int | None:
@@ -97,13 +97,6 @@ def loss_gradient(
     """weight x the mean loss of what leaves the student's layers, and its gradient there."""
     tokens, counted, answers, student = batch.tokens, batch.token_weights, batch.answers, pair.student
     targets, scale = next_tokens(student.place(tokens)), torch.tensor(batch.weight / tokens.numel())
-    if pair.objective.reads == "hidden":
-        h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
-        assert h is not None
-        losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
-        if counted is not None:
-            losses, slope = losses * counted.flatten(), slope * counted.flatten()[:, None]
-        return losses.sum()[None] * scale, slope.mul(scale).to(out).view_as(out)
     terms = terms_per_token(pair.objective, tokens.shape[1])
     parts, gradient = list[torch.Tensor](), torch.empty_like(out)
     budget = student.budget
@@ -119,7 +112,7 @@ def loss_gradient(
                 some = None if p is None else p[part]
                 weights = None if counted is None else counted[piece].flatten()[part]
                 given = None if answers is None else answers[piece].flatten()[part]
-                summed, slope[part] = _of_terms(
+                summed, slope[part] = _slope_of(
                     z[part], some, following.flatten()[part], scale, terms, weights, given
                 )
                 loss += summed
@@ -131,7 +124,7 @@ def loss_gradient(
     return torch.stack(parts) * scale, gradient
 
 
-def _of_terms(
+def _slope_of(
     logits: torch.Tensor,
     dense: torch.Tensor | None,
     targets: torch.Tensor,
@@ -146,21 +139,16 @@ def _of_terms(
     weights: by what a token's loss is multiplied [M]; None: by 1.
     answers: bool [M], where the next-token loss has the shares of all terms; None: nowhere.
     """
-    q, p = logits.float(), None if dense is None else dense.float()
-    found, of_next = [], None
-    for share, term in terms:
-        pair = term.loss_and_gradient(q, p, targets)
-        found.append((share, *pair))
-        of_next = pair if isinstance(term, NextToken) else of_next
-    losses, slopes = weighted(found)
-    if answers is not None:
-        loss, slope = of_next or NextToken().loss_and_gradient(q, None, targets)
-        share = sum(share for share, _ in terms)
-        losses = torch.where(answers, share * loss, losses)
-        slopes = torch.where(answers[:, None], share * slope, slopes)
-    if weights is not None:
-        losses, slopes = losses * weights, slopes.mul_(weights[:, None])
-    return losses.sum(), slopes.mul_(scale)
+    q, p = logits.detach().float().requires_grad_(True), None if dense is None else dense.float()
+    with torch.enable_grad():
+        found = [share * term.loss(q, p, targets) for share, term in terms]
+        losses = torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        if answers is not None:
+            shares = sum(share for share, _ in terms)
+            losses = torch.where(answers, shares * NextToken().loss(q, None, targets), losses)
+        summed = (losses if weights is None else losses * weights).sum()
+        (slope,) = torch.autograd.grad(summed, q, scale)
+    return summed.detach(), slope
 
 
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
@@ -213,7 +201,7 @@ class HeldOut:
     """
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
-        self.pair, self.tokens, self.objective = pair, tokens, pair.objective.judge()
+        self.pair, self.tokens, self.objective = pair, tokens, pair.objective
         parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
         self.groups: list[list[HeldRows]] = []
         queue = pair.dense.parts("tune", self._together(parts))

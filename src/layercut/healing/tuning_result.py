@@ -17,8 +17,6 @@ class TuningResult:
     """Its name."""
     label: str
     """What reports call the objective."""
-    heldout_label: str
-    """What they call the held-out loss: another one where the objective reads hidden states."""
     tokens: int
     """Tokens trained on."""
     steps: int
@@ -66,7 +64,7 @@ class TuningResult:
             "trained layers": ", ".join(map(str, self.trained_layers)),
             "trained parameters": f"{self.trained_parameters:,}",
             "tokens": f"{self.tokens:,}",
-            f"held-out {self.heldout_label}": f"{self.heldout[0]['loss']:.4g} → {self.best:.4g}",
+            f"held-out {self.label}": f"{self.heldout[0]['loss']:.4g} → {self.best:.4g}",
             "kept": f"after step {self.best_step} of {self.steps}",
         }
         cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
@@ -81,8 +79,7 @@ class TuningResult:
         Returns:
             The Axes.
         """
-        name = f"{self.label}, nats" if self.label == self.heldout_label else "loss"
-        axes = axes_or_new(axes, xlabel="tokens trained on", ylabel=name)
+        axes = axes_or_new(axes, xlabel="tokens trained on", ylabel=f"{self.label}, nats")
         for name, points in (("training", self.curve), ("held-out", self.heldout)):
             axes.plot([p["tokens"] for p in points], [p["loss"] for p in points], label=name)
         best = [(p["tokens"], p["loss"]) for p in self.heldout if p["step"] == self.best_step]

@@ -146,7 +146,7 @@ def estimate(prices: Prices, rows: int, seed: int) -> Estimate:
             while True:  # what is drawn is the same again
                 draw.set_state(begun)
                 row = prices.tokens[part]
-                table = estimate_of_row(stack, row, prices.objective, draw, weights=weights, scale=scale)
+                table = estimate_of_row(stack, row, draw, weights=weights, scale=scale)
                 if scale == 1 or table.isfinite().all():
                     break
                 scale /= 2
@@ -164,7 +164,6 @@ def estimate(prices: Prices, rows: int, seed: int) -> Estimate:
 def estimate_of_row(
     stack: DecoderRunner,
     row: torch.Tensor,
-    objective: Objective,
     draw: torch.Generator,
     *,
     weights: torch.Tensor | None = None,
@@ -178,7 +177,7 @@ def estimate_of_row(
     for i in range(1, len(stack)):
         states.append(recomputed_layer(stack, i, states[-1], calls))
     share = torch.full(row.shape[1:], 1 / row.shape[1]) if weights is None else weights
-    slope = slope_at_end(stack, states[-1].detach(), row, objective, draw, share.sqrt() * scale)
+    slope = slope_at_end(stack, states[-1].detach(), row, draw, share.sqrt() * scale)
     slopes = torch.autograd.grad(states[-1], states, slope)
     table = summed_squares([embedded, *states], slopes, stack.budget.streams // DIFFERENCES_SHARE) / scale**2
     alone = torch.cat([table.new_zeros(1), table.diagonal(1).cumsum(0)])
@@ -205,39 +204,25 @@ def slope_at_end(
     stack: DecoderRunner,
     last: torch.Tensor,
     row: torch.Tensor,
-    objective: Objective,
     draw: torch.Generator,
     weights: torch.Tensor,
 ) -> torch.Tensor:
     """v_L, by the head's backward pass on as many positions at a time as there is room for logits."""
-    drawn, slope = draws(objective, last.shape, draw), torch.empty_like(last)
-    tokens = len(weights)
-    together = tokens if objective.reads == "hidden" else stack.budget.logit_tokens(stack.vocabulary)
-    for part in slices(tokens, together):
+    drawn, slope = torch.rand(last.shape[1], generator=draw), torch.empty_like(last)
+    for part in slices(len(weights), stack.budget.logit_tokens(stack.vocabulary)):
         leaf = last[:, part].detach().requires_grad_(True)
-        end, upstream = upstream_of(stack, leaf, row[:, part], objective, drawn[part])
+        end, upstream = upstream_of(stack, leaf, row[:, part], drawn[part])
         upstream *= weights[part, None].to(upstream.device)
         (slope[:, part],) = torch.autograd.grad(end, leaf, upstream.to(end.dtype))
     return slope
 
 
-def draws(objective: Objective, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
-    """What `upstream_of` draws by: uniform in [0, 1), [T], or random signs [T, D] where hidden states are compared."""
-    if objective.reads == "hidden":
-        return torch.randint(2, shape, generator=draw)[0] * 2.0 - 1
-    return torch.rand(shape[1], generator=draw)
-
-
 def upstream_of(
-    stack: DecoderRunner, last: torch.Tensor, row: torch.Tensor, objective: Objective, drawn: torch.Tensor
+    stack: DecoderRunner, last: torch.Tensor, row: torch.Tensor, drawn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the backward pass begins, and with which gradient: one whose square has the objective's curvature.
-
-    Of predictions, sum_t log p(y_t) with y_t drawn from p_t. Where the objective compares hidden states, whose cost
-    is |h - h_dense|^2 / |h_dense|^2, sum_t e_t . h_t / |h_t| with random signs e, times the root of two.
+    """Where the backward pass begins, and with which gradient, whose square has the curvature of the predictions: that
+    of sum_t log p(y_t) with y_t drawn from p_t, by numbers drawn uniformly from [0, 1) [T].
     """
-    if objective.reads == "hidden":
-        return last, 2**0.5 * drawn.to(last.device) / last.detach().float().norm(dim=-1, keepdim=True)
     logits = dense_logits(stack, last, row)
     p = logits.detach().float().softmax(-1)
     y = (p[0].cumsum(-1) < drawn.to(p.device)[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)

@@ -82,16 +82,15 @@ class Judge:
         every: int = 1,
     ) -> None:
         """Prepare what all that is judged shares."""
-        self.stack, self.reads = stack, objective.reads
+        self.stack = stack
         # what does not need the dense model compares with the next token, and the last position has none
         last = tokens.shape[1] - (not objective.needs_dense)
-        step = 1 if self.reads == "hidden" else every
-        self.seen: slice | torch.Tensor = slice(0, last, step)
+        self.seen: slice | torch.Tensor = slice(0, last, every)
         self.weights = None
         if weights is not None:
             counted = (weights[:, :last] > 0).any(0).nonzero()[:, 0]
             counted = counted if len(counted) else torch.zeros(1, dtype=torch.long)  # rows that no test fitted
-            self.seen = counted[:: max(1, len(counted) * step // last)]  # few answers are all compared
+            self.seen = counted[:: max(1, len(counted) * every // last)]  # few answers are all compared
             some = weights[:, self.seen]
             # a row's weights keep their sum, whichever of its positions are compared
             scale = weights.sum(-1, keepdim=True) / some.sum(-1, keepdim=True).clamp_min(torch.finfo(some.dtype).tiny)
@@ -101,16 +100,12 @@ class Judge:
         compared = None
         if objective.needs_dense:
             with torch.no_grad():
-                compared = _positions(dense, self.seen)
-                compared = compared if self.reads == "hidden" else dense_logits(stack, compared, self.tokens)
+                compared = dense_logits(stack, _positions(dense, self.seen), self.tokens)
         self.loss = objective.against(compared, targets)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B]; or, where there is one row of tokens, [P, T, D] -> [P]."""
-        student = _positions(hidden, self.seen)
-        if self.reads == "logits":
-            student = self.stack.exit(student, self.tokens.expand(len(hidden), -1))
-        losses = self.loss(student)
+        losses = self.loss(self.stack.exit(_positions(hidden, self.seen), self.tokens.expand(len(hidden), -1)))
         if self.weights is None:
             return losses.mean(-1)
         self.weights = self.weights.to(losses.device)

@@ -152,7 +152,7 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
 
     def beside(n: int) -> int:
         segments = most_segments(criterion, search.num_segments, n)
-        return sum(dearest[: header.layers - n if radius == "auto" else min(2 * radius * segments, header.layers - n)])
+        return sum(dearest[: min(2 * radius * segments, header.layers - n)])
 
     aligned = (-(-int(tensor.n_bytes) // reader.alignment) * reader.alignment for tensor in reader.tensors)
     whole = int(reader.data_offset) + sum(aligned)

@@ -255,9 +255,8 @@ def tuning_chart(heal: Any) -> str | None:
         return None
     unit = printable(tuning.unit) or "nats"
     name = printable(tuning.label) or ("KL to the dense model" if tuning.objective == "kl" else "loss")  # an older run
-    shown = name if tuning.heldout_label in (None, tuning.label) else "loss"
     description = "Loss over the tokens trained on: training, held-out, and the step that was kept"
-    with drawing("tuning", description, xlabel="tokens trained on", ylabel=f"{shown}, {unit}".replace("$", "")) as d:
+    with drawing("tuning", description, xlabel="tokens trained on", ylabel=f"{name}, {unit}".replace("$", "")) as d:
         d.axes.plot([t for _, t, _ in train], [loss for *_, loss in train], color=MUTED, lw=1.1, label="training")
         points = [(tokens, loss, f"step {step:g}, {count(tokens)} tokens: held-out loss {figure(loss)}")
                   for step, tokens, loss in held]  # fmt: skip

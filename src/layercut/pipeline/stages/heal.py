@@ -172,7 +172,7 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
     """What tuning itself takes of the options."""
     return TuneSettings(
         objective=objective(heal), learning_rate=heal.learning_rate, batch_tokens=heal.batch_tokens,
-        radius=None if heal.radius == "auto" else heal.radius,
+        radius=heal.radius,
     )  # fmt: skip
 
 

@@ -134,8 +134,7 @@ def _trained(
         parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
         rate_from=parts.rate_from if judged_by_kl else None, tolerated=parts.tolerated, files=files, **vars(treated),
     )  # fmt: skip
-    labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
-    return parts.finished_(), replace(report, **labels)
+    return parts.finished_(), replace(report, label=report.label.replace("the dense model", TOWARDS))
 
 
 def forget_state_(work: RunContext) -> None:
