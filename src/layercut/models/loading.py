@@ -158,8 +158,12 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     tokenizer: Any = None,
+    moved: bool = True,
 ) -> LanguageModel:
-    """Load weights, and the tokenizer where it is not given; every weight has to be there, in its shape."""
+    """Load weights, and the tokenizer where it is not given; every weight has to be there, in its shape.
+
+    moved: False leaves the weights in the machine's memory, as the device will compute them.
+    """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     place = pick_device(device)
     stored = pick_dtype(dtype, config, checkpoint)
@@ -198,7 +202,7 @@ def load(
         if number != stored:
             convert_parameters_(model, number)
     tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    model = model.to(place).eval().requires_grad_(False)
+    model = (model.to(place) if moved else model).eval().requires_grad_(False)
     model.stored_dtype = stored
     return LanguageModel(model, tokenizer, checkpoint, number, place)
 

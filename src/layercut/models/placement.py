@@ -1,17 +1,18 @@
 """Where a model's weights lie while it runs: in memory, on several accelerators or processes, or on disk.
 
 The one entry point for all commands: `models/loading.py` loads, `models/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` shards. Over several accelerators of one process the layers are placed one after the other,
-each run on the device it is on: accelerate's hooks move what a module is given to the device of its weights. What is no
-layer, embeddings and head among it, is on the first device, and so are logits and losses. Models that transformers
-dispatched itself (`device_map="auto"`) are run alike, wherever their head is.
+`distributed/sharding.py` shards. Over several accelerators of one process the layers are placed one after the other by
+accelerate, whose hooks bring to a module what it is given. What is no layer, embeddings and head among it, is on the
+first device, and so are logits and losses. Models that transformers dispatched itself (`device_map="auto"`) are run
+alike, wherever their head is.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ def load(
         if spread(checkpoint, stream=stream, shard=shard, **how):
             return _load_spread(checkpoint, **how)
         if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
-            place = pick_device(how.pop("device", "auto"))
-            loaded = loading.load(checkpoint, device="cpu", **_as_computed_on(place, checkpoint, **how))
-            devices = accelerators(place)
+            loaded = loading.load(checkpoint, **how, moved=False)
+            devices = accelerators(loaded.device)
             dispatch_(loaded.model, {device: int(FITS * available_bytes(device)) for device in devices})
             return replace(loaded, device=devices[0])
         if wanted(checkpoint, stream=stream, device_map=device_map, **how):
@@ -73,16 +73,14 @@ def over_devices(
     if device_map == "off" or (device_map == "auto" and (stream == "on" or several)):
         return False
     devices = accelerators(pick_device(how.get("device", "auto")))
-    if device_map == "on":
-        if len(devices) < 2 or several:
-            raise ConfigError(
-                "--device-map on places the layers over several accelerators of one process, and there "
-                + ("are several processes" if several else f"are {len(devices)}"),
-                "leave it out",
-            )
-        return True
-    if len(devices) < 2 or _share_of_memory(checkpoint, **how) <= FITS:
-        return False
+    if device_map == "on" and (len(devices) < 2 or several):
+        raise ConfigError(
+            "--device-map on places the layers over several accelerators of one process, and there "
+            + ("are several processes" if several else f"are {len(devices)}"),
+            "leave it out",
+        )
+    if device_map == "on" or len(devices) < 2 or _share_of_memory(checkpoint, **how) <= FITS:
+        return device_map == "on"
     return weight_bytes(checkpoint, **how) <= FITS * sum(map(available_bytes, devices))
 
 
@@ -96,9 +94,8 @@ def wanted(
     """Whether `load` in one process would leave the layers on disk. Reads headers only."""
     if stream != "auto":
         return stream == "on"
-    if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
-        return False
-    return _share_of_memory(checkpoint, **how) > FITS
+    apart = over_devices(checkpoint, stream=stream, device_map=device_map, **how)
+    return not apart and _share_of_memory(checkpoint, **how) > FITS
 
 
 def spread(
@@ -136,19 +133,7 @@ def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:
     return checkpoints.stored_elements(checkpoint.folder) * number.itemsize
 
 
-def _as_computed_on(place: torch.device, checkpoint: checkpoints.Checkpoint, **how: Any) -> dict[str, Any]:
-    """How to load by way of the CPU, which must not decide on another dtype than the device."""
-    config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    dtype = how.get("dtype", "auto")
-    stored = pick_dtype(dtype, config, checkpoint)
-    same = computing_dtype(dtype, stored, place) == stored
-    return how | ({"dtype": str(stored).removeprefix("torch.")} if same else {})
-
-
-# --- over several processes -----------------------------------------------------------------------------------
-
-
-def _load_spread(checkpoint: checkpoints.Checkpoint, *, device: str = "auto", **how: Any) -> loading.LanguageModel:
+def _load_spread(checkpoint: checkpoints.Checkpoint, **how: Any) -> loading.LanguageModel:
     """`loading.load`, of which each process keeps its shard of every weight (`distributed/sharding.py`).
 
     A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
@@ -157,58 +142,44 @@ def _load_spread(checkpoint: checkpoints.Checkpoint, *, device: str = "auto", **
     """
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if not why_not_by_layer(checkpoint, config):
-        loaded = open_on_disk(checkpoint, device=device, **how)
+        loaded = open_on_disk(checkpoint, **how)
         sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
         return loaded
-    place = pick_device(device)
-    how = _as_computed_on(place, checkpoint, **how)
     for turn in range(processes.world()):
         if turn == processes.rank():
-            loaded = loading.load(checkpoint, device="cpu", **how)
-            sharding.spread_(loaded.model, find_decoder(loaded.model).layers, place)
+            loaded = loading.load(checkpoint, **how, moved=False)
+            sharding.spread_(loaded.model, find_decoder(loaded.model).layers, loaded.device)
         processes.barrier()
-    return replace(loaded, device=place)
+    return loaded
 
 
 # --- over several accelerators --------------------------------------------------------------------------------
 
 
 def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> list[int] | None:
-    """Which device each layer goes to: in order, and so that the fullest device is as empty as can be."""
-
-    def within(share: float) -> list[int] | None:
-        places, device, left = [], 0, room[0] * share - rest
-        for layer in layers:
-            while layer > left:
-                if (device := device + 1) == len(room):
-                    return None
-                left = room[device] * share
-            places.append(device)
-            left -= layer
-        return places if rest <= room[0] * share else None
-
-    least, most = 0.0, 1.0
-    for _ in range(50):
-        middle = (least + most) / 2
-        least, most = (least, middle) if within(middle) else (middle, most)
-    return within(most)
+    """Which device each layer goes to, from bytes of each and of the rest, which is on the first: in order, and by
+    the devices' shares of the room; None where some device has too little.
+    """
+    share = (sum(layers) + rest) / max(1, sum(room))
+    ends, done, places = [share * end for end in accumulate(room)], rest, list[int]()
+    for layer in layers:
+        places.append(min(bisect_left(ends, done + layer / 2), len(room) - 1))
+        done += layer
+    held = _held(layers, rest, places, len(room))
+    return places if all(one <= most for one, most in zip(held, room, strict=True)) else None
 
 
-def fullest(layers: Sequence[int], rest: int, devices: int) -> int:
-    """Bytes of weights on the fullest of so many equal devices."""
-    places = place_layers(layers, rest, [sum(layers) + rest] * devices)
-    assert places is not None  # one device has room for all
-    held = [rest] + [0] * (devices - 1)
-    for place, layer in zip(places, layers, strict=True):
-        held[place] += layer
-    return max(held)
+def _held(layers: Sequence[int], rest: int, places: Sequence[int], devices: int) -> list[int]:
+    """Bytes on each device."""
+    by_device = [sum(size for size, place in zip(layers, places, strict=True) if place == i) for i in range(devices)]
+    return [by_device[0] + rest, *by_device[1:]]
 
 
 def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
     """Move a model's weights to several devices and have its modules' inputs follow them."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate import dispatch_model
 
-    decoder, devices = find_decoder(model), list(room)
+    decoder, devices = find_decoder(model), list(map(str, room))
     names = [f"{decoder.path}.{name}" for name, _ in decoder.layers.named_children()]
     sizes = [_bytes(model.get_submodule(name)) for name in names]
     places = place_layers(sizes, _bytes(model) - sum(sizes), list(room.values()))
@@ -220,19 +191,7 @@ def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
         )
     found = dict.fromkeys(_outside(model, decoder.path), devices[0])
     found |= {name: devices[place] for name, place in zip(names, places, strict=True)}
-    for name, device in found.items():
-        add_hook_to_module(model.get_submodule(name).to(device), AlignDevicesHook(device))
-    for module in model.modules():  # what holds the list of layers may have weights of its own
-        for table in (module._parameters, module._buffers):
-            here: dict[str, Any] = {name: t for name, t in table.items() if t is not None and t.device.type == "cpu"}
-            table.update({name: _moved(tensor, devices[0]) for name, tensor in here.items()})
-    add_hook_to_module(model, AlignDevicesHook(devices[0], io_same_device=True))
-    model.hf_device_map = {name: str(device) for name, device in found.items()}
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> Any:
-    moved = tensor.detach().to(device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    dispatch_model(model, found, main_device=devices[0], force_hooks=True)
 
 
 def placed_over(model: nn.Module) -> list[torch.device]:
@@ -253,11 +212,9 @@ def _outside(model: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
     """Names of the modules that hold what is no layer, none of them inside another."""
     for name, child in model.named_children():
         full = f"{prefix}{name}"
-        if full == path:
-            continue
         if path.startswith(f"{full}."):
             yield from _outside(child, path, f"{full}.")
-        else:
+        elif full != path:
             yield full
 
 
@@ -298,8 +255,10 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, st
 
 def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
     """A stage over layers that are placed over several devices (`models/placement.py`), of the fullest."""
-    layers = [layer * shape.itemsize for layer in shape.dense.layers]
-    return {**peak, "weights": fullest(layers, shape.outside * shape.itemsize, devices)}
+    layers, rest = [layer * shape.itemsize for layer in shape.dense.layers], shape.outside * shape.itemsize
+    places = place_layers(layers, rest, [sum(layers) + rest] * devices)
+    assert places is not None  # one device has room for all
+    return {**peak, "weights": max(_held(layers, rest, places, devices))}
 
 
 def spread_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
