@@ -28,15 +28,8 @@ from layercut.models import checkpoints, memory, placement
 HERE = Path(__file__).parents[1]
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
 RUN += ["--no-speed", "--ratio=0.25", "--batch-tokens=80", "--learning-rate=0.0003"]
-PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4
-"""Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15;
-relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apart, 2e-7 nats)."""
-
-
-def rounds(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
-    """Two rounds, as far as a budget of loss goes."""
-    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--eval", "--no-speed"))]
-    return ["tune", str(model), *flags, f"--data={texts[0]}", "--rounds=2", "--max-loss=9", f"--out={out}"]
+PRICES, LOSSES, WEIGHTS = 1e-6, 1e-5, 1e-5
+"""Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15."""
 
 
 def compress(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
@@ -61,9 +54,7 @@ def folder(tiny_model, texts, tmp_path_factory):
     commands = {
         "compress": command,
         "again": command,
-        "rounds": rounds(tiny_model, texts, folder / "rounds"),
         "spread": [*compress(tiny_model, texts, folder / "spread"), "--shard=on"],
-        "spread-rounds": [*rounds(tiny_model, texts, folder / "no-rounds"), "--shard=on"],
         "evaluate": ["evaluate", str(folder / "run" / "model"), f"--eval-data={texts[1]}", "--eval-tokens=112",
                      "--window=16", "--shard=on"],
         "no-text": compress(tiny_model, (Path("nowhere.txt"), texts[1]), folder / "no-text"),
@@ -211,16 +202,6 @@ def test_the_journey_is_the_same(folder, alone, name):
         torch.testing.assert_close(ours[name], theirs[name], atol=WEIGHTS, rtol=0)
 
 
-def test_rounds_are_the_same(folder, tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    assert main(rounds(tiny_model, texts, tmp_path / "run")) == 0
-    assert [of(folder, rank)["codes"]["rounds"] for rank in (0, 1)] == [0, 0]
-    for name in ("search", "search-2", "frontier"):
-        close(artefact(folder / "rounds", name), artefact(tmp_path / "run", name), SECOND_ROUND)
-    ours, theirs = (artefact(run, "heal-2")["tuning"] for run in (folder / "rounds", tmp_path / "run"))
-    close([p["loss"] for p in ours["curve"]], [p["loss"] for p in theirs["curve"]], SECOND_ROUND)
-
-
 def test_one_process_writes_and_speaks(folder, alone):
     run = folder / "run"
     ours, theirs = (
@@ -249,7 +230,6 @@ def test_perplexity_is_shared(folder, alone):
         ("no-text", "nowhere.txt"),
         ("no-flag", "--ratoi"),
         ("cut", "works in one"),
-        ("spread-rounds", "--rounds needs"),
     ],
 )
 def test_a_users_error_is_said_once(folder, name, words):

@@ -358,20 +358,6 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
     assert [p["loss"] for p in ours["curve"]] == [p["loss"] for p in theirs["curve"]]
 
 
-def test_rounds_from_disk(tiny_model, texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
-    monkeypatch.setattr(checkpoint, "verify_streamed", lambda *_: {})
-    flags = [flag for flag in RUN if not flag.startswith(("--eval", "--no-speed"))]
-    flags += [f"--data={texts[0]}", "--rounds=2", "--method=exhaustive"]
-    for mode in ("on", "off"):
-        assert main(["tune", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
-    for file in ("tuned-1", "tuned-2", "tuned"):
-        ours, theirs = ((tmp_path / mode / f"{file}.safetensors").read_bytes() for mode in ("on", "off"))
-        assert ours == theirs
-    ours, theirs = (load_file(tmp_path / mode / "model" / "model.safetensors") for mode in ("on", "off"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 # --- what is refused, and what is counted on ---
 
 
