@@ -228,7 +228,7 @@ def test_to_a_folder(what, source, tmp_path, monkeypatch, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "MLX would misread it: it lets every 6th layer" in said
     assert "llama.cpp would misread" not in said
-    assert "| `MLX` | would misread it | it lets every 6th layer" in (out / "README.md").read_text()
+    assert "| MLX | would misread it | it lets every 6th layer" in (out / "README.md").read_text()
 
 
 @needs_llama_cpp
@@ -306,7 +306,7 @@ def test_report_and_card_name_who_would_misread_it(tmp_path):
     found = [asdict(one) for one in readings(config("gemma3_text", [5, 11]), OFF)]
     (tmp_path / "summary.json").write_text(json.dumps({"model": "gemma", "segments": [[2, 3]], "consumers": found}))
     card, page = model_card(tmp_path), write_report(tmp_path).read_text()
-    assert "| `MLX` | would misread it | it lets every 6th layer attend to everything" in card
-    assert "| `ONNX Runtime` | does not load it |" in card
+    assert "| MLX | would misread it | it lets every 6th layer attend to everything" in card
+    assert "| ONNX Runtime | does not load it |" in card
     assert "would misread it" in page
     assert "gemma3.attention.sliding_window_pattern" in page

@@ -107,7 +107,7 @@ def test_what_changed_against_the_source_file_is_said(source, made):
     assert theirs["source_bytes"] == source.stat().st_size
     assert "against the source file, both in llama.cpp" in describe_gguf_check(facts)[-1]
     assert "larger and worse" not in describe_gguf_check(facts)[-1]
-    assert "; the source file has" in (run / "report.html").read_text()
+    assert "; the source file " in (run / "report.html").read_text()
     theirs["source_bytes"], theirs["source_perplexity"] = 10, 1.0
     assert describe_gguf_check(facts)[-1].endswith("it is larger and worse than the source")
 
@@ -123,10 +123,9 @@ def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, capsys, m
     assert out.stat().st_size > source.stat().st_size
     assert "it is larger and worse than the source" in said
     found = read_run(tmp_path / "large.gguf-run")
-    words = {verdict.stage: (verdict.mark, verdict.text) for verdict in verdicts(found)}
-    assert words["GGUF"][0] == "bad"
-    assert words["GGUF"][1].startswith("larger and worse than the source file")
-    assert words["Size"][0] == "bad"
+    judged = {verdict.name: verdict for verdict in verdicts(found)}
+    assert [judged[name].mark for name in ("GGUF file", "Size")] == ["bad", "bad"]
+    assert judged["GGUF file"].text.startswith("larger and worse than the source file")
     assert "larger and worse than the source file" in (tmp_path / "large.gguf-run" / "report.html").read_text()
 
 

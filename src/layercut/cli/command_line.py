@@ -177,7 +177,7 @@ def evaluate(
         layercut evaluate runs/small --eval-data c4:validation
     """
     from layercut.cli.evaluate_alone import evaluate_only
-    from layercut.report.page import probe_lines, score_lines
+    from layercut.report.page import evaluation_lines
 
     config = config or PerplexityConfig()
     found = evaluate_only(model, config)
@@ -189,8 +189,7 @@ def evaluate(
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {error:.4f}" if error is not None else ""))
-    for line in (*score_lines(found.tasks, found.retention, found.evaluations), *probe_lines(found.probes or {})):
-        print(line)
+    print(*evaluation_lines(found.tasks, found.retention, found.evaluations, found.probes or {}), sep="\n")
 
 
 @app.command
@@ -204,17 +203,13 @@ def compare(model: Model, *, config: CompareConfig | None = None, log: Log = Non
     from rich.console import Console
 
     from layercut.pipeline.compare import compare
-    from layercut.report.comparison_views import comparison_table, survival_table
+    from layercut.report.compare_page import printed
 
     run = compare(model, config or CompareConfig(), own_process=True)
     console, found = Console(highlight=False), json.loads((run / "compare.json").read_text())
-    console.print(comparison_table(found))
-    if found["judged_dense"]:
-        console.print(survival_table(found))
-    for name, file in (("plot", "compare.svg"), ("plot", "compare-survival.svg"), ("report", "compare.html")):
-        if not (run / file).is_file():
-            continue
-        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
+    for table in printed(found):
+        console.print(table)
+    console.print(shown(f"report  {run / 'compare.html'}"), soft_wrap=True, markup=False)
 
 
 @app.command
@@ -500,15 +495,15 @@ def _refusal(message: str, hint: str) -> Outcome:
 
 
 def _show(run: Path) -> None:
-    """The closing table and where everything is."""
+    """How the run ended, and where everything is."""
     from rich.console import Console
 
+    from layercut.pipeline.handover import result_of
     from layercut.report.page import closing
 
     console = Console(highlight=False)
-    table, lines = closing(run)
+    table, conclusion = closing(run)
     console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=not console.is_terminal)
-    for name, file in (("model", "model"), ("report", "report.html")):
-        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
+    console.print(conclusion, soft_wrap=not console.is_terminal)
+    for name, file in (("model", result_of(run)), ("report", run / "report.html")):
+        console.print(shown(f"{name:<6}  {file}"), soft_wrap=True, markup=False)

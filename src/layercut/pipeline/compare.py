@@ -23,7 +23,6 @@ from layercut.config import COMPARED_STATES, TRAINED_STATES, CompareConfig, Meth
 from layercut.data.probes import capability_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
-from layercut.files.json_values import jsonable, restored
 from layercut.healing.lora import check_lora
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
@@ -52,12 +51,8 @@ from layercut.pipeline.stages.search import edition, generated_tests
 from layercut.pipeline.stages.text import Use, draw_all
 from layercut.progress import say
 from layercut.report import formatting
-from layercut.report.comparison_views import draw_picks, draw_survival
-from layercut.report.page import write_comparison
+from layercut.report.compare_page import write_comparison
 from layercut.segments import checked_segments, layers_to_remove
-
-SURVIVAL = "compare-survival.svg"
-"""The plot of what each cut keeps of tasks and recall."""
 
 
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
@@ -91,7 +86,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
 
 
 def compare_methods(work: RunContext, model: str, config: MethodsConfig, length: int) -> None:
-    """Search by every method, measure every cut, and write compare.json with its plots and page."""
+    """Search by every method, measure every cut, and write compare.json with its page."""
     run, layers = work.run, work.layers
     judged: list[Use] = ["heldout", "tuning"] if work.config.heal.tune_tokens else []
     draw_all(work, ["calibration", *judged, "evaluation"])
@@ -119,17 +114,7 @@ def compare_methods(work: RunContext, model: str, config: MethodsConfig, length:
                 tuning=work.text.get("tuning"),
                 evaluation=work.text["evaluation"],
             )
-    found = restored(jsonable(comparison.artefact))
-    processes.on_main(lambda: draw_and_write(found, run.folder))
-
-
-def draw_and_write(found: dict[str, Any], folder: Path) -> None:
-    """The plots and the page of a comparison."""
-    draw_picks(found, folder / "compare.svg")
-    (folder / SURVIVAL).unlink(missing_ok=True)  # of what was asked for before
-    if found["judged_dense"]:
-        draw_survival(found, folder / SURVIVAL)
-    write_comparison(folder)
+    processes.on_main(lambda: write_comparison(run.folder))
 
 
 def check_methods(config: MethodsConfig, layers: int, length: int) -> None:

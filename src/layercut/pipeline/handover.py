@@ -39,8 +39,8 @@ from layercut.report.model_card import (
 )
 from layercut.report.page import write_report
 from layercut.report.run_facts import model_key
+from layercut.report.sections import engine_rows
 from layercut.report.stage_lines import describe_export, describe_gguf_check
-from layercut.report.tables import consumer_rows
 from layercut.report.verdicts import broken
 
 CARD = "README.md"
@@ -159,7 +159,7 @@ def describe_(written: Path, made: Made, run: Path | None = None) -> None:
     if made.packed:
         kind = engines.written_as(read_json(written / "config.json")["quantization_config"])
     found = engines.readings(load_config(checkpoints.resolve(str(written))), [], kind)
-    card = checkpoint_card(replace(made, consumers=consumer_rows(found)), run)
+    card = checkpoint_card(replace(made, consumers=engine_rows(found)), run)
     if made.gguf:
         write_text(written.with_name(f"{written.stem}.{CARD}"), card)
         write_text(written.with_name(f"{written.stem}.Modelfile"), modelfile(written))

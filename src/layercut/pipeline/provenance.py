@@ -107,7 +107,7 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     words = [f"{key} was {_value(before[key])} and is {_value(config[key])}" for key in changed if key in config]
     if first := next((key for key in changed if key not in config), None):
         words.append(f"it is of another command, which has {first} and others that this one does not take")
-    names = ("model", *summaries, "report.html", "compare.svg", "compare-survival.svg")
+    names = ("model", *summaries, "report.html", "compare.html")
     return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
 
 

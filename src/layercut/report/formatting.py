@@ -1,24 +1,32 @@
 """Values of a run's JSON files, read with care, and figures as the text people see.
 
-Used by all of `report/`, at the end of the journey. A file may be old, partial, or hold inf and nan; whatever is not a
-usable number becomes None here, and "not measured" in words.
+A file may be old, partial, or hold inf and nan; whatever is not a usable number becomes None here, and "not measured"
+in words.
 """
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from layercut import progress
 from layercut.files import sizes
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 NOT_MEASURED = "not measured"
+LOCAL = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gguf", ".safetensors", ".yaml", ".yml")
 
 
 class Json:
-    """A value of a JSON file, read with care: an attribute or item that is not there is a Json of nothing.
+    """A value of a JSON file: an attribute or item that is not there is a Json of nothing.
 
     It is true where the value is, and prints as the value, or as nothing. A list gives its elements.
     """
@@ -92,6 +100,9 @@ def spans(value: Any) -> list[tuple[int, int]]:
     ]
 
 
+# ---- figures as text -----------------------------------------------------------------------------------------
+
+
 def count(value: Any) -> str:
     """A large number with its unit: 134515008 -> 134.5M."""
     found = finite(value)
@@ -101,6 +112,12 @@ def count(value: Any) -> str:
         if abs(found) >= limit:
             return f"{found / (1e3 if unit == 'k' else limit):.1f}{unit}"
     return f"{found:,.0f}"
+
+
+def whole(value: Any) -> str:
+    """A whole number: 1234567 -> 1,234,567."""
+    found = finite(value)
+    return NOT_MEASURED if found is None else f"{found:,.0f}"
 
 
 def size(value: Any) -> str:
@@ -132,6 +149,21 @@ def deviation(error: float) -> str:
     return f"{error:.2g}" if error < 99.5 else f"{error:,.0f}" if error < 1e5 else short(error)
 
 
+def plus_minus(score: Any, error: Any) -> str:
+    """A score and its standard error: 0.430 ± 0.050."""
+    value, off = finite(score), finite(error)
+    if value is None:
+        return figure(score)
+    shown = f"{value:.3f}" if abs(value) < 10 else figure(value)
+    return shown + (f" ± {off:.3f}" if off is not None else "")
+
+
+def probability(value: Any) -> str:
+    """A p-value to three places; a dash where there is none."""
+    found = finite(value)
+    return "–" if found is None else "<0.001" if found < 0.001 else f"{found:.3f}"
+
+
 def percent(value: Any) -> str:
     """A share in percent: 0.158 -> 15.8%."""
     found = finite(value)
@@ -144,24 +176,21 @@ def signed(rise: Any) -> str:
     return "not finite" if found is None else f"{100 * found:+,.1f}%".replace("-", "−")
 
 
-def times(value: Any) -> str:
-    """A ratio: 1.25 -> 1.25×."""
-    found = finite(value)
-    return NOT_MEASURED if found is None else f"{found:,.0f}×" if found >= 100 else f"{found:.2f}×"
-
-
-def with_error(factor: float, error: float) -> str:
-    """A ratio with its standard error: 1.25, 0.008 -> 1.25× ± 0.01."""
-    absolute = factor * error
-    return f"{times(factor)} ± {absolute:.2f}" if absolute >= 0.005 else f"{factor:.4f}× ± {absolute:.4f}"
-
-
 def change(before: Any, after: Any) -> str:
     """Relative change, signed: 30, 24 -> −20.0%."""
     old, new = finite(before), finite(after)
-    if not old or new is None:
-        return ""
-    return f"{100 * (new / old - 1):+.1f}%".replace("-", "−")
+    return signed(new / old - 1) if old and new is not None else ""
+
+
+def times(value: Any, log_error: Any = None) -> str:
+    """A ratio, with the standard error of its logarithm: 1.25 -> 1.25×, 1.25 and 0.008 -> 1.25× ± 0.01."""
+    found, error = finite(value), finite(log_error)
+    if found is None:
+        return NOT_MEASURED
+    plain_ratio = f"{found:,.0f}×" if found >= 100 else f"{found:.2f}×"
+    if error is None:
+        return plain_ratio
+    return f"{plain_ratio} ± {found * error:.2f}" if found * error >= 0.005 else f"{found:.4f}× ± {found * error:.4f}"
 
 
 def duration(value: Any) -> str:
@@ -169,11 +198,7 @@ def duration(value: Any) -> str:
     found = finite(value)
     if found is None:
         return NOT_MEASURED
-    if found < 60:
-        return f"{found:.1f} s"
-    minutes, seconds = divmod(round(found), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return f"{found:.1f} s" if found < 60 else progress.duration(found)
 
 
 def label(segments: Any) -> str:
@@ -183,8 +208,10 @@ def label(segments: Any) -> str:
 
 def layer_names(segments: Any) -> str:
     """The layers of segments: [[13, 19], [24, 25]] -> 13–18, 24."""
-    names = [f"{a}–{b - 1}" if b - a > 1 else f"{a}" for a, b in spans(segments)]
-    return ", ".join(names)
+    return ", ".join(f"{a}–{b - 1}" if b - a > 1 else f"{a}" for a, b in spans(segments)) or "none"
+
+
+# ---- names and texts of users --------------------------------------------------------------------------------
 
 
 def printable(value: Any) -> str:
@@ -200,18 +227,11 @@ def short_name(model: Any) -> str:
     return text if is_hub_id else re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "the model"
 
 
-LOCAL = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gguf", ".safetensors", ".yaml", ".yml")
-
-
-def is_local(text: str) -> bool:
-    """Whether a word is a path on this machine rather than a Hub id or a word."""
-    bare = text.partition(":")[0].lower()
-    return text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1 or bare.endswith(LOCAL)
-
-
 def base_name(text: str) -> str:
-    """Of a path its last part, for where it lies is nobody's business; anything else as it is."""
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_local(text) else text
+    """Of a path on this machine its last part, since where it lies is private; a Hub id or a word as it is."""
+    local = text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1
+    local = local or text.partition(":")[0].lower().endswith(LOCAL)
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if local else text
 
 
 def source_name(source: Any) -> str:
@@ -226,3 +246,34 @@ def command_line(command: Any) -> str:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         words.append(shlex.quote(f"{flag}{equals}{source_name(value)}"))
     return printable(" ".join(words))
+
+
+def code(value: Any) -> str:
+    """Text as a Markdown code span that cannot end early, hold markup, break a table or start a new line."""
+    text = printable(value).replace("|", "¦").replace("`", "'")
+    return f"`{text}`" if text else NOT_MEASURED
+
+
+def prose(value: Any) -> str:
+    """Text inside a Markdown sentence or cell, with all that HTML or Markdown would act on made harmless."""
+    return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(printable(value), quote=False))
+
+
+def page(file: str, **facts: Any) -> str:
+    """A filled template of templates/: HTML, in which everything is escaped, or Markdown."""
+    return _environment(escape=file.endswith(".html")).get_template(file).render(facts)
+
+
+@cache
+def _environment(*, escape: bool) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=escape,
+        undefined=StrictUndefined,  # a name that no fact has is an error; what a run lacks is an empty Json
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {function.__name__: function for function in (change, code, figure, prose, source_name, whole)}
+    return env

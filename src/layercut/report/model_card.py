@@ -1,8 +1,7 @@
 """The card of a model that layercut made, README.md of its folder or of its page on the Hub.
 
-At the top YAML that the Hub reads: what it was made from, under which licence, and the figures measured. Then, of a
-run, what `report/page.py` says of it; of anything else (`layercut cut`, `quantize`, `export`) what was done. In both
-how to load it, engine by engine.
+At the top YAML that the Hub reads: source, licence, measured figures. Then how to load it, engine by engine, and what
+was done; of a run also its verdicts and tables.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from typing import Any, Literal
 from layercut.data.sources import find
 from layercut.errors import LayercutError
 from layercut.models.source_card import SourceCard, source_card
-from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
-from layercut.report.page import card_body
-from layercut.report.run_facts import RunFacts, read_json, read_run
-from layercut.report.tables import READINGS, consumer_rows, last_stage
-from layercut.report.templating import page
+from layercut.report import sections, verdicts
+from layercut.report.formatting import Json, finite, label, page, printable, source_name, spans, whole_number
+from layercut.report.run_facts import RunFacts, last_stage, main_tasks, read_json, read_run, runs_of
 
 HERE = "path/to/this/folder"
 """Stands in the commands of a card for where the model is; `addressed` puts the Hub id there."""
@@ -47,9 +44,8 @@ class Made:
     """What a card is of."""
 
     source: SourceCard
-    """What it was made from."""
     done: str
-    """What was done, in a sentence or two."""
+    """What was done, in a sentence or two; empty of a run's own checkpoint, which its title describes."""
     segments: Sequence[tuple[int, int]] = ()
     """Layers removed."""
     original_layer_index: Sequence[int] = ()
@@ -62,7 +58,7 @@ class Made:
     """Whether the weights are in the format of compressed-tensors."""
     figures: Sequence[Figure] = ()
     consumers: Sequence[tuple[str, str, str]] = ()
-    """Software, what it makes of the model, and why: `tables.consumer_rows`."""
+    """Engine, what it makes of the model, and why: `sections.engine_rows`."""
 
     @property
     def title(self) -> str:
@@ -71,23 +67,46 @@ class Made:
         parts = [self.source.name, f"{layers} layers" if self.segments and layers else "", self.number_format]
         return "-".join(each.replace(" ", "-") for each in parts if each)
 
-    def serves(self, software: str) -> bool:
-        """Whether it is not known that this software misreads the model, or does not load it."""
-        return all(reads in ("", READINGS["right"]) for name, reads, _ in self.consumers if name == software)
+    def serves(self, engine: str) -> bool:
+        """Whether it is not known that this engine misreads the model, or does not load it."""
+        return all(reads == sections.READINGS["right"] for name, reads, _ in self.consumers if name == engine)
 
 
 def model_card(run: Path) -> str:
     """README.md for the checkpoint exported from RUN. RunError if RUN is not the folder of a finished run."""
-    made = of_run(run)
-    return front_matter(made) + card_body(run, use=use(made))
+    return checkpoint_card(of_run(run), run)
 
 
 def checkpoint_card(made: Made, run: Path | None = None) -> str:
-    """README.md for anything else that was written."""
-    before = card_body(run, use="") if run else ""
-    shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
-    text = page("checkpoint_card.md", made=made, use=use(made), before=before, **shown)
-    return front_matter(made) + text
+    """README.md for what was written, with the verdicts and tables of the run it is from."""
+    facts = read_run(run, place=None) if run else None
+    gguf = printable(made.gguf)
+    text = page(
+        "card.md",
+        made=made,
+        done=made.done,
+        title=verdicts.title(facts.summary) if facts and not made.done else made.title,
+        segments=label([list(pair) for pair in made.segments]),
+        index=json.dumps([*made.original_layer_index]),
+        run=facts,
+        conclusion=verdicts.conclusion(facts) if facts else None,
+        verdicts=verdicts.verdicts(facts) if facts else [],
+        sections=sections.of(facts, sections.CARD) if facts else [],
+        here=HERE,
+        name=re.sub(r"[^a-z0-9._-]+", "-", made.title.lower()).strip("-"),
+        path=shlex.quote(f"{HERE}/{gguf}"),
+        modelfile=shlex.quote(f"{gguf.removesuffix('.gguf')}.Modelfile"),
+        python_name=json.dumps(gguf),
+    )
+    return front_matter(made) + re.sub(r"\n{3,}", "\n\n", text)
+
+
+def addressed(card: str, repo_id: str) -> str:
+    """A card whose commands name the model on the Hub."""
+    return card.replace(HERE, repo_id)
+
+
+# --- what it is of ---------------------------------------------------------------------------------------------------
 
 
 def of_run(run: Path) -> Made:
@@ -102,13 +121,13 @@ def of_run(run: Path) -> Made:
         done="",
         number_format=number_format,
         packed=bool(number_format),
-        figures=run_figures(found),
-        consumers=consumer_rows(found.summary.consumers),
+        figures=_run_figures(found),
+        consumers=sections.engine_rows(found.summary.consumers),
     )
 
 
 def number_format_of(bits: int | Literal["auto"] | None) -> str:
-    """What weights of so many bits are called; empty for floats, and where that is not known."""
+    """The name of weights in so many bits; empty for floats, and where that is not known."""
     return "mixed integers" if bits == "auto" else f"int{bits}" if bits is not None and bits < 16 else ""
 
 
@@ -121,7 +140,7 @@ def from_folder(folder: Path) -> Made:
 def layers_of(
     source: SourceCard, folder: Path, removed: Sequence[tuple[int, int]], index: Sequence[int], layers: int
 ) -> dict[str, Any]:
-    """The source and the layers of it that a model is made of: of the first model, where that is the source."""
+    """The source and its layers in a model: of the first model, where the source was cut from that one itself."""
     if source.is_first and (first := _index_in(folder)):
         behind = layers - 1 - index[-1] if index else 0  # what else was gone behind the last is in no config
         index, removed = first, [*_gaps(first), *([(first[-1] + 1, first[-1] + 1 + behind)] if behind else [])]
@@ -135,22 +154,21 @@ def _index_in(folder: Path) -> list[int]:
 
 
 def _gaps(kept: Sequence[int]) -> list[tuple[int, int]]:
-    """The segments that are missing before the last layer that is left."""
-    ends = [(kept[i - 1] + 1 if i else 0, layer) for i, layer in enumerate(kept)]
-    return [(start, stop) for start, stop in ends if start < stop]
+    """The segments that are missing before the last layer that is kept."""
+    return [(start, stop) for start, stop in runs_of(set(range(kept[-1] if kept else 0)) - set(kept))]
 
 
 def _whole_numbers(values: Json) -> list[int]:
     return [number for value in values if (number := whole_number(value)) is not None]
 
 
-def run_figures(run: RunFacts) -> list[Figure]:
+def _run_figures(run: RunFacts) -> list[Figure]:
     """Perplexity of the last state that was measured, finite or not, and each task's main score."""
     found, perplexity = [], run.summary.perplexity
     if last := last_stage(run.summary):
         words = f"{perplexity.tokens} tokens in windows of {perplexity.window}"
         found.append(Figure(metric="perplexity", value=last[1], dataset=str(perplexity.dataset), words=words))
-    for task, row in run.scored.tasks.entries():
+    for task, row in main_tasks(run.scored):
         if (score := finite(row.compressed)) is not None:
             metric, words = str(row.metric) or "score", f"{row['items']} items" if row["items"] else ""
             found.append(Figure(metric=metric, value=score, dataset=task, words=words))
@@ -168,13 +186,31 @@ def perplexity_again(run: Path, value: float, tokens: int) -> Figure:
 
 def front_matter(made: Made) -> str:
     """The YAML at the top, between its two lines of ---."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
-    source = made.source
-    tags = ["layercut"]
-    tags += ["pruned", "layer-pruning", "depth-pruning"] if made.segments else []
-    tags += ["gguf"] if made.gguf else []
-    tags += ["compressed-tensors"] if made.packed else []
+    source, results = made.source, []
+    for figure in made.figures:
+        if not math.isfinite(figure.value):
+            continue
+        name, hub = source_name(figure.dataset) or "text", None
+        try:
+            hub = find(figure.dataset, reported=True).hub if figure.metric == "perplexity" else None
+        except LayercutError:  # a file that is gone, or several joined
+            hub = None
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=hub.path if hub else name.replace(" ", "-"),
+                dataset_name=name,
+                dataset_config=hub.config if hub else None,
+                dataset_split=hub.split if hub else None,
+                metric_type=figure.metric,
+                metric_name=f"{figure.metric} ({figure.words})" if figure.words else figure.metric,
+                metric_value=figure.value,
+            )
+        )
+    tags = ["layercut", *(["pruned", "layer-pruning", "depth-pruning"] if made.segments else [])]
+    tags += ["gguf"] if made.gguf else ["compressed-tensors"] if made.packed else []
     relation: Literal["quantized", "finetune"] = "quantized" if made.number_format else "finetune"
     data = ModelCardData(
         language=[*source.languages] or None,
@@ -187,47 +223,6 @@ def front_matter(made: Made) -> str:
         base_model_relation=relation if source.base_model else None,
         tags=tags,
         model_name=made.title,
-        eval_results=[_result(figure) for figure in made.figures if math.isfinite(figure.value)] or None,
+        eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
-
-
-def _result(figure: Figure) -> Any:
-    from huggingface_hub import EvalResult
-
-    name = source_name(figure.dataset)
-    hub = None
-    try:
-        hub = find(figure.dataset, reported=True).hub if figure.metric == "perplexity" else None
-    except LayercutError:  # a file that is gone, or several joined
-        hub = None
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=hub.path if hub else name.replace(" ", "-") or "text",
-        dataset_name=name or "text",
-        dataset_config=hub.config if hub else None,
-        dataset_split=hub.split if hub else None,
-        metric_type=figure.metric,
-        metric_name=f"{figure.metric} ({figure.words})" if figure.words else figure.metric,
-        metric_value=figure.value,
-    )
-
-
-# --- how to load it --------------------------------------------------------------------------------------------------
-
-
-def use(made: Made) -> str:
-    """How to load it, as Markdown. Names of files are quoted for the shell, and for Python."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", made.title.lower()).strip("-")
-    gguf = printable(made.gguf)
-    files = {
-        "path": shlex.quote(f"{HERE}/{gguf}"),
-        "modelfile": shlex.quote(f"{gguf.removesuffix('.gguf')}.Modelfile"),
-        "python_name": json.dumps(gguf),
-    }
-    return page("model_card_use.md", made=made, here=HERE, name=name, **files)
-
-
-def addressed(card: str, repo_id: str) -> str:
-    """A card whose commands name the model on the Hub."""
-    return card.replace(HERE, repo_id)

@@ -1,26 +1,43 @@
-"""A finished run as a page, a model card and a table in the terminal: the last stage of the journey.
+"""A finished run as a page and as what the terminal shows at its end.
 
-`write_report` makes report.html from the JSON files of a run folder, one file that needs nothing beside it;
-`card_body` is the text of a model card (`model_card.py`); `closing` what the terminal shows at the end;
-`write_comparison` makes compare.html, the page of `layercut compare`. All words are in templates/, and `sections.py`
-says which sections the report has. Whatever a user or a model wrote is escaped, and the page's content policy forbids
-scripts and the network.
+`write_report` makes report.html from the JSON files of a run folder, one file that needs nothing beside it. Whatever a
+user or a model wrote is escaped, and the page's content policy forbids scripts and the network.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
-from layercut.report import charts, comparison_views, tables, thresholds, verdicts
-from layercut.report.formatting import Json, command_line, figure, label, number, percent, printable, short_name
-from layercut.report.run_facts import RunFacts, read_json, read_run
-from layercut.report.sections import chapter
-from layercut.report.templating import lines, page
+from layercut.report import charts, sections
+from layercut.report.compare_page import write_comparison
+from layercut.report.formatting import (
+    NOT_MEASURED,
+    Json,
+    change,
+    figure,
+    label,
+    number,
+    page,
+    percent,
+    printable,
+    short_name,
+    size,
+    times,
+)
+from layercut.report.run_facts import (
+    evaluation_rows,
+    final_factor,
+    hits_of,
+    last_stage,
+    main_tasks,
+    read_run,
+    source_bytes,
+)
+from layercut.report.verdicts import LIMITS, conclusion, title, verdicts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,107 +51,105 @@ def write_report(run: Path) -> Path:
     """
     if (run / "compare.json").is_file() and not (run / "summary.json").is_file():
         return write_comparison(run)
-    found = read_run(run)
-    chapters = {name: chapter(found, name) for name in ("proofs", "details")}
-    stack = charts.layer_stack(found.summary, found.heal)
-    return _write(run / "report.html", page("report.html", **_facts(found), chapters=chapters, stack=stack))
-
-
-def write_comparison(run: Path) -> Path:
-    """Write RUN/compare.html from compare.json and compare.svg, atomically, and return its path."""
-    found, svg = read_json(run / "compare.json"), run / "compare.svg"
-    what = "Layers that each method removes, with the KL of its cut"
-    picks = charts.inline(svg.read_text(encoding="utf-8"), "picks", what) if svg.is_file() else None
-    facts = {"comparison": found, "name": short_name(found.model), "methods": tables.by_kl(found), "tables": tables}
-    facts |= {"survivals": list(comparison_views.survivals(found)), "views": comparison_views}
-    drawn = run / "compare-survival.svg"
-    what = "What each cut keeps of task scores, hidden keys and lists"
-    survival = charts.inline(drawn.read_text(encoding="utf-8"), "survival", what) if drawn.is_file() else None
-    return _write(run / "compare.html", page("compare.html", **facts, picks=picks, survival=survival))
-
-
-def _write(target: Path, text: str) -> Path:
+    found, target = read_run(run), run / "report.html"
+    text = page(
+        "report.html",
+        run=found,
+        name=short_name(found.summary.model),
+        title=title(found.summary),
+        conclusion=conclusion(found),
+        verdicts=verdicts(found),
+        limits=LIMITS,
+        stack=charts.layer_stack(found.summary, found.heal),
+        samples=list(found.evaluation.generations),
+        sections=sections.of(found, sections.PAGE),
+    )
     with write_atomically(target) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
     return target
 
 
-def card_body(run: Path, use: str) -> str:
-    """What the model card of RUN's checkpoint says below its front matter."""
-    facts = _facts(read_run(run, place=None))
-    return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **facts, use=use))
+# ---- the terminal ----------------------------------------------------------------------------------------------
 
 
-def _facts(run: RunFacts) -> dict[str, Any]:
-    """What both templates are filled with, beside the tables."""
-    last = tables.last_stage(run.summary)
-    return {
-        "run": run,
-        "name": short_name(run.summary.model),
-        "headline": verdicts.headline(run.summary),
-        "conclusion": verdicts.conclusion(run),
-        "verdicts": verdicts.verdicts(run),
-        "last": next((row for row in tables.stage_rows(run.summary) if last and row.name == last[0]), None),
-        "command": command_line(run.env.command),
-        "tables": tables,
-        "warning": verdicts.generation_warning(run.health),
-        "thresholds": thresholds,
-    }
-
-
-# ---- the terminal ------------------------------------------------------------------------------------------
-
-
-def closing(run: Path) -> tuple[Table, list[Text]]:
-    """What a run ends with in the terminal."""
+def closing(run: Path) -> tuple[Table, Text]:
+    """A run's end in the terminal: the two models side by side, and whether the result is to be shipped."""
     from rich.table import Table
     from rich.text import Text
 
     found = read_run(run, place=printable(shlex.quote(str(run))))
-    table = Table(title=Text(printable(found.summary.model) or "layercut", style="bold"), title_justify="left")
-    for heading in ("", "dense", "compressed", "change"):
+    summary, last, factor = found.summary, last_stage(found.summary), final_factor(found.summary)
+    came, after = source_bytes(summary), summary.bytes.after
+    rows = [["size", size(came), size(after), change(came, after)]]
+    for phase, words in (("decode", "decoding, tokens/s"), ("prefill", "prompt, tokens/s")):
+        if row := found.speed[phase]:
+            rows.append([words, figure(row.dense), figure(row.compressed), times(row.ratio)])
+    over = times(factor, summary.perplexity.standard_error[last[0]]) if last and factor is not None else ""
+    rows.append(["perplexity", figure(summary.perplexity.dense), figure(last[1]) if last else NOT_MEASURED, over])
+    for task, row in main_tasks(found.scored):
+        rows.append(
+            [printable(task), figure(row.dense), figure(row.compressed), times(row.retention) if row.retention else ""]
+        )
+    rows += [[printable(f"{name}, {metric}"), *figures] for name, metric, *figures in evaluation_rows(summary)]
+    table = Table(title=Text(printable(title(summary)), style="bold"), title_justify="left")
+    for heading in ("", "dense", "pruned", "change"):
         table.add_column(heading, justify="right" if heading else "left")
-    for row in lines("closing.txt", run=found, tables=tables):
-        if row:
-            table.add_row(*map(Text, row))
-        else:
-            table.add_section()
-    colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
-
-    def line(verdict: verdicts.Verdict, words: str, style: str) -> Text:
-        return Text(f"{verdict.sign} {words}{verdict.text}", f"{style}{colours[verdict.mark]}".strip())
-
-    last = verdicts.conclusion(found)
-    warned = [verdict for verdict in verdicts.verdicts(found) if verdict.mark in ("fair", "bad")]
-    return table, [*(line(v, f"{v.words}: {v.stage}: ", "") for v in warned), line(last, "", "bold ")]
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    last_word = conclusion(found)
+    colour = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}[last_word.mark]
+    return table, Text(f"{last_word.sign} {last_word.text}", f"bold {colour}".strip())
 
 
 def search_lines(search: Any) -> list[str]:
     """What `layercut search` prints: the candidates from the best, by all that they are known by."""
-    candidates, heads = list(Json(search).candidates), {"kl": "KL, nats", "damage": "damage, nats", "score": "score"}
+    candidates, heads = (
+        list(Json(search).candidates),
+        {"kl": "KL on text, nats", "damage": "KL on probes, nats", "score": "score"},
+    )
     known = [key for key in heads if any(number(each[key]) is not None for each in candidates)]
     rows = [[label(each.segments), *(figure(each[key]) for key in known)] for each in candidates]
     return ["\t".join(row) for row in [["segments", *(heads[key] for key in known)], *rows]]
 
 
-def probe_lines(probes: Mapping[str, Any]) -> list[str]:
-    """What `layercut evaluate --probes` prints: what each model finds, and the damage beside the first of them."""
+def evaluation_lines(
+    tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any], probes: Mapping[str, Any]
+) -> list[str]:
+    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a heading.
+
+    Of one model alone `retained` is None, and each task is compared with itself.
+    """
+
+    def shown(value: Any) -> str:
+        return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+    rows, pair = list[list[str]](), retained is not None
+    keys = ["dense", "dense_stderr", "compressed", "compressed_stderr", "lost", "gained", "p_value"]
+    if tasks:
+        rows.append(["task", "metric", "items", "chance", *(keys if pair else ["score", "stderr"])])
+    for task, row in tasks.items():
+        for metric, figures in [(row["metric"], row), *row["others"].items()]:
+            cells = (shown(figures[key]) for key in ["chance", *(keys if pair else keys[:2])])
+            rows.append([printable(task), printable(metric), str(row["items"]), *cells])
+    if tasks and retained is not None:
+        rows += [["retention", shown(retained["mean"])], ["retention above chance", shown(retained["above_chance"])]]
+    for name, metrics in measured.items():
+        for metric, row in metrics.items():
+            models = [key for key in row if key != "higher_is_better"]
+            if not any(cells[:2] == ["evaluation", "metric"] for cells in rows):
+                rows.append(["evaluation", "metric", *models])
+            rows.append([printable(name), printable(metric), *(shown(row[model]) for model in models)])
+    return ["\t".join(row) for row in rows + _probe_rows({name: Json(each) for name, each in probes.items()})]
+
+
+def _probe_rows(probes: Mapping[str, Json]) -> list[list[str]]:
     if not probes:
         return []
-    rows = [["", *map(printable, probes)]]
-    for name, what in (("hidden keys found", "keys"), ("values found in lists", "lists")):
-        rows.append([name, *(comparison_views.found(Json(getattr(each, what))) for each in probes.values())])
-    figures = [Json(each.capabilities) for each in probes.values()]
-    for capability, _ in figures[-1].hits.entries():
-        rows.append([f"{capability}: answers", *(percent(each.hits[capability]) for each in figures)])
-        if len(figures) > 1:
-            rows.append([f"{capability}: damage, nats", "", *(figure(each.damage[capability]) for each in figures[1:])])
-    return ["\t".join(row) for row in rows]
-
-
-def score_lines(tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any]) -> list[str]:
-    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a
-    heading.
-    """
-    rows = lines("scores.txt", tasks=tasks, retained=retained, measured=measured)
-    return ["\t".join(row) for row in rows if row]
+    rows, each = [["", *map(printable, probes)]], list(probes.values())
+    for name, key in (("hidden keys found", "keys"), ("values found in lists", "lists")):
+        rows.append([name, *(hits_of(one[key]) for one in each)])
+    for skill, _ in each[-1].capabilities.hits.entries():
+        rows.append([f"{skill}: answers", *(percent(one.capabilities.hits[skill]) for one in each)])
+        if len(each) > 1:
+            rows.append([f"{skill}: KL, nats", "", *(figure(one.capabilities.damage[skill]) for one in each[1:])])
+    return rows

@@ -1,29 +1,33 @@
-"""What a run folder holds, read for the report, the model card and the closing table at the end of the journey.
+"""A run folder's JSON artefacts, and the figures that the page, the card and the terminal share.
 
-The pipeline's own reader refuses an artefact that is not whole, so that its stage runs again. A report shows what
-there is, also of an old or partial run: what is missing is empty here, and "not measured" in words.
+The pipeline refuses an artefact that is not whole; a report shows what there is, also of an old or partial run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layercut.errors import RunError
-from layercut.report.formatting import Json, number, printable, spans
+from layercut.report.formatting import Json, change, figure, finite, number, plain, printable, spans, whole_number
 
 FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
-         "quantization": "quantize", "frontier": "frontier", "gguf": "gguf",
+         "quantization": "quantize", "export": "export", "frontier": "frontier", "gguf": "gguf",
          "capabilities": "capabilities", "shares": "shares"}  # fmt: skip
 """Fields of RunFacts, and the JSON files they are read from."""
+STAGES = ("dense", "cut", "folded", "tuned", "lora", "quantized")
+BOTH = ("dense", "compressed")
+"""The two models, as artefacts name them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """The JSON artefacts of a run folder, one that it does not have, or that is of another run, empty; and its name."""
+    """The artefacts of a run folder; one that is missing, or of another run, is empty."""
 
     summary: Json = field(default_factory=Json)
     search: Json = field(default_factory=Json)
@@ -31,17 +35,18 @@ class RunFacts:
     evaluation: Json = field(default_factory=Json)
     env: Json = field(default_factory=Json)
     quantization: Json = field(default_factory=Json)
+    export: Json = field(default_factory=Json)
     frontier: Json = field(default_factory=Json)
     shares: Json = field(default_factory=Json)
     capabilities: Json = field(default_factory=Json)
     gguf: Json = field(default_factory=Json)
     """Of the GGUF file last exported."""
     evaluations: list[Json] = field(default_factory=list)
-    """What `layercut evaluate RUN` measured, in the order of their files."""
+    """Of `layercut evaluate RUN`, in the order of their files."""
     settings: Json = field(default_factory=Json)
     """config.yaml."""
     place: str | None = "RUN"
-    """What the folder is called in commands that are named; None for a reader who has none, as of a model card."""
+    """The folder's name in suggested commands; None for a reader who does not have it, as of a model card."""
 
     @property
     def speed(self) -> Json:
@@ -50,19 +55,19 @@ class RunFacts:
 
     @property
     def health(self) -> Json:
-        """Figures of both models' continuations; nothing where one of them is not known."""
+        """Figures of both models' continuations; empty where one of them is not known."""
         found = self.summary.generation_health
         return found if found.dense and found.compressed else Json()
 
     @property
     def scored(self) -> Json:
-        """Who has the tasks: the run, or the last `layercut evaluate RUN` that scored some where the run has none."""
+        """The holder of the tasks: the run, or the last `layercut evaluate RUN` that scored some."""
         later = [] if self.summary.tasks.entries() else [found for found in self.evaluations if found.tasks.entries()]
         return max(later, key=lambda found: printable(found.date)) if later else self.summary
 
 
 def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
-    """What is known of a run."""
+    """What is known of a run. RunError if it is no finished run's folder."""
     if not (folder / "summary.json").is_file():
         raise RunError(
             f"{folder} has no summary.json, so it is not the folder of a finished run",
@@ -77,7 +82,7 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
         and number(settings.ratio) is None
         and not (settings.segment or settings.target_speedup)
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
-        "capabilities": bool(found["summary"].capabilities),
+        "capabilities": bool(summary.capabilities),
         "frontier": bool(found["frontier"].budgets)
         and all(dict(settings.entries()).get(k) == asked for k, asked in found["frontier"].budgets.entries()),
     }
@@ -87,7 +92,7 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
 
 
 def model_key(folder: Path) -> str:
-    """What says that something found later is of this run's model, whatever else is measured in the run after it."""
+    """Marks a file made later as of this run's model, whatever else is measured in the run afterwards."""
     return _model_key(read_json(folder / "quantize.json"), read_json(folder / "summary.json"))
 
 
@@ -96,7 +101,7 @@ def _model_key(quantization: Json, summary: Json) -> str:
 
 
 def _settings(path: Path) -> Json:
-    """What a run was asked for; empty where that cannot be read, since the report does not depend on it."""
+    """config.yaml; empty where it cannot be read, since the report does not depend on it."""
     import yaml
 
     try:
@@ -117,3 +122,152 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise RunError(f"{path} holds a {type(value).__name__}; allowed is a JSON object", hint)
     return Json(value)
+
+
+# ---- perplexity and size ---------------------------------------------------------------------------------------
+
+
+def perplexities(summary: Json) -> dict[str, float]:
+    """Those that were measured, in the order of the stages; may be inf or nan."""
+    found = {name: number(summary.perplexity[name]) for name in STAGES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def last_stage(summary: Json) -> tuple[str, float] | None:
+    """The last stage whose perplexity was measured (not the dense model's), and that perplexity."""
+    found = [pair for pair in perplexities(summary).items() if pair[0] != "dense"]
+    return found[-1] if found else None
+
+
+def final_factor(summary: Json) -> float | None:
+    """Perplexity of the last measured stage over the dense model's, inf where that is not finite; None: not known."""
+    last, dense = last_stage(summary), perplexities(summary).get("dense")
+    if last is None or dense is None or not math.isfinite(dense) or dense <= 0:
+        return None
+    return last[1] / dense if math.isfinite(last[1]) else math.inf
+
+
+def gap_closed(summary: Json, stage: str) -> float | None:
+    """(ln cut − ln x) / (ln cut − ln dense): 0 at the bare cut, 1 at the dense model."""
+    found = perplexities(summary)
+    values = [found.get(name, math.nan) for name in ("dense", "cut", stage)]
+    if stage in ("dense", "cut") or not all(math.isfinite(value) and value > 0 for value in values):
+        return None
+    dense, cut, here = map(math.log, values)
+    return (cut - here) / (cut - dense) if cut > dense else None
+
+
+def source_bytes(summary: Json) -> float | None:
+    """Of the files the model came in; of an older run, of its weights in the number format it was run in."""
+    return finite(summary.bytes.source) or finite(summary.bytes.before)
+
+
+# ---- what survived ---------------------------------------------------------------------------------------------
+
+
+def main_tasks(scored: Json) -> list[tuple[str, Json]]:
+    """The tasks that have numbers, with the scores of their main metric."""
+    return [(task, row) for task, row in scored.tasks.entries() if any(finite(row[key]) is not None for key in BOTH)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeShare:
+    """One kind of probe: how many of its answers each model gives."""
+
+    name: str
+    items: int | None
+    """Answers asked for; None: not known."""
+    dense: float | None
+    """Share of the answers that the dense model gives."""
+    pruned: float | None
+    kl: Json = field(default_factory=Json)
+    """KL(dense || pruned) over the answers' tokens, in nats per token."""
+
+    @property
+    def known(self) -> bool:
+        """Whether both models' shares are."""
+        return self.dense is not None and self.pruned is not None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the pruned model's share, at 95 % (Wilson)."""
+        if self.pruned is None or not self.items:
+            return None
+        n, p, z = self.items, min(max(self.pruned, 0.0), 1.0), 1.96
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return tuple((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))  # type: ignore[return-value]
+
+
+def skills(judged: Json) -> list[ProbeShare]:
+    """The probes of skills, from the figures of each capability."""
+    return [
+        ProbeShare(name=name, items=whole_number(judged.answers[name]), dense=finite(judged.dense_hits[name]),
+              pruned=finite(judged.hits[name]), kl=kl)
+        for name, kl in judged.damage.entries()
+    ]  # fmt: skip
+
+
+def found_in_context(name: str, dense: Json, pruned: Json) -> list[ProbeShare]:
+    """Hidden keys or list values that each model finds, by the length of the prompt."""
+    cells: dict[tuple[float, float], list[tuple[float, float]]] = {}
+    for grid in (dense, pruned):
+        for cell in grid:
+            length, depth, found, trials = (finite(cell[key]) for key in ("length", "depth", "found", "trials"))
+            if length is not None and depth is not None and found is not None and trials and trials > 0:
+                cells.setdefault((length, depth), []).append((found, trials))
+    known: dict[float, list[float]] = {}
+    for (length, _), both in cells.items():
+        if len(both) == 2:
+            row = known.setdefault(length, [0, 0, 0])
+            row[:] = row[0] + both[0][0], row[1] + both[1][0], row[2] + both[0][1]
+    return [ProbeShare(name=f"{name}, {length:,.0f} tokens", items=int(n), dense=first / n, pruned=second / n)
+            for length, (first, second, n) in sorted(known.items())]  # fmt: skip
+
+
+def recall(summary: Json) -> list[ProbeShare]:
+    """Hidden keys and list values of a run."""
+    keys, lists = (summary.long_context.passkey or summary.probes["keys"]), summary.probes["lists"]
+    return [*found_in_context("hidden keys", keys.dense, keys.compressed),
+            *found_in_context("list values", lists.dense, lists.compressed)]  # fmt: skip
+
+
+def positions(summary: Json) -> list[tuple[int, int, float | None, float | None]]:
+    """(start, stop, dense, pruned) perplexity of each range of positions; None where it is no finite number."""
+    dense, pruned = (
+        {where[0]: finite(row.perplexity)
+         for row in summary.long_context.perplexity[name] if (where := spans([[plain(row.start), plain(row.stop)]]))}
+        for name in BOTH
+    )  # fmt: skip
+    return [(*bounds, dense.get(bounds), value) for bounds, value in pruned.items() if 0 < bounds[0] < bounds[1]]
+
+
+def evaluation_rows(summary: Json) -> list[list[str]]:
+    """A row for each metric of each evaluation of a package: name, metric, dense, pruned, change in words."""
+    rows = []
+    for name, metrics in summary.evaluations.entries():
+        for metric, row in metrics.entries():
+            dense, pruned = finite(row.dense), finite(row.compressed)
+            words = change(dense, pruned)
+            if dense is not None and pruned is not None and dense != pruned and row.higher_is_better in (True, False):
+                words += ", better" if (pruned > dense) == bool(row.higher_is_better) else ", worse"
+            if row:
+                rows.append([name, metric, figure(row.dense), figure(row.compressed), words])
+    return rows
+
+
+def held_out_losses(tuning: Json) -> list[float]:
+    """Of a training, from the start on, where they were numbers."""
+    return [loss for point in tuning.heldout if (loss := finite(point.loss)) is not None]
+
+
+def runs_of(layers: Iterable[int]) -> list[list[int]]:
+    """Layers as segments: {2, 3, 7} -> [[2, 4], [7, 8]]."""
+    known = set(layers)
+    starts, stops = (sorted(i for i in known if i + step not in known) for step in (-1, 1))
+    return [[start, stop + 1] for start, stop in zip(starts, stops, strict=True)]
+
+
+def hits_of(grid: Json) -> str:
+    """How many hidden keys or list values were found, of how many, over all lengths and depths."""
+    found, trials = (sum(finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    return f"{found:.0f}/{trials:.0f}" if trials else "-"

@@ -1,69 +1,103 @@
-"""Whether each stage of a run did its job, and whether its result is to be shipped: figures against limits.
+"""What a run's result is worth: a verdict on each of a few questions, and whether it is to be shipped.
 
-At the end of the journey, over the rows of `tables.py`; the limits are in `thresholds.py`. Here a mark is decided and
-the numbers are found; what a verdict says is a macro of its name in templates/verdicts.txt. A verdict that nothing was
-measured for is left out.
+The limits are conventions, the same for every run; apart from the arithmetic of chance none was measured. A question
+that nothing was measured for has no verdict, and fewer than `FEWEST` items are shown without a mark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from layercut.report import tables
-from layercut.report import thresholds as limits
-from layercut.report.formatting import Json, finite, number, printable, short_name, source_name
-from layercut.report.run_facts import RunFacts
-from layercut.report.tables import STAGES, final_factor, last_stage, perplexities
-from layercut.report.templating import words
+from layercut.errors import ConfigError
+from layercut.files.sizes import parse_bytes
+from layercut.report.formatting import (
+    Json,
+    change,
+    figure,
+    finite,
+    layer_names,
+    number,
+    percent,
+    printable,
+    short_name,
+    signed,
+    size,
+    source_name,
+    times,
+    whole_number,
+)
+from layercut.report.run_facts import (
+    ProbeShare,
+    RunFacts,
+    final_factor,
+    last_stage,
+    main_tasks,
+    perplexities,
+    positions,
+    recall,
+    skills,
+    source_bytes,
+)
 
-KEPT_TYPE_BITS = 8.5
-"""Bits a weight of q8_0, in which `export` writes what healing changed of a GGUF file."""
+CLOSE, FAIR, BROKEN_FACTOR = 1.10, 1.5, 3.0
+"""Perplexity of the result over the dense model's: up to the first it is close, up to the second usable with care,
+beyond the third the model is called broken."""
+ROUNDED, ROUNDED_FAIR = 1.05, 1.25
+"""Perplexity of a GGUF file over that of the model written into it."""
+FASTER, SLOWER = 1.02, 0.98
+"""Tokens a second over the dense model's. Between them lies the noise of a short timing; a guess."""
+KEPT, KEPT_FAIR = 0.9, 0.5
+"""Share kept of the dense model's score above chance, or of the answers it gives to probes."""
+FEWEST, GUESSING, FEWEST_GUESSED = 20, 0.1, 50
+"""No verdict on fewer items than the first. A model that keeps less than the second of the score above chance, over at
+least the third of items, is called broken."""
+SIGNIFICANT = 0.05
+"""A task counts as changed where so uneven a split of its flipped items has less than this probability."""
+REPEATS, CIRCLES = 0.05, 0.2
+"""Share of repeated 4-grams beyond the dense model's: above the first a caution, above the second a failure."""
+UNLIKELY, NONSENSE = 1.0, 2.0
+"""Nats per token that the dense model gives the pruned model's text beyond its own: likewise."""
+LONG_LOSS = 0.1
+"""Log-perplexity that the last positions may lose beyond what the first ones lose."""
+LIMITS = (
+    f"passed (✓), caution (!) and failed (✗) are conventions. Quality passes up to {CLOSE:g}× the dense model's "
+    f"perplexity, with caution up to {FAIR:g}×; tasks and probes pass from {KEPT:.0%} of the dense answers, with "
+    f"caution from {KEPT_FAIR:.0%}; speed passes above {FASTER:g}×; generation passes up to {REPEATS:.0%} points more "
+    f"repetition and {UNLIKELY:g} nat more loss, with caution up to {CIRCLES:.0%} points and {NONSENSE:g}. Fewer than "
+    f"{FEWEST} items are not judged (–). Above {BROKEN_FACTOR:g}× the perplexity, or below {GUESSING:.0%} of the score "
+    f"above chance over {FEWEST_GUESSED} items or more, a model is called broken."
+)
+MARKS = {"good": ("✓", "passed"), "fair": ("!", "caution"), "bad": ("✗", "failed"), "open": ("–", "not judged")}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One stage, judged by its own numbers and the rule of its name (`thresholds.rules`)."""
+    """The answer to one question."""
 
+    name: str
     mark: str
-    """good, fair, bad, or open: not known, or nothing that could be good or bad."""
-    stage: str
+    """good, fair, bad; or open: not known, or too few items."""
+    figure: str
+    """The number it is about."""
     text: str
 
     @property
     def sign(self) -> str:
         """The mark as one character."""
-        return limits.MARKS[self.mark]
+        return MARKS[self.mark][0]
 
     @property
     def words(self) -> str:
-        """What the mark says, to be read aloud."""
-        return limits.MARK_WORDS[self.mark]
+        """The mark, to be read aloud."""
+        return MARKS[self.mark][1]
 
 
 def verdicts(run: RunFacts) -> list[Verdict]:
-    """Did each stage do its job? Stages that did not run are left out."""
-    judges: list[Callable[[RunFacts], Verdict | None]] = [
-        _result, _cut,
-        lambda run: budgets_verdict(tables.frontier(run.frontier)),
-        lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
-        _quantization, _size, _gguf,
-        lambda run: _speed(run, "prefill"), lambda run: _speed(run, "decode"),
-        _tasks, _long_context, _hidden_keys, _list_values, _capabilities,
-        lambda run: generation_verdict(run.health),
-    ]  # fmt: skip
+    """All that something was measured for."""
+    judges = (_quality, _size, _speed, _tasks, _probes, _generation, _long_context, _gguf, _budgets)
     return [found for judge in judges if (found := judge(run))]
-
-
-def _say(macro: str, **facts: Any) -> str:
-    return words("verdicts.txt", macro, **facts)
-
-
-def _judged(stage: str, mark: str, **facts: Any) -> Verdict:
-    """A verdict in the words of the macro of its name."""
-    return Verdict(mark, stage, _say(stage, **facts))
 
 
 def _graded(value: float, good: float, fair: float) -> str:
@@ -71,302 +105,292 @@ def _graded(value: float, good: float, fair: float) -> str:
     return "good" if value <= good else "fair" if value <= fair else "bad"
 
 
-def _retained(share: float) -> str:
-    """The mark of a share that is left."""
-    return _graded(-share, -limits.GOOD_RETENTION, -limits.FAIR_RETENTION)
+# ---- one question each -----------------------------------------------------------------------------------------
 
 
-# ---- the search --------------------------------------------------------------------------------------------
-
-
-def _result(run: RunFacts) -> Verdict | None:
-    factor, last, dense = final_factor(run.summary), last_stage(run.summary), perplexities(run.summary).get("dense")
+def _quality(run: RunFacts) -> Verdict | None:
+    summary, factor, last = run.summary, final_factor(run.summary), last_stage(run.summary)
     if factor is None or last is None:
         return None
-    mark = _graded(factor, limits.CLOSE, limits.FAIR)
-    return _judged("Result", mark, state=last[0], value=last[1], factor=factor, dense=dense)
-
-
-# ---- surgery and healing -----------------------------------------------------------------------------------
-
-
-def _cut(run: RunFacts) -> Verdict | None:
-    found = perplexities(run.summary)
-    if "cut" not in found or "dense" not in found:
-        return None
-    cut, dense = found["cut"], found["dense"]
-    sound = math.isfinite(cut) and math.isfinite(dense) and dense > 0
-    states = [value for name, value in found.items() if name != "dense" and math.isfinite(value)]
-    healed = min(states, default=math.inf)  # what no state brought back is broken
-    mark = "bad" if not sound or healed > limits.BROKEN_FACTOR * dense else "good" if cut <= dense else "open"
-    return _judged("Cut", mark, cut=cut, dense=dense, sound=sound)
-
-
-def budgets_verdict(found: tables.Frontier | None) -> Verdict | None:
-    """Whether both budgets were met, and by what; None where there were none."""
-    if found is None or found.loss is None or found.size is None:
-        return None
-    allowed = found.loss
-    by_size = min((p for p in found.points if p.rise <= allowed), key=lambda p: (p.bytes, p.rise), default=None)
-    small = [p for p in found.points if p.bytes <= found.size and not math.isnan(p.rise)]
-    choice = next((p for p in found.points if p.chosen), None)
-    return _judged("Budgets", "good" if choice else "bad", frontier=found, choice=choice, smallest=by_size,
-                   least=min(small, key=lambda p: p.rise, default=None),
-                   tiniest=min(p.bytes for p in found.points))  # fmt: skip
-
-
-def _healing(run: RunFacts, stage: str, state: str) -> Verdict | None:
-    """A healing stage against the last measured stage before it."""
-    found = perplexities(run.summary)
-    if state not in found and not (run.heal.fold if state == "folded" else run.heal.tuning):
-        return None
-    old = next((found[s] for s in reversed(STAGES[1 : STAGES.index(state)]) if s in found), None)
-    new, dense, better, nearer = found.get(state), found.get("dense"), None, False
-    if new is not None and old is not None:
-        better = math.isfinite(new) and (not math.isfinite(old) or new < old)
-        # a cut may stand below the dense model by chance
-        nearer = not better and dense is not None and math.isfinite(new) and abs(new - dense) < abs(old - dense)
-    row = next(row for row in tables.stage_rows(run.summary) if row.name == state)
-    kept = state == "tuned" and finite(run.heal.tuning.best_step) == 0
-    mark = "open" if better is None else "good" if better or nearer else "bad"
-    facts = {"old": old, "new": new, "better": better, "row": row, "start_kept": kept}
-    return Verdict(mark, stage, _say("healing", **facts, dense=dense if nearer else None))
-
-
-def _quantization(run: RunFacts) -> Verdict | None:
-    found, bits = perplexities(run.summary), finite(run.quantization.mixture.mean_bits)
-    bits = finite(run.quantization.bits) if bits is None else bits
-    if "quantized" not in found or len(found) < 2:
-        return None
-    old, new = list(found.values())[-2:]
-    sound = math.isfinite(old) and math.isfinite(new) and old > 0
-    mark = _graded(new / old, limits.ROUNDED, limits.ROUNDED_FAIR) if sound else "bad"
-    return _judged("Quantization", mark, old=old, new=new, sound=sound, bits=bits, quantizer=run.quantization.quantizer)
-
-
-# ---- the files ---------------------------------------------------------------------------------------------
+    found, text = perplexities(summary), source_name(summary.perplexity.dataset)
+    words = f"perplexity {figure(last[1])}{f' on {text}' if text else ''}, the dense model's {figure(found['dense'])}"
+    if last[0] != "cut" and "cut" in found:
+        words += f"; {figure(found['cut'])} before healing"
+    error = summary.perplexity.standard_error[last[0]]
+    return Verdict("Quality", _graded(factor, CLOSE, FAIR), times(factor, error), f"{words}.")
 
 
 def _size(run: RunFacts) -> Verdict | None:
-    before, after = tables.bytes_that_came(run.summary), finite(run.summary.bytes.after)
+    parameters, before, after = run.summary.parameters, source_bytes(run.summary), finite(run.summary.bytes.after)
     if not before or after is None:
         return None
-    had, has = finite(run.summary.parameters.before), finite(run.summary.parameters.after)
-    bits = (8 * before / had, 8 * after / has) if had and has and after / has > 1.05 * before / had else None
-    mark = "good" if after < before else "bad"
-    return _judged("Size", mark, before=before, after=after, bits=bits, better=better_way(run))
+    words = f"{size(after)} on disk, the source {size(before)}"
+    had, has = finite(parameters.before), finite(parameters.after)
+    if had and has:
+        words += f"; {change(had, has)} parameters" if had != has else ""
+        if after / has > 1.05 * before / had:
+            words += f"; {8 * after / has:.1f} bits a weight, the source {8 * before / had:.1f}"
+    advice = "" if after < before else f" {better_way(run)}"
+    return Verdict("Size", "good" if after < before else "bad", change(before, after), f"{words}.{advice}".rstrip())
 
 
 def better_way(run: RunFacts) -> str:
-    """A sentence on how to get a smaller file of this run's model; empty where there is none to name.
-
-    Of a GGUF file `export` keeps what healing left alone byte for byte. Its size is estimated: what came, less the
-    share of parameters removed, and q8_0 for what healing changed.
-    """
-    parameters, came = run.summary.parameters, tables.bytes_that_came(run.summary)
-    had, has, about = finite(parameters.before), finite(parameters.after), None
-    if came and had and has:
-        healed = finite(run.heal.tuning.trained_parameters) or 0.0
-        about = came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8
-    return _say("better_way", place=run.place, from_gguf=printable(run.summary.model).endswith(".gguf"), about=about,
-                exported=smaller_file(run), broken=bool(run.gguf.broken),
-                bits=2 if run.quantization.bits == "auto" else finite(run.quantization.bits))  # fmt: skip
+    """A sentence on how to get a smaller file of this run's model; empty where there is none to name."""
+    if printable(run.summary.model).endswith(".gguf"):
+        if exported := smaller_file(run):
+            return f"The exported GGUF file is smaller: {size(exported)}."
+        known = run.place is None or run.gguf.broken
+        return "" if known else f"layercut export {run.place} --out FILE.gguf keeps the source's number formats."
+    bits = 2 if run.quantization.bits == "auto" else finite(run.quantization.bits)
+    fewer = run.place is not None and (bits is None or bits > 4)
+    return f"Fewer bits make it smaller: layercut quantize {run.place} --bits 4 --out DIR." if fewer else ""
 
 
 def smaller_file(run: RunFacts) -> float | None:
-    """Bytes of the GGUF file last exported, where it is sound and smaller than what came."""
-    came, weight = tables.bytes_that_came(run.summary), finite(run.gguf.bytes)
+    """Bytes of the GGUF file last exported, where it is sound and smaller than the source."""
+    came, weight = source_bytes(run.summary), finite(run.gguf.bytes)
     return weight if came and weight is not None and weight < came and not run.gguf.broken else None
 
 
 def _gguf(run: RunFacts) -> Verdict | None:
-    """What became of the model in the GGUF file, and who has read it."""
-    again, came, weight = run.gguf.again, tables.bytes_that_came(run.summary), finite(run.gguf.bytes)
-    before, tokens, llama_cpp = number(again.perplexity.model), finite(again.tokens), again.llama_cpp
-    after = number(llama_cpp.perplexity if llama_cpp else again.perplexity.file)
-    if before is None or after is None or tokens is None:
+    again, came, weight = run.gguf.again, source_bytes(run.summary), finite(run.gguf.bytes)
+    theirs, before = again.llama_cpp, number(again.perplexity.model)
+    after, source = number(theirs.perplexity if theirs else again.perplexity.file), number(theirs.source_perplexity)
+    if before is None or after is None or weight is None:
         return None
+    if run.gguf.broken:
+        return Verdict("GGUF file", "bad", size(weight), printable(run.gguf.broken))
     sound = math.isfinite(after) and math.isfinite(before) and before > 0
-    mark = "bad" if run.gguf.broken or not sound else _graded(after / before, limits.ROUNDED, limits.ROUNDED_FAIR)
-    larger = came is not None and weight is not None and weight >= came
-    source = number(llama_cpp.source_perplexity) if llama_cpp else None
-    worse = larger and source is not None and after > source
-    mark = "bad" if worse else "fair" if mark == "good" and larger else mark
-    return _judged("GGUF", mark, broken=run.gguf.broken, bytes=weight, llama_cpp=bool(llama_cpp), before=before,
-                   after=after, tokens=tokens, came=came, larger=larger, source=source, worse=worse)  # fmt: skip
+    mark = _graded(after / before, ROUNDED, ROUNDED_FAIR) if sound else "bad"
+    words = f"perplexity {figure(after)} in {'llama.cpp' if theirs else 'transformers, not read by llama.cpp'}"
+    words += f" on {figure(again.tokens)} tokens, {figure(before)} before it was written"
+    words += f"; the source file {size(came)} and {figure(source)}" if source is not None else ""
+    if came is not None and weight >= came:
+        worse = source is not None and after > source
+        mark = "bad" if worse else "fair" if mark == "good" else mark
+        words = f"{'larger and worse' if worse else 'no smaller'} than the source file: {words}"
+    return Verdict("GGUF file", mark, size(weight), f"{words}.")
 
 
-# ---- what survived -----------------------------------------------------------------------------------------
-
-
-def _speed(run: RunFacts, phase: str) -> Verdict | None:
-    table = run.speed[phase]
-    ratio = finite(table.ratio)
-    if ratio is None:
+def _speed(run: RunFacts) -> Verdict | None:
+    names = {"decode": "decoding", "prefill": "reading a prompt"}
+    known = [(name, ratio, run.speed[phase]) for phase, name in names.items()
+             if (ratio := finite(run.speed[phase].ratio)) is not None]  # fmt: skip
+    if not known:
         return None
-    mark = "good" if ratio > limits.FASTER else "fair" if ratio >= limits.SLOWER else "bad"
-    return Verdict(mark, phase.capitalize(), _say("speed", mark=mark, ratio=ratio, table=table))
+    name, ratio, row = known[0]
+    mark = "good" if ratio > FASTER else "fair" if ratio >= SLOWER else "bad"
+    words = "".join([name, *(f", {times(other)} {its_name}" for its_name, other, _ in known[1:])])
+    most = finite(row.reachable) or finite(row.ideal)
+    return Verdict("Speed", mark, times(ratio), words + (f"; at most {times(most)} is possible." if most else "."))
+
+
+def _few(items: int) -> str:
+    return f" Fewer than {FEWEST} items are not judged." if items < FEWEST else ""
 
 
 def _tasks(run: RunFacts) -> Verdict | None:
-    """What is retained, and how many tasks got worse or better by more than chance."""
-    retained, rows = run.scored.retention, [row.score for row in tables.task_rows(run.scored) if row.main]
+    rows, retained = main_tasks(run.scored), run.scored.retention
     mean, above = finite(retained.mean), finite(retained.above_chance)
     if mean is None:
         return None
-    changed = [row for row in rows if (p := finite(row.p_value)) is not None and p < limits.SIGNIFICANT]
+    items = sum(int(finite(row["items"]) or 0) for _, row in rows)
+    changed = [row for _, row in rows if (p := finite(row.p_value)) is not None and p < SIGNIFICANT]
     worse = sum((finite(row.lost) or 0) > (finite(row.gained) or 0) for row in changed)
-    mark = "open" if above is None else _retained(above)
-    return _judged("Tasks", mark, mean=mean, above=above, tasks=retained.tasks, worse=worse,
-                   better=len(changed) - worse)  # fmt: skip
+    words = f"of the dense model's score kept on {len(rows)} task{'s' if len(rows) != 1 else ''}, {items:,} items; "
+    words += f"{percent(above)} of what is above chance; " if above is not None else "the dense model guesses; "
+    words += f"{worse or 'none'} worse by more than chance, {len(changed) - worse or 'none'} better."
+    mark = "open" if above is None or items < FEWEST else _graded(-above, -KEPT, -KEPT_FAIR)
+    return Verdict("Tasks", mark, percent(mean), words + _few(items))
+
+
+def _probes(run: RunFacts) -> Verdict | None:
+    """Recall and skills: each kind of probe counts the same, whatever its number of answers."""
+    kinds: dict[str, list[ProbeShare]] = {}
+    for probe in (*skills(run.capabilities.judged), *recall(run.summary)):
+        if probe.dense is not None and probe.pruned is not None:
+            kinds.setdefault(probe.name.partition(",")[0], []).append(probe)
+    rows: list[tuple[str, int, float, float]] = []
+    for name, each in kinds.items():
+        counts = [probe.items or 1 for probe in each]
+        means = [sum(n * (value or 0) for n, value in zip(counts, shares, strict=True)) / sum(counts)
+                 for shares in ([p.dense for p in each], [p.pruned for p in each])]  # fmt: skip
+        rows.append((name, sum(probe.items or 0 for probe in each), means[0], means[1]))
+    if not rows:
+        return None
+    total = sum(row[1] for row in rows)
+    dense, pruned = sum(row[2] for row in rows) / len(rows), sum(row[3] for row in rows) / len(rows)
+    lost = [row for row in rows if row[3] < KEPT_FAIR * row[2] and row[1] >= FEWEST]
+    mark = "open" if not dense or total < FEWEST else _graded(-pruned / dense, -KEPT, -KEPT_FAIR)
+    words = f"of the answers to probes, the dense model {percent(dense)}; {len(rows)} kinds, {total:,} answers"
+    words += "; more than half lost: " if lost else ""
+    words += ", ".join(f"{printable(name)} ({percent(found)}, dense {percent(of)})" for name, _, of, found in lost)
+    return Verdict(
+        "Recall and skills", "fair" if lost and mark == "good" else mark, percent(pruned), f"{words}.{_few(total)}"
+    )
+
+
+def _generation(run: RunFacts) -> Verdict | None:
+    health, marks = run.health, list[str]()
+    if not health:
+        return None
+    loss, own = figure(health.compressed.dense_loss), figure(health.dense.dense_loss)
+    words = f"of its 4-grams repeat, of the dense model's {percent(health.dense.repeated_4grams)}; the dense model's "
+    words += f"loss on the text is {loss} nats a token, on its own {own}."
+    for key, good, fair in (("repeated_4grams", REPEATS, CIRCLES), ("dense_loss", UNLIKELY, NONSENSE)):
+        dense, pruned = finite(health.dense[key]), number(health.compressed[key])
+        if dense is not None and pruned is not None:
+            marks.append(_graded(pruned - dense, good, fair))
+    tokens = int((finite(health.prompts) or 0) * (finite(health.tokens) or 0))
+    mark = "open" if not marks or tokens < FEWEST else next(one for one in ("bad", "fair", "good") if one in marks)
+    return Verdict("Generation", mark, percent(health.compressed.repeated_4grams), words)
 
 
 def _long_context(run: RunFacts) -> Verdict | None:
-    """Whether far positions are close to the dense model's, or else have lost more than near ones."""
-    rows = tables.positions(run.summary)
+    rows = positions(run.summary)
     if not rows:
         return None
     (_, first, *near_pair), (start, stop, *far_pair) = rows[0], rows[-1]
     known = [value for value in (*near_pair, *far_pair) if value is not None and value > 0]
     if len(known) < 4:
-        return _judged("Long context", "bad", far=None)
+        return Verdict("Long context", "bad", "not finite", "a perplexity is not a finite number.")
     near, far = known[1] / known[0], known[3] / known[2]
-    hurt = len(rows) > 1 and math.log(far) > math.log(near) + limits.LONG_LOSS
-    mark = "good" if far <= limits.CLOSE else "bad" if hurt else "fair"
-    return _judged("Long context", mark, near=near, far=far, first=first - 1, start=start, last=stop - 1,
-                   dense=known[2], compressed=known[3])  # fmt: skip
+    hurt = len(rows) > 1 and math.log(far) > math.log(near) + LONG_LOSS
+    words = f"the dense model's perplexity at positions {start:,} to {stop - 1:,}, {times(near)} up to {first - 1:,}."
+    return Verdict("Long context", "good" if far <= CLOSE else "bad" if hurt else "fair", times(far), words)
 
 
-def _hidden_keys(run: RunFacts) -> Verdict | None:
-    return _found("Hidden keys", tables.hidden_keys(run.summary))
-
-
-def _list_values(run: RunFacts) -> Verdict | None:
-    return _found("List values", tables.list_values(run.summary))
-
-
-def _found(stage: str, grid: dict[str, Any]) -> Verdict | None:
-    if not grid:
+def _budgets(run: RunFacts) -> Verdict | None:
+    """Whether a measured state is inside both budgets; None of a run without them."""
+    points, (allowed, loss) = frontier_points(run.frontier), budgets(run.frontier)
+    if not points or allowed is None or loss is None:
         return None
-    mark = _retained(grid["compressed"] / grid["dense"]) if grid["dense"] else "open"
-    return _judged(stage, mark, grid=grid)
+    chosen = next((point for point in points if point.chosen), None)
+    small = [point for point in points if point.bytes <= allowed and not math.isnan(point.rise)]
+    best = chosen or min(small or points, key=lambda point: point.rise)
+    words = (
+        f"and perplexity {signed(best.rise)} on held-out text, at most {size(allowed)} and {percent(loss)} were asked"
+    )
+    return Verdict(
+        "Budgets", "good" if chosen else "bad", size(best.bytes), words + ("." if chosen else "; none fits.")
+    )
 
 
-def _capabilities(run: RunFacts) -> Verdict | None:
-    """Answers to generated tests beside the dense model's; each capability counts the same, few answers or many."""
-    rows = [
-        row for row in tables.capability_rows(run.capabilities.judged) if None not in (row["dense"], row["compressed"])
-    ]
-    if not rows:
-        return None
-    dense, compressed = (sum(row[name] for row in rows) / len(rows) for name in ("dense", "compressed"))
-    lost = [row for row in rows if row["compressed"] < limits.FAIR_RETENTION * row["dense"]]
-    mark = _retained(compressed / dense) if dense else "open"
-    return _judged("Capabilities", mark, dense=dense, compressed=compressed, lost=lost)
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured state of a run with budgets."""
+
+    layers: int
+    bits: int
+    bytes: float
+    rise: float
+    """Of perplexity over the dense model's, as a share; may be inf or nan."""
+    chosen: bool
+    fits: bool
+    """Inside every budget that was given."""
 
 
-def generation_verdict(health: Json) -> Verdict | None:
-    """Whether generative quality survived, with how soon the two models part; of RunFacts.health."""
-    if not health:
-        return None
-    if lost := _lost(health):
-        return Verdict("bad", "Generation", lost)
-    old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
-    likely, unlikely = finite(health.dense.dense_loss), finite(health.compressed.dense_loss)
-    odd = likely is not None and unlikely is not None and unlikely > likely + limits.UNLIKELY
-    long, left = finite(health.replies.dense), finite(health.replies.compressed)
-    short = long is not None and left is not None and left < limits.SHORT_REPLIES * long
-    if old is None or new is None:
-        return _judged("Generation", "open", health=health, odd=False, short=False)
-    mark = "good" if new <= old + limits.REPEATS and not odd and not short else "fair"
-    return _judged("Generation", mark, health=health, odd=odd, short=short)
+def budgets(frontier: Json) -> tuple[float | None, float | None]:
+    """Bytes, and rise of perplexity as a share, that were allowed; None: no such budget."""
+    try:
+        target = printable(frontier.budgets.target_size)
+        allowed = float(parse_bytes("--target-size", target)) if target else None
+    except ConfigError:
+        allowed = None
+    return allowed, finite(frontier.budgets.max_loss)
 
 
-def generation_warning(health: Json) -> str:
-    """In plain words, that generative quality did not survive; empty where it did, or where it was not measured."""
-    return f"Generation did not survive: {lost}" if (lost := _lost(health)) else ""
+def frontier_points(frontier: Json) -> list[Point]:
+    """Those of frontier.json that have all their numbers."""
+    points, (allowed, loss) = [], budgets(frontier)
+    for row in frontier.points:
+        layers, bits = whole_number(row.layers), whole_number(row.bits)
+        weight, rise = finite(row.bytes), number(row.rise)
+        if layers is not None and bits is not None and weight is not None and rise is not None:
+            fits = (allowed is None or weight <= allowed) and (loss is None or rise <= loss)
+            chosen = frontier.chosen.layers == layers and frontier.chosen.bits == bits
+            points.append(Point(layers=layers, bits=bits, bytes=weight, rise=rise, chosen=chosen, fits=fits))
+    return points
 
 
-def _lost(health: Json) -> str:
-    """In what generation did not survive; empty where it did, or where it was not measured."""
-    old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
-    likely, unlikely = finite(health.dense.dense_loss), number(health.compressed.dense_loss)
-    circles = old is not None and new is not None and new > old + limits.CIRCLES
-    nonsense = likely is not None and unlikely is not None and not unlikely <= likely + limits.NONSENSE
-    return _say("generation_lost", health=health, circles=circles, nonsense=nonsense)
-
-
-# ---- the last word -----------------------------------------------------------------------------------------
+# ---- the conclusion --------------------------------------------------------------------------------------------
 
 
 def broken(summary: Any, scored: Json | None = None) -> str | None:
-    """In plain words, that the compressed model is ruined; None if it is not, or if that is not known."""
+    """In plain words, that the pruned model is ruined; None if it is not, or if that is not known."""
     summary = Json(summary)
     last, found, factor = last_stage(summary), perplexities(summary), final_factor(summary)
-    if last and (not math.isfinite(last[1]) or (factor is not None and factor > limits.BROKEN_FACTOR)):
-        earlier = [value for name, value in found.items() if name != "quantized"]
-        sound = last[0] == "quantized" and "dense" in found and len(earlier) > 1
-        sound = sound and earlier[-1] <= limits.BROKEN_FACTOR * found["dense"]
-        return _say("broken", state=last[0], value=last[1], factor=factor, dense=found.get("dense"),
-                    before=earlier[-1] if sound else None)  # fmt: skip
+    if last and (not math.isfinite(last[1]) or (factor is not None and factor > BROKEN_FACTOR)):
+        words = f"The pruned model is broken: its perplexity ({last[0]}) is "
+        sound = factor is not None and math.isfinite(factor)
+        words += (
+            f"{figure(last[1])}, {times(factor)} the dense model's {figure(found['dense'])}."
+            if sound
+            else "not finite."
+        )
+        before = [value for name, value in found.items() if name not in ("dense", "quantized")]
+        if last[0] == "quantized" and "dense" in found and before and before[-1] <= BROKEN_FACTOR * found["dense"]:
+            words += f" Quantization broke it: before, its perplexity was {figure(before[-1])}. More bits may save it."
+        return words
     scored = summary if scored is None else scored
     above = finite(scored.retention.above_chance)
-    asked = sum(
-        finite(row.items) or 0 for row in tables.task_rows(scored)
-        if row.main and finite(row.score.retention_above_chance) is not None
-    )  # fmt: skip
-    if above is None or above >= limits.GUESSING or asked < limits.FEWEST_ITEMS:
+    counted = [row for _, row in main_tasks(scored) if finite(row.retention_above_chance) is not None]
+    if above is None or above >= GUESSING or sum(finite(row["items"]) or 0 for row in counted) < FEWEST_GUESSED:
         return None
-    return _say("guessing", above=max(above, 0.0), tasks=scored.retention.tasks_above_chance)
+    return f"The pruned model is broken: it keeps {percent(max(above, 0.0))} of the task score above chance."
 
 
-def headline(summary: Json) -> str:
-    """One sentence to quote: what was removed, how much smaller, what became of the perplexity."""
-    last, name = last_stage(summary), short_name(summary.model).rpartition("/")[2]
-    return _say("headline", name=name, layers=summary.layers, segments=summary.segments, parameters=summary.parameters,
-                state=last[0] if last else None, value=last[1] if last else None, factor=final_factor(summary),
-                dense=perplexities(summary).get("dense"), text=source_name(summary.perplexity.dataset))  # fmt: skip
-
-
-JUDGED_BY_THE_RESULT = ("Result", "Cut", "Prefill", "Decode")
-"""Verdicts that the conclusion counts in another way: by the final perplexity, and speed as one."""
+def title(summary: Json) -> str:
+    """What was removed of what."""
+    before, after = whole_number(summary.layers.before), whole_number(summary.layers.after)
+    name, removed = short_name(summary.model).rpartition("/")[2], layer_names(summary.segments)
+    if before is None or after is None:
+        return f"{name}, removed layers {removed}"
+    return f"{name} with {after} of its {before} layers" + (f", removed layers {removed}" if after < before else "")
 
 
 def conclusion(run: RunFacts) -> Verdict:
-    """What a careful engineer would say of the result: do not ship it, or where it is usable, and what is not known."""
-    summary, factor, exported = run.summary, final_factor(run.summary), smaller_file(run)
-    found = {verdict.stage: verdict for verdict in verdicts(run)}
-    marks = {stage: verdict.mark for stage, verdict in found.items()}
-    ruined = broken(summary, run.scored) or generation_warning(run.health)
-    counted = {
-        stage: mark for stage, mark in marks.items()
-        if stage not in JUDGED_BY_THE_RESULT and (stage != "Size" or exported is None)
-    }  # fmt: skip
-    failed, weak = ([stage for stage, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
-    if not any(marks.get(phase, "good") == "good" for phase in ("Prefill", "Decode")):
-        weak.append("Speed")
-    why = _why(run, marks, bool(ruined))
-    mark = {"dense": "open", "unmeasured": "open", "usable": "fair"}.get(why, "bad")
-    if why == "usable" and (factor or math.inf) <= limits.CLOSE and not failed and not weak:
-        mark = "good"
-    without = Json({"perplexity": {k: value for k, value in perplexities(summary).items() if k != "quantized"}})
-    before = final_factor(without) if "quantized" in perplexities(summary) else None
-    text = _say("conclusion", place=run.place, why=why, ruined=ruined, factor=factor,
-                came=tables.bytes_that_came(summary), after=summary.bytes.after, better=better_way(run),
-                rounded=before if before is not None and before <= limits.FAIR else None,
-                tasks=found["Tasks"].text if "Tasks" in found else "", failed=failed, weak=weak,
-                measured=bool(tables.task_rows(run.scored)), exported=exported,
-                text=source_name(summary.perplexity.dataset))  # fmt: skip
-    return Verdict(mark, "Conclusion", text)
+    """Whether the result is to be shipped: no, or where it is usable and what to look at first."""
+    mark, text = _conclusion(run)
+    return Verdict("Conclusion", mark, "", text)
 
 
-def _why(run: RunFacts, marks: dict[str, str], ruined: bool) -> str:
-    """What decides: dense, unmeasured, ruined, larger, worse, tasks, or usable."""
-    factor = final_factor(run.summary)
+def _conclusion(run: RunFacts) -> tuple[str, str]:
+    summary, factor, exported, place = run.summary, final_factor(run.summary), smaller_file(run), run.place
+    found = {verdict.name: verdict for verdict in verdicts(run)}
+    marks = {name: verdict.mark for name, verdict in found.items()}
+    ruined = broken(summary, run.scored)
+    if not ruined and marks.get("Generation") == "bad":
+        ruined = f"Generation did not survive: {found['Generation'].figure} {found['Generation'].text}"
     if ruined:
-        return "ruined"
+        return "bad", f"Do not ship this. {ruined}"
+    if factor is None and last_stage(summary) and summary.perplexity.dense:
+        return "open", "The dense model's own perplexity is not finite: there is nothing to compare with it."
     if factor is None:
-        return "dense" if last_stage(run.summary) and run.summary.perplexity.dense else "unmeasured"
-    if marks.get("Size") == "bad" and smaller_file(run) is None and factor > 1:
-        return "larger"
-    return "worse" if factor > limits.FAIR else "tasks" if marks.get("Tasks") == "bad" else "usable"
+        return "open", "Do not ship this before its perplexity is measured" + (
+            f": layercut evaluate {place}." if place else "."
+        )
+    rise = f"perplexity is {times(factor)} the dense model's"
+    if marks.get("Size") == "bad" and exported is None and factor > 1:
+        both = f"{size(source_bytes(summary))} → {size(summary.bytes.after)}"
+        return "bad", f"Do not ship this: larger than the source ({both}), and {rise}. {better_way(run)}".rstrip()
+    if factor > FAIR:
+        states = {name: value for name, value in perplexities(summary).items() if name != "quantized"}
+        before, advice = final_factor(Json({"perplexity": states})), "Heal on more tokens, or remove fewer layers."
+        if "quantized" in perplexities(summary) and before is not None and before <= FAIR:
+            advice = f"Quantization did that ({times(before)} before): give it more bits."
+        return "bad", f"Do not ship this: {rise}. {advice}"
+    if marks.get("Tasks") == "bad":
+        return (
+            "bad",
+            f"Do not ship this: it keeps {percent(run.scored.retention.above_chance)} of the task score above chance.",
+        )
+    counted = {name: mark for name, mark in marks.items() if name != "Quality" and (name != "Size" or exported is None)}
+    failed, weak = ([name for name, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
+    text = f"The exported GGUF file ({size(exported)}) is usable" if exported else "Usable"
+    text += f" where {times(factor)} the dense model's perplexity is acceptable" if factor > 1 else ""
+    text += f"; failed: {', '.join(failed)}" if failed else ""
+    text += f"; with caution: {', '.join(weak)}" if weak else ""
+    if not main_tasks(run.scored):
+        text += ". No task was measured" + (f": layercut evaluate {place} --tasks NAMES" if place else "")
+    return "good" if factor <= CLOSE and not failed and not weak else "fair", f"{text}."

@@ -18,7 +18,7 @@ from layercut.cli.command_line import main
 from layercut.models.source_card import SourceCard, source_card
 from layercut.report.formatting import label
 from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, layers_of, model_card
-from test_report import MODEL, make_run
+from report_runs import MODEL, make_run, with_perplexity
 
 README = """---
 license: other
@@ -92,7 +92,7 @@ def test_a_local_path_is_never_a_base_model_and_no_name_breaks_the_yaml(tmp_path
     assert found.get("base_model") == base
     assert ("base_model_relation" in found) == (base is not None)
     assert "license" not in found
-    assert "/home/" not in card.partition("## Data and versions")[0]
+    assert "/home/" not in card.partition("## Data and provenance")[0]
 
 
 def test_licence_and_languages_are_those_of_the_source(tiny_model, tmp_path):
@@ -195,3 +195,21 @@ def test_a_run_on_what_was_cut_before_is_described_in_the_first_models_layers(tm
     assert found == {"source": first, "segments": [(1, 5), (7, 8)], "original_layer_index": [0, 5, 6]}
     found = layers_of(given, tmp_path, [(1, 3), (5, 6)], [0, 3, 4], 6)
     assert found == {"source": given, "segments": [(1, 3), (5, 6)], "original_layer_index": [0, 3, 4]}
+
+
+def test_a_runs_card_holds_its_figures_and_no_name_breaks_it(tmp_path):
+    card = model_card(make_run(tmp_path))
+    assert "`13:19`" in card
+    assert json.dumps([*range(13), *range(19, 30)]) in card
+    assert "| tuned | 67.40 | 1.49× | 50.4% |" in card
+    assert "| parameters | 134,515,008 | 113,276,160 | −15.8% |" in card
+    assert "| tuning | self | 120,832 | 88b1c0aa42fe |" in card
+    assert "\n\n\n" not in card
+    evil = "a|b`<script>`\n# title [x](http://y) *z*"
+    changed = {"model": evil, **with_perplexity(dataset=evil)}
+    run = make_run(tmp_path / "evil", summary=changed, search={"calibration": {"source": evil}})
+    body = model_card(run).split("---\n", 2)[2]
+    outside = re.sub(r"`[^`\n]*`", "", body.replace("\\`", ""))
+    assert "<script" not in outside
+    assert "\n# title" not in body
+    assert "[x](" not in outside.replace("\\[", "").replace("\\]", "")
