@@ -224,7 +224,7 @@ def measure(job: dict[str, Any]) -> None:
         peak = high_water() if children is None else children.stop()
         found = run.artefact(SearchArtefact, "search") if stage in ("exhaustive", "fisher") else None
     keys = ("layer_forwards", "layer_backwards")
-    spent = {key: getattr(found, key, None) for key in keys}
+    spent = {key: getattr(found and found.cost, key, None) for key in keys}
     print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": spent}))
 
 

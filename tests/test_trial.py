@@ -123,7 +123,7 @@ def test_what_it_takes_is_planned(tiny_model, texts, tmp_path, capsys):
     assert main(["plan", *flags, "--json", "--no-calibrate"]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]["search"]["layer_forwards"]
     assert main(["search", *flags, f"--out={tmp_path / 'run'}"]) == 0
-    taken = json.loads((tmp_path / "run" / "search.json").read_text())["layer_forwards"]
+    taken = json.loads((tmp_path / "run" / "search.json").read_text())["cost"]["layer_forwards"]
     assert planned["least"] <= taken <= planned["most"]
     assert planned["expected"] / 3 < taken < 3 * planned["expected"]
 
@@ -223,10 +223,10 @@ def test_the_best_that_differ_are_healed_then_variants_of_the_best_and_then_the_
     assert asked[3:6] == [("4:6", 1), ("6:8", 1), ("2:4", 1)], "the variants of 5:7, and of 3:5, of which 17 are left"
     assert asked[6:] == [("6:8", LONGER), ("5:7", LONGER), ("4:6", LONGER)], "14, 15 and 16; the next has 17"
     assert found.segments == [Segment(5, 7)], "of which least is left, though 4:6 falls by more"
-    first = found.tried[0]
+    first = found.shortlist[0]
     assert (found.candidates[0].score, first.folded, first.healed, first.longer) == (5.0, 5.0, 15.0, 12.0)
-    assert [one.healed for one in found.tried[:7]] == [15.0, 14.0, 16.0, 17.0, 18.0, 19.0, None]
-    assert [one.longer for one in found.tried[:4]] == [12.0, 12.1, 12.2, None]
+    assert [one.healed for one in found.shortlist[:7]] == [15.0, 14.0, 16.0, 17.0, 18.0, 19.0, None]
+    assert [one.longer for one in found.shortlist[:4]] == [12.0, 12.1, 12.2, None]
     assert by().segments == [Segment(1, 3)], "without healing the fold decides"
 
 
@@ -242,7 +242,7 @@ def test_what_the_text_alone_would_take_is_healed_as_well_whatever_it_promises()
 
     dear = tried_with({by_text.segments: 5.0}, by_text=by_text)
     assert (by_text.segments, 1) in asked
-    assert [one.healed for one in dear.tried if one.segments == by_text.segments] == [5.0]
+    assert [one.healed for one in dear.shortlist if one.segments == by_text.segments] == [5.0]
     tried_with({})
     assert (by_text.segments, 1) not in asked, "by the fold it is far behind"
     cheap = tried_with({by_text.segments: 0.5}, by_text=by_text)
@@ -344,7 +344,7 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", str(tiny_model), *flags]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
-    healed = [one for one in found["tried"] if "longer" in one]
+    healed = [one for one in found["shortlist"] if "longer" in one]
     assert len(healed) == FINALISTS
     least = min(healed, key=lambda one: one["longer"])
     assert found["segments"] == least["segments"] == healed[0]["segments"]
@@ -430,7 +430,7 @@ def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(whole, of
     assert capsys.readouterr().err.count(refused) == 1
     found = json.loads((tmp_path / "some" / "search.json").read_text())
     assert found["segments"] != best
-    (one,) = [one for one in found["tried"] if one["segments"] == best]
+    (one,) = [one for one in found["shortlist"] if one["segments"] == best]
     assert "text" not in one
 
 
@@ -476,10 +476,10 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(whole, of_trial, tmp
     most = 99
     assert main([*of_trial, f"--out={run}"]) == 0
     found = json.loads((run / "search.json").read_text())
-    same = ("segments", "candidates", "by_number", "lighter", "tried")
+    same = ("segments", "candidates", "by_number", "lighter", "shortlist")
     assert {name: found[name] for name in same} == {name: of_whole[name] for name in same}
     assert len(asked["healed"]) == len(set(asked["healed"])) > 1
-    assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["tried"])
+    assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["shortlist"])
     assert asked["search"] == 1
     assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
     assert not (run / "search-tried-prices.json").exists()
@@ -490,12 +490,12 @@ def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, text
     flags.append(f"--out={tmp_path}")
     assert main(["search", *flags]) == 0
     plain = json.loads((tmp_path / "search.json").read_text())
-    assert "tried" not in plain or not plain["tried"]
+    assert not plain["shortlist"]
     monkeypatch.setattr(layer_search, "search", None)
     assert main(["tune", *flags, "--tune-tokens=4096", "--score=folded", "--probe-share=0"]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
-    assert found["tried"]
-    assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["tried"]]
+    assert found["shortlist"]
+    assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["shortlist"]]
 
 
 class Folder(Run):

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import msgspec
 
 from layercut.errors import ConfigError
 
 
-@dataclass(frozen=True, order=True)
-class Segment:
-    """Decoder layers start, start + 1, …, stop - 1, to be removed."""
+class Segment(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Decoder layers start, start + 1, …, stop - 1, to be removed; [start, stop] in JSON."""
 
     start: int
     stop: int

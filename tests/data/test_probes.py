@@ -674,7 +674,7 @@ def test_the_mean_price_of_weighted_rows_is_the_objective(model, probes):
     for candidate in found:
         mean = sum(damage[candidate.segments].values()) / len(probes.names)
         assert candidate.kl == pytest.approx(kl[candidate.segments], rel=1e-4)
-        assert candidate.damage == pytest.approx(mean, rel=1e-4)
+        assert candidate.probe_kl == pytest.approx(mean, rel=1e-4)
         assert candidate.score == pytest.approx(candidate.kl + weight * mean, rel=1e-4)
 
 
@@ -727,7 +727,7 @@ def test_a_layer_that_is_cheap_on_text_and_holds_recall_is_kept(monkeypatch, mod
     assert seeing.by_text is not None
     assert seeing.by_text.segments == (Segment(3, 5),)
     assert seeing.candidates[0].kl == pytest.approx(0.9)
-    assert seeing.candidates[0].damage == pytest.approx(0.3)
+    assert seeing.candidates[0].probe_kl == pytest.approx(0.3)
 
 
 def test_two_segments_are_taken_where_they_spare_enough(monkeypatch, model, probes):
@@ -771,7 +771,7 @@ def test_the_estimate_goes_by_the_answers(model, probes):
     assert not torch.equal(seeing.table, blind.table)
     assert not torch.equal(seeing.table, estimate(only, 2, 0).table)
     found = layer_search.search(model, text, n_layers=2, probes=probes)
-    assert found.candidates[0].score == pytest.approx(found.kl + found.candidates[0].damage, rel=1e-5)
+    assert found.candidates[0].score == pytest.approx(found.kl + found.candidates[0].probe_kl, rel=1e-5)
 
 
 def test_pseudo_words_are_of_their_family():
@@ -1030,7 +1030,7 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
     search, found, told = (json.loads((out / f"{n}.json").read_text()) for n in ("search", "capabilities", "summary"))
     assert search["tests"]["capabilities"] == found["map"]["names"][:-1]
     best = search["candidates"][0]
-    assert best["score"] == pytest.approx(best["kl"] + 3 * best["damage"], rel=1e-5)
+    assert best["score"] == pytest.approx(best["kl"] + 3 * best["probe_kl"], rel=1e-5)
     opened = loading.load(checkpoints.resolve(str(tiny_model)))
     small = cut(opened.model, [Segment(*bounds) for bounds in search["segments"]])
     assert_judged(found, small, opened)
@@ -1066,7 +1066,7 @@ def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_m
     assert main(["search", str(tiny_model), *flags, "--preserve=sums", "--score=folded"]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
     best = found["candidates"][0]
-    assert found["tried"][0] == {"segments": best["segments"], "folded": best["score"]}
+    assert found["shortlist"][0] == {"segments": best["segments"], "folded": best["score"]}
     assert best["segments"] == found["segments"]
     model = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "heldout")}
@@ -1088,9 +1088,9 @@ def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_m
         main(["search", str(tiny_model), *flags[:-1], f"--out={tmp_path}-raw", "--preserve=sums", "--score=raw"]) == 0
     )
     raw = json.loads((tmp_path.with_name(f"{tmp_path.name}-raw") / "search.json").read_text())
-    assert raw["layer_forwards"] < found["layer_forwards"]
+    assert raw["cost"]["layer_forwards"] < found["cost"]["layer_forwards"]
     best = raw["candidates"][0]
-    assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)
+    assert best["score"] == pytest.approx(best["kl"] + best["probe_kl"], rel=1e-5)
 
 
 def test_tests_longer_than_the_models_positions_are_refused_or_made_to_fit(tokenizer):

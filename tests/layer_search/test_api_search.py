@@ -130,8 +130,7 @@ def test_a_result_is_frozen_serialises_and_shows_itself(model):
     told = json.loads(json.dumps(found.to_dict()))
     assert told["segments"] == [[s.start, s.stop] for s in found.segments]
     assert set(told) == {
-        "method", "segments", "candidates", "budget", "dense_tokens", "layer_forwards",
-        "layer_backwards", "by_text", "by_number",
+        "method", "segments", "candidates", "cost", "budget", "by_text", "by_number", "lighter", "shortlist",
     }  # fmt: skip
     table = replace(found, method="<b>")._repr_html_()
     assert "&lt;b&gt;" in table

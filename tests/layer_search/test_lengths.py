@@ -92,9 +92,9 @@ def test_the_longest_cut_within_a_budget_is_found(allowed):
     within = longest_within(0.1, range(1, 8), find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
     assert within.result.segments == [Segment(0, allowed)]
     assert within.rise == 0.1
-    assert len(within.tried) <= 3
-    assert within.result.cost.layer_forwards == 10 * len(within.tried), "of all searches"
-    assert set(within.tried[0]) == {"length", "segments", "rise"}
+    assert len(within.lengths) <= 3
+    assert within.result.cost.layer_forwards == 10 * len(within.lengths), "of all searches"
+    assert set(within.lengths[0]) == {"length", "segments", "rise"}
     with pytest.raises(ConfigError, match=r"--max-loss 0.05: the best found removes 0:1 and raises perplexity by 20"):
         longest_within(0.05, range(1, 8), find, lambda cuts: 0.2 * len(cuts[0]))
 
@@ -172,7 +172,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
 
     _, found = search(tiny_model, texts, tmp_path / "loss", "--max-loss=0.5")
     assert found["budget"]["rise"] <= 0.5
-    assert [t["segments"] for t in found["budget"]["tried"] if t["rise"] <= 0.5][-1] == found["segments"]
+    assert [t["segments"] for t in found["budget"]["lengths"] if t["rise"] <= 0.5][-1] == found["segments"]
     capsys.readouterr()
     monkeypatch.setattr(
         "layercut.pipeline.stages.search.perplexity_rise", lambda *_: 0.5

@@ -247,9 +247,9 @@ def test_tasks_and_packages_evaluations(tmp_path: Path) -> None:
 
 
 def test_the_shortlist_and_what_text_alone_would_take(tmp_path: Path) -> None:
-    one, other = ({"segments": [[a, a + 2]], "kl": kl, "damage": d} for a, kl, d in ((2, 0.9, 0.2), (5, 0.6, 3.0)))
+    one, other = ({"segments": [[a, a + 2]], "kl": kl, "probe_kl": d} for a, kl, d in ((2, 0.9, 0.2), (5, 0.6, 3.0)))
     tried = [{"segments": [[2, 4]], "folded": 1.0, "healed": 0.55}, {"segments": [[5, 7]], "folded": 2.0}]
-    run = make_run(tmp_path, search={"segments": [[2, 4]], "candidates": [one], "by_text": other, "tried": tried})
+    run = make_run(tmp_path, search={"segments": [[2, 4]], "candidates": [one], "by_text": other, "shortlist": tried})
     assert table_of(run, "search") == [["2–3", "1.00", "0.55", "–"], ["5–6", "2.00", "–", "–"]]
     assert "layers 5–6: KL 0.6 nats" in Page(run).text
 
@@ -472,8 +472,8 @@ def test_the_terminal_shows_each_figure_of_the_two_models_once(tmp_path: Path) -
 
 
 def test_a_search_is_printed_with_what_it_went_by() -> None:
-    both = {"segments": [[3, 5], [6, 7]], "kl": 0.61234567, "damage": 0.25, "score": 0.8623}
-    plain = {"segments": [[3, 6]], "kl": 12.5, "damage": None, "score": None}
+    both = {"segments": [[3, 5], [6, 7]], "kl": 0.61234567, "probe_kl": 0.25, "score": 0.8623}
+    plain = {"segments": [[3, 6]], "kl": 12.5, "probe_kl": None, "score": None}
     assert [line.split("\t")[1:] for line in search_lines({"candidates": [both, plain]})[1:]] == [
         ["0.6123", "0.25", "0.8623"], ["12.50", "not measured", "not measured"],
     ]  # fmt: skip

@@ -30,13 +30,17 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Dataclasses as objects without OPTIONAL fields at their default, paths and infinite numbers as text."""
+    """Dataclasses as objects without OPTIONAL fields at their default, structs as lists, paths and infinite numbers as
+    text.
+    """
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
         return {str(key): jsonable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [jsonable(value) for value in content]
+    if isinstance(content, msgspec.Struct):
+        return [jsonable(value) for value in msgspec.structs.astuple(content)]
     if is_dataclass(content) and not isinstance(content, type):
         held = ((each, getattr(content, each.name)) for each in fields(content))
         return {each.name: jsonable(value) for each, value in held if not _is_left_out(each, value)}

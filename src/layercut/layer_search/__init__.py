@@ -27,7 +27,7 @@ from layercut.layer_search.damage_map import CapabilityMap, capability_map
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.race import MOST_SETS
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
+from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import number_of_sets
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
@@ -160,7 +160,7 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
     """
     taken = found[0]
     for more in found[1:]:
-        if merit(more.candidates[0])[0] < (1 - SECOND_SEGMENT_GAIN) * merit(taken.candidates[0])[0]:
+        if more.candidates[0].merit[0] < (1 - SECOND_SEGMENT_GAIN) * taken.candidates[0].merit[0]:
             taken = more
     if len(found) == 1:
         return taken

@@ -84,13 +84,13 @@ def perplexity_rise(stack: DecoderRunner, tokens: torch.Tensor, cuts: Cuts) -> f
 
 @dataclass
 class Within:
-    """The longest cut within a loss budget, and what was tried on the way."""
+    """The longest cut within a loss budget, and those that were found on the way."""
 
     result: SearchResult
     rise: float
     """Of perplexity on the tokens that verify, as a share."""
-    tried: list[dict[str, Any]]
-    """{"length", "segments", "rise"} of each length, in the order tried."""
+    lengths: list[dict[str, Any]]
+    """{"length", "segments", "rise"} of each that was searched, in that order."""
 
 
 def longest_within(
@@ -100,7 +100,7 @@ def longest_within(
 
     The rise grows with the length but for small dents, so the length is bisected: about log2 of their number searches.
     """
-    tried: list[dict[str, Any]] = []
+    searched: list[dict[str, Any]] = []
     good: Within | None = None
     low, high = -1, len(lengths)
     cost = Cost()
@@ -110,14 +110,14 @@ def longest_within(
         result = find(length)
         cost += result.cost
         risen = rise(result.candidates[0].segments)
-        tried.append({"length": length, "segments": result.to_dict()["segments"], "rise": risen})
+        searched.append({"length": length, "segments": result.segments, "rise": risen})
         if risen <= budget:
-            low, good = at, Within(result, risen, tried)
+            low, good = at, Within(result, risen, searched)
         else:
             high = at
     if good is None:
-        least = min(tried, key=lambda one: one["rise"])
-        segments = ", ".join(f"{a}:{b}" for a, b in least["segments"])
+        least = min(searched, key=lambda one: one["rise"])
+        segments = ", ".join(map(str, least["segments"]))
         raise ConfigError(
             f"no cut meets --max-loss {budget:g}: the best found removes {segments} "
             f"and raises perplexity by {least['rise']:.1%} on text that was not searched on",

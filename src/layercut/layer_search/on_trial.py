@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from layercut.layer_search.prices import Prices, candidates
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import SearchResult, Tried
+from layercut.layer_search.result import SearchResult, Shortlisted
 from layercut.layer_search.segment_sets import neighbours
 from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
@@ -64,7 +64,7 @@ def tried(
     return replace(
         result,
         candidates=[replace(each, score=known[each.segments]) for each in [chosen, *rest]],
-        tried=[Tried(cuts, known[cuts], short.get(cuts), longer.get(cuts)) for cuts in ordered],
+        shortlist=[Shortlisted(cuts, known[cuts], short.get(cuts), longer.get(cuts)) for cuts in ordered],
     )
 
 

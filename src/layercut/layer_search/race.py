@@ -10,7 +10,7 @@ from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
 from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, halving, is_kl
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
+from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
 from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_costs, set_work
 from layercut.models.objectives import Objective
@@ -73,11 +73,11 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
         name = f"race beside {', '.join(map(str, best))}"
         raced = halving(prices, {best, *moves}, name, finalists=CLIMB_FINALISTS)
         known |= {candidate.segments: candidate for candidate in raced}
-        ordered = sorted(known.values(), key=merit)
+        ordered = sorted(known.values(), key=lambda each: each.merit)
         if ordered[0].segments == best:
             break
         best = ordered[0].segments
-    return sorted(known.values(), key=merit)
+    return sorted(known.values(), key=lambda each: each.merit)
 
 
 def exhaustive(

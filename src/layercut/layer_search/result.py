@@ -1,4 +1,4 @@
-"""What every search returns: the segments, the candidates that it priced, and what that cost."""
+"""What every search returns: the segments, the candidates that it cut for real, and what that took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercut.distributed import processes
+from layercut.files.json_values import OPTIONAL, jsonable
 from layercut.plotting import axes_or_new
 from layercut.segments import Segment
 
@@ -18,30 +19,33 @@ class Candidate:
 
     segments: tuple[Segment, ...]
     kl: float
-    score: float | None = None
+    score: float | None = field(default=None, metadata=OPTIONAL)
     """What the search minimised, where that is not the KL; lower is better."""
-    damage: float | None = None
-    """Mean over capabilities of the damage to generated tests, in nats per answer token; where the search sees some."""
+    probe_kl: float | None = field(default=None, metadata=OPTIONAL)
+    """Mean KL over the capabilities that probes measure, in nats per answer token; where the search sees probes."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """{"segments": [[start, stop], …], "kl"}, and "score" and "damage" where there is one."""
-        more = {name: value for name in ("score", "damage") if (value := getattr(self, name)) is not None}
-        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **more}
+    @property
+    def merit(self) -> tuple[float, tuple[Segment, ...]]:
+        """What candidates are sorted by: score, or KL where there is none; the earlier of equals."""
+        return self.kl if self.score is None else self.score, self.segments
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.segments))
 
 
 @dataclass(frozen=True)
-class Tried:
-    """Segments that were removed for a trial, and what was left after a quick fold, and after a short healing."""
+class Shortlisted:
+    """Segments that were healed before the choice, and the KL left, in nats per token of text and of probes."""
 
     segments: tuple[Segment, ...]
     folded: float
-    """The price of `healing/fold_prices.py`, nats per token."""
-    healed: float | None = None
-    """J after real healing on some of the tokens, by more rows; None where it went no further."""
-    longer: float | None = None
-    """And on more of the tokens; None where it was not among the close ones."""
-    text: float | None = None
-    """Of `healed` what is left on text; the rest is of generated tests."""
+    """After a quick fold (`healing/fold_prices.py`)."""
+    healed: float | None = field(default=None, metadata=OPTIONAL)
+    """After a short healing; None where it went no further."""
+    longer: float | None = field(default=None, metadata=OPTIONAL)
+    """After a longer one; None where it was not among the close ones."""
+    text: float | None = field(default=None, metadata=OPTIONAL)
+    """The part of `healed` that text has."""
 
 
 @dataclass
@@ -74,26 +78,26 @@ class SearchResult:
     method: str
     """The criterion's name; "given" where the segments were given."""
     candidates: list[Candidate]
-    """All that were priced on all tokens, from the best; at least one."""
+    """All that were cut for real on all tokens, from the best; at least one."""
     cost: Cost
-    """What the criterion spent, without the pricing of what it picked."""
+    """What the criterion spent, without the real cut of what it picked."""
     budget: dict[str, Any] | None = None
-    """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}, as shares."""
+    """What a loss budget allowed: {"max_loss", "rise", "lengths": [{"length", "segments", "rise"}]}, as shares."""
     by_text: Candidate | None = None
-    """The best by the text alone, where generated tests were weighed with it."""
+    """The best by the text alone, where probes were weighed with it."""
     by_number: list[Candidate] = field(default_factory=list)
     """The best of one segment, and of two at most, where the search compared them."""
     lighter: list[tuple[Segment, ...]] = field(default_factory=list)
-    """Sets that would have been proposed if generated tests counted less; they raced too."""
-    tried: list[Tried] = field(default_factory=list)
-    """All that were tried beyond the plain cut: the choice, those that were healed, the others, each from the best."""
-    seconds: float = field(default=0.0, compare=False)
+    """Sets that would have been proposed if probes counted less; they raced too."""
+    shortlist: list[Shortlisted] = field(default_factory=list)
+    """Where candidates were healed before the choice: the choice, the others that were, the rest, from the best."""
+    seconds: Any = field(default=0.0, compare=False)
     """Wall-clock time of what `cost` counts."""
+    segments: list[Segment] = field(init=False, compare=False)
+    """The segments to remove, in order: those of the best candidate."""
 
-    @property
-    def segments(self) -> list[Segment]:
-        """The segments to remove, in order: those of the best candidate."""
-        return list(self.candidates[0].segments)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", list(self.candidates[0].segments))
 
     @property
     def kl(self) -> float:
@@ -101,18 +105,8 @@ class SearchResult:
         return self.candidates[0].kl
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the seconds and the trial, as JSON values; segments are [start, stop], costs in `Cost`'s units."""
-        return {
-            "method": self.method,
-            "segments": [[s.start, s.stop] for s in self.segments],
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "budget": self.budget,
-            "by_text": self.by_text.to_dict() if self.by_text else None,
-            "by_number": [candidate.to_dict() for candidate in self.by_number],
-            "dense_tokens": self.cost.dense_tokens,
-            "layer_forwards": self.cost.layer_forwards,
-            "layer_backwards": self.cost.layer_backwards,
-        }
+        """All but the seconds as JSON values; segments are [start, stop]."""
+        return {name: value for name, value in jsonable(self).items() if name != "seconds"}
 
     def plot(self, axes: Any = None) -> Any:
         """Draw each candidate as a bar over the layers that it removes, at the height of its KL; the best is marked.
@@ -123,9 +117,8 @@ class SearchResult:
         Returns:
             The Axes.
         """
-        title = f"{self.method}: {_named(self.candidates[0])}"
-        axes = axes_or_new(axes, xlabel="layers removed", ylabel="KL, nats per token", title=title)
         best, finite = self.candidates[0], [c for c in self.candidates if math.isfinite(c.kl)]
+        axes = axes_or_new(axes, xlabel="layers removed", ylabel="KL, nats per token", title=f"{self.method}: {best}")
         for candidate in reversed(finite):
             colour, width = ("tab:red", 3.0) if candidate is best else ("tab:gray", 1.0)
             for s in candidate.segments:
@@ -137,21 +130,12 @@ class SearchResult:
     def _repr_html_(self, most: int = 10) -> str:
         """A table of the best candidates, for notebooks."""
         scored = any(c.score is not None for c in self.candidates)
-        names = ["remove", "KL (nats per token)", *(["score"] if scored else [])]
-        rows = [[_named(c), f"{c.kl:.4g}", *([f"{c.score:.4g}"] if c.score is not None else [])]
-                for c in self.candidates[:most]]  # fmt: skip
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+        rows = [["remove", "KL (nats per token)", *(["score"] if scored else [])]]
+        for c in self.candidates[:most]:
+            rows.append([str(c), f"{c.kl:.4g}", *([f"{c.score:.4g}"] if c.score is not None else [])])
+        head, *body = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
         left = len(self.candidates) - most
         foot = f", {left} more candidates" if left > 0 else ""
         caption = f"{html.escape(self.method)}: {self.cost.layer_forwards:,} layer-forwards{foot}"
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _named(candidate: Candidate) -> str:
-    return ", ".join(map(str, candidate.segments))
-
-
-def merit(candidate: Candidate) -> tuple[float, tuple[Segment, ...]]:
-    """What candidates are sorted by: score, or KL where there is none; the earlier of equals."""
-    return candidate.kl if candidate.score is None else candidate.score, candidate.segments
+        head = head.replace("td>", "th>")
+        return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"

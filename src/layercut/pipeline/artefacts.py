@@ -17,6 +17,7 @@ from layercut.export.engines import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
+from layercut.layer_search import SearchResult
 from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment
 
@@ -92,29 +93,6 @@ class SharedTextArtefact(Artefact, SharedText):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidateRecord:
-    """Segments that could go together, and the KL of the real cut, in nats per token."""
-
-    segments: list[Bounds]
-    kl: float
-    score: float | None = field(default=None, metadata=OPTIONAL)
-    damage: float | None = field(default=None, metadata=OPTIONAL)
-    """To generated tests, mean over capabilities, in nats per answer token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TriedRecord:
-    """Segments on trial, and what was left after a quick fold, a short healing and a longer one, nats per token."""
-
-    segments: list[Bounds]
-    folded: float
-    healed: float | None = field(default=None, metadata=OPTIONAL)
-    longer: float | None = field(default=None, metadata=OPTIONAL)
-    text: float | None = field(default=None, metadata=OPTIONAL)
-    """Of `healed` what is left on text; the rest is of generated tests."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchCost:
     """What a search spent, independent of the machine: see `layer_search.Cost`."""
 
@@ -124,30 +102,13 @@ class SearchCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchArtefact(Artefact, SearchCost):
+class SearchArtefact(Artefact, SearchResult):
     """search.json."""
 
-    method: str
-    segments: list[Bounds]
-    candidates: list[CandidateRecord]
     seed: int
     calibration: TextFacts
-    budget: dict[str, Any] | None = None
-    by_text: CandidateRecord | None = None
-    """The best by the text alone, where generated tests were weighed with it."""
-    by_number: list[CandidateRecord] = field(default_factory=list)
-    """The best of one segment, and of two, where they were compared."""
     tests: dict[str, Any] | None = None
-    """Which generated tests were weighed: {"rows", "window", "capabilities"}."""
-    lighter: list[list[Bounds]] = field(default_factory=list)
-    """Sets that would have been proposed if tests counted less: what a trial goes on from."""
-    tried: list[TriedRecord] = field(default_factory=list)
-    """Cuts on trial, from the one that is chosen; the price after the fold is then the candidates' score too."""
-
-    @property
-    def kl(self) -> float:
-        """Of the real cut that was chosen, in nats per token."""
-        return self.candidates[0].kl
+    """Which probes were weighed: {"rows", "window", "capabilities"}."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,7 +176,7 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
                 method=method,
                 segments=bounds_of(result.segments),
                 kl=result.kl,
-                damage=result.candidates[0].damage if tests else None,
+                damage=result.candidates[0].probe_kl if tests else None,
                 search_seconds=round(result.seconds, 3),
                 layer_forwards=result.cost.layer_forwards,
                 layer_backwards=result.cost.layer_backwards,

@@ -32,6 +32,7 @@ from layercut.pipeline.artefacts import (
     SizeInBytes,
     SummaryArtefact,
     TasksArtefact,
+    bounds_of,
 )
 from layercut.pipeline.handover import describe_result_, destination, export, result_of, upload
 from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
@@ -153,7 +154,7 @@ def summarise(
             stage.found = SummaryArtefact(
                 model=model,
                 layers=BeforeAfter(before=asked.layers, after=len(cut.original_layer_index)),
-                segments=run.artefact(SearchArtefact, "search").segments,
+                segments=bounds_of(run.artefact(SearchArtefact, "search").segments),
                 original_layer_index=cut.original_layer_index,
                 parameters=cut.parameters,
                 bytes=SizeInBytes(before=cut.bytes.before, after=exported.bytes, source=source),

@@ -103,10 +103,8 @@ def closing(run: Path) -> tuple[Table, Text]:
 
 def search_lines(search: Any) -> list[str]:
     """What `layercut search` prints: the candidates from the best, by all that they are known by."""
-    candidates, heads = (
-        list(Json(search).candidates),
-        {"kl": "KL on text, nats", "damage": "KL on probes, nats", "score": "score"},
-    )
+    candidates = list(Json(search).candidates)
+    heads = {"kl": "KL on text, nats", "probe_kl": "KL on probes, nats", "score": "score"}
     known = [key for key in heads if any(number(each[key]) is not None for each in candidates)]
     rows = [[label(each.segments), *(figure(each[key]) for key in known)] for each in candidates]
     return ["\t".join(row) for row in [["segments", *(heads[key] for key in known)], *rows]]

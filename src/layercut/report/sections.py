@@ -97,11 +97,11 @@ def search(run: RunFacts) -> Section | None:
         chosen, other = known
         note += (
             f" Text alone would take layers {layer_names(other.segments)}: KL {figure(other.kl)} nats on text and "
-            f"{figure(other.damage)} on probes; the choice has {figure(chosen.kl)} and {figure(chosen.damage)}."
+            f"{figure(other.probe_kl)} on probes; the choice has {figure(chosen.kl)} and {figure(chosen.probe_kl)}."
         )
     costs = ("folded", "healed", "longer")
     rows = [
-        [layer_names(one.segments), *(figure(one[key]) if one[key] else "–" for key in costs)] for one in found.tried
+        [layer_names(one.segments), *(figure(one[key]) if one[key] else "–" for key in costs)] for one in found.shortlist
     ]
     heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
     tables = _table(heads, rows, strong=layer_names(found.segments))
@@ -112,7 +112,7 @@ def search(run: RunFacts) -> Section | None:
 def by_text(found: Json) -> tuple[Json, Json] | None:
     """The first candidate, and the one that text alone would take, where probes made a difference."""
     chosen, other = next(iter(found.candidates), Json()), found.by_text
-    known = all(finite(one.damage) is not None for one in (chosen, other))
+    known = all(finite(one.probe_kl) is not None for one in (chosen, other))
     return (chosen, other) if known and spans(chosen.segments) != spans(other.segments) else None
 
 
@@ -366,7 +366,7 @@ def sources(run: RunFacts) -> Section | None:
     facts = [["model", short_name(s.model)]]
     if run.search:
         seed = f", seed {run.search.seed}" if finite(run.search.seed) is not None else ""
-        passes = f"{whole(run.search.layer_forwards)} layer forwards, {whole(run.search.layer_backwards)} backwards"
+        passes = f"{whole(run.search.cost.layer_forwards)} layer forwards, {whole(run.search.cost.layer_backwards)} backwards"
         facts.append(["search", f"{printable(run.search.method)}{seed}, {passes}"])
     shared = s.perplexity.shared
     facts += [

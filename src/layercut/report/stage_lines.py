@@ -25,18 +25,18 @@ def describe_shared(common: dict[str, Any]) -> str:
     return words + (f"; {left_out:,} documents left out, since they are in another text" if left_out else "")
 
 
-def describe_tried(search: dict[str, Any]) -> str:
+def describe_shortlist(search: dict[str, Any]) -> str:
     """One line about the shortlist."""
-    healed = [one for one in search["tried"] if one["healed"]]
-    longer = ", the closest also after a longer one" if any(one["longer"] for one in search["tried"]) else ""
+    healed = [one for one in search["shortlist"] if one.get("healed")]
+    longer = ", the closest also after a longer one" if any(one.get("longer") for one in search["shortlist"]) else ""
     costs = [
-        f"{label(one['segments'])} " + ", ".join(figure(one[key]) for key in ("healed", "longer") if one[key])
+        f"{label(one['segments'])} " + ", ".join(figure(one[key]) for key in ("healed", "longer") if one.get(key))
         if healed
         else f"{label(one['segments'])} {figure(one['folded'])}"
-        for one in healed or search["tried"][:4]
+        for one in healed or search["shortlist"][:4]
     ]
     how = f"a short healing{longer}" if healed else "a quick fold"
-    return f"cost in nats per token after {how}: {'; '.join(costs)} ({len(search['tried'])} evaluated)"
+    return f"cost in nats per token after {how}: {'; '.join(costs)} ({len(search['shortlist'])} evaluated)"
 
 
 def describe_shares(found: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.errors import ConfigError
 from layercut.export.engines import restriction
+from layercut.files.json_values import jsonable
 from layercut.layer_search import (
-    Candidate,
-    Cost,
     Restriction,
     SearchResult,
     longest_within,
@@ -26,14 +25,7 @@ from layercut.layer_search import (
     split_rows,
 )
 from layercut.layer_search.criteria import names
-from layercut.layer_search.result import Tried
-from layercut.pipeline.artefacts import (
-    CandidateRecord,
-    SearchArtefact,
-    TriedRecord,
-    bounds_of,
-    segments_of,
-)
+from layercut.pipeline.artefacts import SearchArtefact
 from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.known_prices import KnownPrices
@@ -42,7 +34,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import trial
 from layercut.progress import say
 from layercut.registries import criteria, objectives
-from layercut.report.stage_lines import describe_tried
+from layercut.report.stage_lines import describe_shortlist
 from layercut.segments import Segment
 
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
@@ -62,6 +54,7 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
     scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
     with work.run.stage(SearchArtefact, "search", scored, together=True) as stage:
         if stage.open:
+            result: SearchResult
             stack, tokens, tests = work.stack, work.blocks["calibration"], generated_tests(work)
             if wanted:  # --for has been checked by `resolve`
                 result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
@@ -76,17 +69,16 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
                     if plain.open:
                         result = layer_search.search(stack, tokens, **how, seed=seed)
                         plain.found = recorded(result, work)
-                result = result_of(plain.artefact)
+                result = plain.artefact
                 if work.score_now != "raw":
                     result = gone_on_from(work, result, tokens, how)
             stage.found = replace(recorded(result, work), tests=tests.facts() if tests else None)
     found = stage.artefact
-    segments = sorted(segments_of(found.segments))
-    if found.tried:
-        say("search", describe_tried(asdict(found)))
-    words = ", ".join(map(str, segments)) or "none"
+    if found.shortlist:
+        say("search", describe_shortlist(jsonable(found)))
+    words = ", ".join(map(str, found.segments)) or "none"
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
-    return segments
+    return found.segments
 
 
 def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
@@ -97,7 +89,7 @@ def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, h
         if stage.open:
             stage.found = recorded(trial.go_on(work, result, tokens, how, name), work)
     KnownPrices(work.run, name).forget_()
-    return result_of(stage.artefact)
+    return stage.artefact
 
 
 def plain_inputs(work: RunContext, how: dict[str, Any]) -> list[Any]:
@@ -112,48 +104,10 @@ def edition(config: SearchConfig) -> list[Any]:
     return [*tests, *criteria.edition(config.method), *objectives.edition(config.search_objective)]
 
 
-def result_of(found: SearchArtefact) -> SearchResult:
-    """A search from its artefact, without the seconds that it took."""
-    return SearchResult(
-        method=found.method,
-        candidates=list(map(candidate_of, found.candidates)),
-        cost=Cost(found.dense_tokens, found.layer_forwards, found.layer_backwards),
-        by_text=candidate_of(found.by_text) if found.by_text else None,
-        by_number=list(map(candidate_of, found.by_number)),
-        lighter=[tuple(segments_of(each)) for each in found.lighter],
-        tried=[Tried(**vars(each) | {"segments": tuple(segments_of(each.segments))}) for each in found.tried],
-    )
-
-
 def recorded(result: SearchResult, work: RunContext) -> SearchArtefact:
     """A search as its artefact holds it."""
-    return SearchArtefact(
-        method=result.method,
-        segments=bounds_of(result.segments),
-        candidates=list(map(candidate_record, result.candidates)),
-        by_text=candidate_record(result.by_text) if result.by_text else None,
-        by_number=list(map(candidate_record, result.by_number)),
-        lighter=list(map(bounds_of, result.lighter)),
-        tried=[TriedRecord(**vars(each) | {"segments": bounds_of(each.segments)}) for each in result.tried],
-        budget=result.budget,
-        dense_tokens=result.cost.dense_tokens,
-        layer_forwards=result.cost.layer_forwards,
-        layer_backwards=result.cost.layer_backwards,
-        seed=work.config.text.seed,
-        calibration=work.text["calibration"],
-    )
-
-
-def candidate_record(found: Candidate) -> CandidateRecord:
-    """A candidate as artefacts hold it."""
-    return CandidateRecord(
-        segments=bounds_of(found.segments), kl=found.kl, score=found.score, damage=found.damage
-    )  # fmt: skip
-
-
-def candidate_of(found: CandidateRecord) -> Candidate:
-    """The inverse of `candidate_record`."""
-    return Candidate(tuple(segments_of(found.segments)), found.kl, found.score, found.damage)
+    given = {each.name: getattr(result, each.name) for each in fields(SearchResult) if each.init}
+    return SearchArtefact(**given, seed=work.config.text.seed, calibration=work.text["calibration"])
 
 
 def generated_tests(work: RunContext, config: SearchConfig | None = None) -> ProbeRows | None:
@@ -224,7 +178,7 @@ def search_within(work: RunContext, max_loss: float, tests: ProbeRows | None) ->
         lambda length: layer_search.search(work.stack, rows, **search_options(work, length, tests), seed=seed),
         lambda cuts: perplexity_rise(work.stack, unseen, cuts),
     )
-    return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
+    return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "lengths": within.lengths})
 
 
 def lengths_to_try(work: RunContext) -> list[int]:

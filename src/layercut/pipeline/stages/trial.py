@@ -103,7 +103,8 @@ def go_on(
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
-    return replace(found, cost=cost, tried=[replace(one, text=of_text.get(one.segments)) for one in found.tried])
+    shortlist = [replace(one, text=of_text.get(one.segments)) for one in found.shortlist]
+    return replace(found, cost=cost, shortlist=shortlist)
 
 
 def fold_prices(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
