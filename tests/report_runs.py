@@ -14,7 +14,8 @@ COSTS = {2: 2.15, 9: 1.89, 12: 0.91, 13: 0.84, 14: 0.96, 22: 11.5}
 
 def _search() -> dict[str, Any]:
     return {
-        "method": "fisher", "segments": [[13, 19]], "seed": 0, "cost": {"layer_forwards": 11520, "layer_backwards": 11520},
+        "method": "fisher", "segments": [[13, 19]], "seed": 0,
+        "cost": {"layer_forwards": 11520, "layer_backwards": 11520},
         "candidates": [{"segments": [[start, start + 6]], "kl": kl} for start, kl in COSTS.items()],
         "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"},
     }  # fmt: skip

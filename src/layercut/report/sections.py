@@ -101,7 +101,8 @@ def search(run: RunFacts) -> Section | None:
         )
     costs = ("folded", "healed", "longer")
     rows = [
-        [layer_names(one.segments), *(figure(one[key]) if one[key] else "–" for key in costs)] for one in found.shortlist
+        [layer_names(one.segments), *(figure(one[key]) if one[key] else "–" for key in costs)]
+        for one in found.shortlist
     ]
     heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
     tables = _table(heads, rows, strong=layer_names(found.segments))
@@ -366,7 +367,8 @@ def sources(run: RunFacts) -> Section | None:
     facts = [["model", short_name(s.model)]]
     if run.search:
         seed = f", seed {run.search.seed}" if finite(run.search.seed) is not None else ""
-        passes = f"{whole(run.search.cost.layer_forwards)} layer forwards, {whole(run.search.cost.layer_backwards)} backwards"
+        cost = run.search.cost
+        passes = f"{whole(cost.layer_forwards)} layer forwards, {whole(cost.layer_backwards)} backwards"
         facts.append(["search", f"{printable(run.search.method)}{seed}, {passes}"])
     shared = s.perplexity.shared
     facts += [
