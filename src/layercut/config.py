@@ -54,7 +54,7 @@ GgufType = Literal[
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
     "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
-TAKE_TESTS = ("auto", "fisher", "race", "exhaustive")
+TAKE_TESTS = ("auto", "fisher", "clp", "race", "exhaustive")
 """Criteria of layercut that take generated tests, several segments and other objectives."""
 OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
 """Options whose value is names, or numbers, separated by commas."""
@@ -223,7 +223,8 @@ class SearchConfig:
         str,
         one_of(
             criteria,
-            "fisher: the Fisher information estimate proposes, real cuts decide. auto: fisher. race: real cuts alone. "
+            "clp: the concave gate of CLP, moved by gradient descent. fisher: a Fisher information estimate proposes, "
+            "real cuts decide. auto: fisher. race: real cuts alone. "
             "exhaustive: every segment, in one sweep. The others are the baselines they are compared with; "
             "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),

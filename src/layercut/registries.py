@@ -168,8 +168,8 @@ class Registry(Generic[Part]):
 
 _SEARCH = "layercut.layer_search."
 criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
-    "auto": _SEARCH + "fisher:fisher", "fisher": _SEARCH + "fisher:fisher", "race": _SEARCH + "race:race",
-    "exhaustive": _SEARCH + "race:exhaustive",
+    "auto": _SEARCH + "fisher:fisher", "fisher": _SEARCH + "fisher:fisher", "clp": _SEARCH + "concave_gate:clp",
+    "race": _SEARCH + "race:race", "exhaustive": _SEARCH + "race:exhaustive",
     "random": _SEARCH + "criteria:random_segment", "reverse-order": _SEARCH + "criteria:reverse_order",
     "block-influence": _SEARCH + "criteria:block_influence", "angular": _SEARCH + "criteria:angular",
     "cosine": _SEARCH + "criteria:cosine", "perplexity": _SEARCH + "criteria:perplexity",

@@ -71,6 +71,17 @@ class Cost:
         self.layer_backwards += int(spent[2])
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateTrace:
+    """The concave gate while it was trained (`concave_gate.py`)."""
+
+    gates: list[list[float]]
+    """g of every step and layer, 0 (closed) to 1, of the wells from which the choice came."""
+    losses: list[list[float]]
+    """KL of the gated model by step, in nats per token, of all sets of wells until they were dropped; the choice's
+    first."""
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The outcome of a search."""
@@ -91,6 +102,8 @@ class SearchResult:
     """Sets that would have been proposed if probes counted less; they raced too."""
     shortlist: list[Shortlisted] = field(default_factory=list)
     """Where candidates were healed before the choice: the choice, the others that were, the rest, from the best."""
+    gate: GateTrace | None = field(default=None, metadata=OPTIONAL)
+    """How the concave gate was trained, where it was."""
     seconds: Any = field(default=0.0, compare=False)
     """Wall-clock time of what `cost` counts."""
     segments: list[Segment] = field(init=False, compare=False)
@@ -111,12 +124,18 @@ class SearchResult:
     def plot(self, axes: Any = None) -> Any:
         """Draw each candidate as a bar over the layers that it removes, at the height of its KL; the best is marked.
 
+        Of the concave gate, where no `axes` are given, two panels come before: the gates by step, and the losses.
+
         Args:
             axes: matplotlib Axes to draw on; new ones where not given.
 
         Returns:
-            The Axes.
+            The Axes; of three panels the first.
         """
+        first = None
+        if self.gate and axes is None:
+            first, losses, axes = gate_panels()
+            draw_gate(self.gate, first, losses)
         best, finite = self.candidates[0], [c for c in self.candidates if math.isfinite(c.kl)]
         axes = axes_or_new(axes, xlabel="layers removed", ylabel="KL, nats per token", title=f"{self.method}: {best}")
         for candidate in reversed(finite):
@@ -125,7 +144,7 @@ class SearchResult:
                 axes.plot([s.start - 0.5, s.stop - 0.5], [candidate.kl] * 2, color=colour, linewidth=width)
         if finite and min(c.kl for c in finite) > 0:
             axes.set_yscale("log")
-        return axes
+        return axes if first is None else first
 
     def _repr_html_(self, most: int = 10) -> str:
         """A table of the best candidates, for notebooks."""
@@ -139,3 +158,19 @@ class SearchResult:
         caption = f"{html.escape(self.method)}: {self.cost.layer_forwards:,} layer-forwards{foot}"
         head = head.replace("td>", "th>")
         return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def gate_panels() -> tuple[Any, Any, Any]:
+    """Axes of three panels side by side."""
+    import matplotlib.pyplot as plt
+
+    return tuple(plt.figure(figsize=(11, 3.2), layout="constrained").subplots(1, 3))
+
+
+def draw_gate(trace: GateTrace, gates: Any, losses: Any) -> None:
+    """A heat map of the gates by step and layer, and the loss of every set of wells."""
+    gates.imshow(list(zip(*trace.gates, strict=True)), aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
+    gates.set(xlabel="step", ylabel="layer", title="gate: open (yellow) to closed (dark)")
+    for well in reversed(trace.losses):
+        losses.plot(well, color="tab:red" if well is trace.losses[0] else "tab:gray")
+    losses.set(xlabel="step", ylabel="KL of the gated model, nats per token", yscale="log", title="loss by well")

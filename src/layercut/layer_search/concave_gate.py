@@ -1,0 +1,261 @@
+"""CLP's concave gate (arXiv 2510.23652): wells over the layers, moved by gradient descent to where they do least harm.
+
+Every layer is mixed with the identity, and the gates of all layers form K wells with walls a_k < b_k:
+
+    h_{i+1} = h_i + g_i (f_i(h_i) - h_i)
+    g_i     = prod_k [1 - sigmoid(s (i + 1/2 - a_k)) sigmoid(s (b_k - i - 1/2))],     sum_k (b_k - a_k) = n
+    loss    = KL(p || q_g) on calibration text, p by the dense model, q_g by the gated one
+
+All weights are frozen; gradient descent trains the walls alone. Then the gate is hardened (walls to whole layers), and
+a few finalists are compared by the real cut.
+
+The paper's abstract gives a differentiable concave gate, the best contiguous segment found by gradient descent, and no
+code. The rest is ours: the formula, several wells, and the schedule. A soft well ranks segments wrongly, since
+half-open layers are nearly harmless (research/search.md). So walls are sharp from the start and sharpen further, wells
+start at several places and see a fresh piece of text in every step, and steps of about one layer let them leave a local
+minimum. A gate within EXACT of 0 or 1 is 0 or 1: layers inside a well are not computed, and wells share the dense
+stream up to their first wall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from layercut.data.probes import ProbeRows
+from layercut.distributed import processes
+from layercut.layer_search.prices import Judge, Prices, as_objective, halving
+from layercut.layer_search.restriction import Restriction
+from layercut.layer_search.result import Cost, GateTrace, SearchResult
+from layercut.layer_search.sweep import Cuts
+from layercut.models.losses import LOSS_SCALE
+from layercut.models.objectives import Objective
+from layercut.models.runner import DecoderRunner, recomputed_layer
+from layercut.progress import bar
+from layercut.segments import joined_segments
+
+EXACT = 2e-3
+"""A gate this near to 0 or 1 is 0 or 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the wells are trained."""
+
+    apart: int = 5
+    """A set of K wells begins for every so many layers that stay, and for each of the K; four at least."""
+    steps: int = 14
+    """Steps of gradient descent."""
+    piece: int = 64
+    """Tokens of text in a step."""
+    sharpness: tuple[float, float] = (3.0, 8.0)
+    """s in the first and the last step."""
+    rate: tuple[float, float] = (1.0, 0.25)
+    """Learning rate of Adam, in layers, in the first and the last step."""
+    every: int = 3
+    """After so many steps wells that met become one, and the worse half is dropped."""
+    least: int = 2
+    """Wells that are trained to the end, at least."""
+    finalists: int = 4
+    """Sets of whole layers that are cut for real."""
+
+    def at(self, step: int, ends: tuple[float, float]) -> float:
+        """A value that goes from one end to the other by equal factors."""
+        return ends[0] * (ends[1] / ends[0]) ** (step / max(1, self.steps - 1))
+
+
+def gates(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
+    """g [L] of wells with walls [K, 2], in layers from 0 to L: 1 outside, 0 inside."""
+    middle = torch.arange(layers) + 0.5
+    inside = torch.sigmoid(sharpness * (middle - walls[:, :1])) * torch.sigmoid(sharpness * (walls[:, 1:] - middle))
+    g = (1 - inside).prod(0)
+    return torch.where(g < EXACT, 0.0, torch.where(g > 1 - EXACT, 1.0, g))
+
+
+def gated_losses(prices: Prices, rows: slice, part: slice, wells: Sequence[torch.Tensor], s: float) -> torch.Tensor:
+    """The loss with each set of wells, differentiable in their walls, on some positions of some rows.
+
+    Layers are outermost: each is entered once, for the dense stream and those of all wells.
+    """
+    stack, cost = prices.stack, prices.cost
+    tokens = stack.place(prices.tokens[rows, part])
+    with torch.no_grad():
+        dense, calls = stack.enter(tokens)
+    kept = 40 * dense.numel() * dense.element_size() * len(stack) * len(wells)  # what a layer keeps for its way back
+    layer = recomputed_layer if stack.on_disk or kept > 2 * stack.budget.streams else type(stack).layer
+    streams: list[torch.Tensor | None] = [None] * len(wells)  # None: the same as the dense stream so far
+    share = tokens.shape[1] / prices.tokens.shape[1] * len(tokens)  # of a row
+    entered = backwards = 0
+    all_gates = [gates(walls, len(stack), s) for walls in wells]
+    for i in range(len(stack)):
+        for w, g in enumerate(all_gates):
+            value, h = g[i].item(), streams[w] if streams[w] is not None else dense
+            if value == 1 and streams[w] is None:
+                continue
+            assert h is not None
+            if value < 1:
+                if value > 0:
+                    out = layer(stack, i, h, calls)
+                    h = h + (g[i].to(h.device) * (out - h).float()).to(h.dtype)
+            else:
+                h = layer(stack, i, h, calls)
+            entered, backwards, streams[w] = entered + (value > 0), backwards + (value > 0 and h.requires_grad), h
+        with torch.no_grad():
+            dense = stack.layer(i, dense, calls)
+    cost.layer_forwards += math.ceil((entered + len(stack)) * share)
+    cost.layer_backwards += math.ceil(backwards * share)
+    cost.dense_tokens += tokens.numel()
+    weights = None if prices.weights is None else prices.weights[rows, part]
+    judge = Judge(prices.objective, stack, dense, tokens, weights=weights)
+    return torch.stack([judge(dense if h is None else h).mean().cpu() for h in streams])
+
+
+def slopes(losses: torch.Tensor, walls: Sequence[torch.Tensor], scale: float) -> list[torch.Tensor]:
+    """d log loss / d walls of each set of wells, without the part that would change its length."""
+    found = torch.autograd.grad((losses.clamp_min(1e-12).log() * scale).sum(), walls)
+    outward = torch.tensor([-1.0, 1.0])
+    return [(g - outward * (g * outward).mean()) / scale for g in found]
+
+
+def settle_(walls: torch.Tensor, length: int, layers: int) -> None:
+    """Put the walls [K, 2] of wells in order, within 0 and L, n layers apart in all."""
+    flat = walls.view(-1)
+    for _ in range(3):
+        flat.copy_(flat.clamp(0, layers).sort().values)
+        walls += torch.tensor([-0.5, 0.5]) * (length - (walls[:, 1] - walls[:, 0]).sum()) / len(walls)
+        walls += max(0.0, -flat[0].item()) - max(0.0, flat[-1].item() - layers)
+
+
+def beginnings(starts: int, layers: int, length: int, count: int, draw: torch.Generator) -> list[torch.Tensor]:
+    """Where sets of K wells begin: one well at even distances, several at random places."""
+    free = layers - length
+    if count == 1:
+        firsts = [free * (start + 0.5) / starts for start in range(starts)]
+        return [torch.tensor([[a, a + length]]) for a in firsts]
+    gaps = torch.rand(starts, count + 1, generator=draw).log().neg()
+    a = (gaps / gaps.sum(-1, keepdim=True) * free)[:, :count].cumsum(-1) + torch.arange(count) * length / count
+    return [*torch.stack([a, a + length / count], -1)]
+
+
+def batches(prices: Prices, piece: int, draw: torch.Generator) -> Iterator[tuple[slice, slice]]:
+    """Rows and positions of each step: a piece of a row of text, or a row of text and one of probes beside it."""
+    window = prices.tokens.shape[1]
+    if prices.weights is not None:
+        rows = [slice(at, at + 2) for at in range(0, prices.rows - 1, 2)]
+        parts = [(some, slice(0, window)) for some in rows]
+    else:
+        size = min(piece, window)
+        parts = [
+            (slice(r, r + 1), slice(at, at + size))
+            for r in range(prices.rows)
+            for at in range(0, window - size + 1, size)
+        ]
+    while True:
+        for i in torch.randperm(len(parts), generator=draw).tolist():
+            yield parts[i]
+
+
+@dataclass(eq=False)
+class Wells:
+    """A set of K wells while it is trained."""
+
+    walls: torch.Tensor
+    """[K, 2], in layers."""
+    level: float = 0.0
+    """Running mean of its loss."""
+    losses: list[float] = field(default_factory=list)
+    gates: list[list[float]] = field(default_factory=list)
+
+
+def trained(prices: Prices, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
+    """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
+    layers, draw = len(prices.stack), torch.Generator().manual_seed(seed)
+    starts = max(4, round((layers - length) / schedule.apart)) * count
+    alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
+    dropped: list[Wells] = []
+    optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
+    scale = LOSS_SCALE if prices.stack.model.dtype == torch.float16 else 1.0
+    pieces = batches(prices, schedule.piece, draw)
+    with bar("concave gate", schedule.steps) as advance:
+        for step in range(schedule.steps):
+            sharpness = schedule.at(step, schedule.sharpness)
+            optimizer.param_groups[0]["lr"] = schedule.at(step, schedule.rate)
+            optimizer.zero_grad()
+            walls = [well.walls for well in alive]
+            with torch.enable_grad():
+                losses = gated_losses(prices, *next(pieces), walls, sharpness)
+                found = slopes(losses, walls, scale)
+            for well, loss, slope in zip(alive, losses.tolist(), found, strict=True):
+                well.gates.append(gates(well.walls.detach(), layers, sharpness).tolist())
+                well.level = (well.level + loss) / 2 if well.losses else loss
+                well.losses.append(loss)
+                well.walls.grad = slope.nan_to_num(0.0, 0.0, 0.0)
+            optimizer.step()
+            with torch.no_grad():
+                for well in alive:
+                    settle_(well.walls, length, layers)
+            alive.sort(key=lambda well: well.level)
+            if step % schedule.every == schedule.every - 1 and step < schedule.steps - 1:
+                kept = apart(alive, schedule.least)
+                alive, dropped = kept, [w for w in alive if w not in kept] + dropped
+            advance(1)
+    for well in (*alive, *dropped):
+        well.walls = well.walls.detach()
+    return alive + dropped
+
+
+def apart(ranked: Sequence[Wells], least: int) -> list[Wells]:
+    """Of wells from the best those that are a layer apart from better ones, the better half of them."""
+    kept: list[Wells] = []
+    for well in ranked:
+        if all((well.walls - other.walls).abs().max() > 1 for other in kept):
+            kept.append(well)
+    return kept[: max(least, (len(kept) + 1) // 2)]
+
+
+def hardened(walls: torch.Tensor, limits: Restriction, most: int) -> list[Cuts]:
+    """The sets of whole layers nearest to a set of wells that are allowed, nearest first."""
+    layers, length = len(limits.may), limits.length
+    near: dict[Cuts, float] = {}
+    low = [math.floor(x) for x in walls.flatten().tolist()]
+    for bits in range(2 ** len(low)):
+        ends = [min(layers, x + (bits >> k & 1)) for k, x in enumerate(low)]
+        gone = sorted({i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)})
+        if len(gone) != length:
+            continue
+        cuts = joined_segments(gone)
+        if limits.allows(cuts):
+            near[cuts] = (torch.tensor(ends) - walls.flatten()).abs().sum().item()
+    if not near and walls.numel() == 2:
+        near = {(one,): abs(one.start - walls[0, 0].item()) for one in limits.needed_segments()}
+    return sorted(near, key=near.__getitem__)[:most]
+
+
+def clp(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+    schedule: Schedule = Schedule(),
+) -> SearchResult:
+    """The concave gate of CLP: its own proposals, of which a few real cuts decide."""
+    prices = Prices(runner, tokens, cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    wells = processes.from_main(trained(prices, length, num_segments, seed, schedule))
+    ways = [hardened(well.walls, limits, schedule.finalists) for well in wells]
+    proposed = [way[k] for k in range(schedule.finalists) for way in ways[: schedule.least] if k < len(way)]
+    sets = [*dict.fromkeys(proposed)][: schedule.finalists]
+    found = halving(prices, sets, "finalists of the concave gate", finalists=2)
+    first = next(w for w, way in enumerate(ways) if found[0].segments in way)
+    ordered = [wells[first], *wells[:first], *wells[first + 1 :]]
+    trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered])
+    return SearchResult("clp", found, cost, gate=trace)
