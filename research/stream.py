@@ -135,8 +135,8 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
         "rss_after_imports": imported,
         "peak_rss_after_opening": resident,
         "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
-        "weight_bytes_read": disk.bytes_read if disk else None,
-        "times_each_layer_was_read": sorted(set(disk.layers_read)) if disk else None,
+        "weight_bytes_read": disk.files.bytes_read if disk else None,
+        "times_each_layer_was_read": sorted(set(disk.files.layers_read)) if disk else None,
         "bytes_by_read_calls": proc("io", "rchar") - before,
         "seconds": {
             "open": round(opened - begun, 1),

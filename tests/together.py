@@ -104,18 +104,18 @@ class Stopped(Exception):
 
 def spreading(model: Path) -> dict[str, Any]:
     """A model that each process reads layer by layer and keeps a part of, and what tuning makes of the parts."""
-    install, whole = layer_reader.LayersOnDisk._install_, []
+    install, whole = layer_reader.LayerFiles._install_, []
 
-    def counted(disk: Any, tensors: Any) -> None:
-        loaded = [[p for p in layer.parameters() if not p.is_meta] for layer in disk.layers]
+    def counted(files: Any, i: int, tensors: Any) -> None:
+        loaded = [[p for p in layer.parameters() if not p.is_meta] for layer in files.layers]
         whole.append(sum(any(sharding.local(p) is p for p in parameters) for parameters in loaded))
-        install(disk, tensors)
+        install(files, i, tensors)
 
-    layer_reader.LayersOnDisk._install_ = counted  # type: ignore[method-assign]
+    layer_reader.LayerFiles._install_ = counted  # type: ignore[method-assign]
     try:
         spread = placement.load(checkpoints.resolve(str(model)), shard="on").model
     finally:
-        layer_reader.LayersOnDisk._install_ = install  # type: ignore[method-assign]
+        layer_reader.LayerFiles._install_ = install  # type: ignore[method-assign]
     before = [sharding.local(p).clone() for p in spread.parameters()]
     student = DecoderRunner(student_of(spread))
     tokens = tiny.some_tokens(4, seed=1)  # judged on what it learns, so that it does get better

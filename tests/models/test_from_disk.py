@@ -33,7 +33,6 @@ from layercut.models import (
     memory,
     model_weights,
     placement,
-    weight_sharing,
 )
 from layercut.models.objectives import KL
 from layercut.models.passes import mean_kl
@@ -127,7 +126,7 @@ def test_what_was_not_measured_is_null(both):
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
     model = placement.load(checkpoint, stream=mode, **how).model
-    student = weight_sharing.share(model)
+    student = layer_reader.share(model)
     cut_segment_(student, segments)
     return DecoderRunner(model), DecoderRunner(student)
 
@@ -145,21 +144,21 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     dense, student = opened(llama, CUT, "on")
     disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
-    read = disk.bytes_read
+    read = disk.files.bytes_read
     assert torch.equal(student.model(input_ids=tokens).logits, expected)
-    assert disk.layers_read == [1, 1, 1, 0, 0, 1, 1, 1]  # and none read ahead in vain
-    assert disk.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
-    disk.leave_()
+    assert disk.files.layers_read == [1, 1, 1, 0, 0, 1, 1, 1]  # and none read ahead in vain
+    assert disk.files.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
+    disk.files.leave_()
     assert all(p.is_meta for p in student.layers.parameters())
-    again = weight_sharing.share(student.model)  # a copy of a copy, from which more is cut
+    again = layer_reader.share(student.model)  # a copy of a copy, from which more is cut
     cut_segment_(again, [Segment(0, 1)])
     twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
-    assert disk.layers_read == [1, 2, 2, 0, 0, 2, 2, 2]
-    weights, clone_layers = student.model.state_dict(), sum(map(len, disk.clone_layers))
+    assert disk.files.layers_read == [1, 2, 2, 0, 0, 2, 2, 2]
+    weights, clone_layers = student.model.state_dict(), sum(map(len, disk.files.clones))
     del again, weights
     gc.collect()
-    assert sum(map(len, disk.clone_layers)) < clone_layers, "copies are held for ever"
+    assert sum(map(len, disk.files.clones)) < clone_layers, "copies are held for ever"
 
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
@@ -172,14 +171,14 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     model_weights.replace_parameters_(memory, {name: torch.zeros(32, 64)})
     assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
-    disk.leave_()
+    disk.files.leave_()
     kept = [n for n, p in student.model.named_parameters() if "layers" in n and not p.is_meta]
     assert kept == [name]
 
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
     model = placement.load(llama, stream="on").model
-    student = weight_sharing.share(model)
+    student = layer_reader.share(model)
     layer = student.model.layers[2]
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
     with pytest.raises(ModelError, match="other weights in layer 2"):
@@ -222,7 +221,7 @@ def test_a_fold_that_does_not_help_is_undone(llama, monkeypatch):
     assert [cut.layer for cut in found.cuts] == [2]
     assert not found.kept
     assert torch.equal(student.model(input_ids=tokens[:2]).logits, logits)
-    disk.leave_()
+    disk.files.leave_()
     assert [n for n, p in student.model.named_parameters() if "layers" in n and not p.is_meta] == []
 
 
@@ -308,20 +307,20 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     dense, student = opened(llama, CUT, "on")
     disk = layer_reader.layers_on_disk(dense.model)
     states = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
-    assert disk.layers_read == [1] * 8
+    assert disk.files.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4
     heldout, files = tiny.some_tokens(4, 16, seed=3), TuningFiles(states=states)
     tune_(student, dense, tokens, heldout=heldout, files=files, **vars(settings))
     steps, scores = 6, 2
-    assert max(disk.layers_read[:2]) <= 3  # for the tuning tokens, for the rows held out, and ahead in vain
-    assert max(disk.layers_read[2:6]) <= 4  # and to be copied before training
+    assert max(disk.files.layers_read[:2]) <= 3  # for the tuning tokens, for the rows held out, and ahead in vain
+    assert max(disk.files.layers_read[2:6]) <= 4  # and to be copied before training
     # of the two above the cut one is still there at either turn
-    assert max(disk.layers_read[6:]) <= 2 + scores + steps + 2
-    below = disk.layers_read[:2]
+    assert max(disk.files.layers_read[6:]) <= 2 + scores + steps + 2
+    below = disk.files.layers_read[:2]
     again = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
     part = torch.tensor([5]), torch.tensor([0]), 16
     assert torch.equal(again.read("wanted", *part), states.read("wanted", *part))
-    assert disk.layers_read[:2] == below, "states that are there are made again"
+    assert disk.files.layers_read[:2] == below, "states that are there are made again"
     with pytest.raises(ConfigError, match="the states were stored of rows of other lengths"):
         tune_(student, dense, tokens, heldout=heldout, files=files, row_lengths=LENGTHS, **vars(settings))
     parted = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="", row_lengths=LENGTHS)

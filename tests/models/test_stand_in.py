@@ -172,7 +172,7 @@ def test_layers_on_disk_are_read_onto_it(counts, tiny_model):
         left.append([priced.segments, priced.kl, foretold.segments, foretold.kl])
     assert left[1][::2] == left[0][::2]
     assert left[1][1::2] == pytest.approx(left[0][1::2], rel=1e-3)
-    assert max(model.layers_on_disk.layers_read) > 1
+    assert max(model.layers_on_disk.files.layers_read) > 1
     assert counts.between == 0
     assert torch.accelerator.max_memory_allocated(0) <= elsewhere, "nothing is on the other device"
 

@@ -98,14 +98,14 @@ def test_on_disk_is_in_memory_to_the_bit(name, tmp_path):
     tokens = tiny.some_tokens(3, 16)
     expected = memory(input_ids=tokens, use_cache=False).logits
     assert torch.equal(model(input_ids=tokens, use_cache=False).logits, expected)
-    assert disk.layers_read == [1] * len(disk.layers)
+    assert disk.files.layers_read == [1] * len(disk.layers)
     stack = DecoderRunner(model)
     hidden, calls = stack.enter(tokens)
     assert torch.equal(stack.exit(stack.run(hidden, calls, 0, len(stack)), tokens), expected)
-    assert disk.layers_read == [2] * len(disk.layers)  # neither the check nor the way in and out read any
+    assert disk.files.layers_read == [2] * len(disk.layers)  # neither the check nor the way in and out read any
     stored = sum(math.prod(tensor.shape) * 4 for tensor in checkpoints.stored_tensors(checkpoint.folder).values())
     layers = sum(p.nbytes for layer in decoder_stack.find_decoder(memory).layers for p in layer.parameters())
-    assert disk.bytes_read == stored + layers  # the rest once, the layers twice
+    assert disk.files.bytes_read == stored + layers  # the rest once, the layers twice
     for name, buffer in memory.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name))
         assert buffer.dtype == model.get_buffer(name).dtype
@@ -122,7 +122,7 @@ def test_the_dtype_is_the_one_that_load_would_choose(llama, dtype):
 
 def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     model, disk = on_disk(llama)
-    read, alive, most = disk._read, {}, []
+    read, alive, most = disk.files._read, {}, []
 
     def watched(layer):
         arrays = {name: tensor.numpy().copy() for name, tensor in read(layer).items()}
@@ -130,7 +130,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
         most.append(sum(any(ref() is not None for ref in refs) for refs in alive.values()))
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    monkeypatch.setattr(disk, "_read", watched)
+    monkeypatch.setattr(disk.files, "_read", watched)
     stack, tokens = DecoderRunner(model), tiny.some_tokens()
     segment_costs(stack, tokens, all_segments(2, 8), Cost())
     assert len(most) == 8
@@ -139,7 +139,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     for i in (0, 5, 2):  # and where another layer was read ahead
         disk.enter_(i)
     assert max(most) == 2
-    disk.leave_()
+    disk.files.leave_()
     del stack
     assert all(p.is_meta for layer in disk.layers for p in layer.parameters())
 
@@ -147,13 +147,13 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
 def test_the_next_layer_is_read_while_this_one_computes(llama):
     _, disk = on_disk(llama)
     disk.enter_(3)
-    ahead, future = disk._ahead
+    ahead, future = disk.files._ahead
     future.result()
     assert ahead == 4
-    assert disk.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert disk.files.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
     disk.enter_(2)  # downwards: what was read ahead is of no use, from here on it is
-    disk._ahead[1].result()
-    assert disk.layers_read == [0, 1, 1, 1, 1, 0, 0, 0]
+    disk.files._ahead[1].result()
+    assert disk.files.layers_read == [0, 1, 1, 1, 1, 0, 0, 0]
 
 
 # --- what it is for ---
@@ -167,9 +167,9 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     expected = segment_costs(memory, tokens, segments, costs[0], rows=2)
     assert segment_costs(stack, tokens, segments, costs[1], rows=2) == expected  # to the bit
     assert costs[0] == costs[1]
-    assert disk.layers_read == [1] * len(stack)
+    assert disk.files.layers_read == [1] * len(stack)
     stored = checkpoints.stored_tensors(checkpoint.folder)
-    assert disk.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
+    assert disk.files.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
 
 
 def test_a_sweep_of_all_lengths_is_brute_force(llama):
@@ -179,7 +179,7 @@ def test_a_sweep_of_all_lengths_is_brute_force(llama):
     assert {(s.start, s.stop) for s in segments} == {(a, b) for a in range(8) for b in range(a + 1, a + 4) if b <= 8}
     found = segment_costs(stack, tokens, segments, Cost())
     assert found == segment_costs(memory, tokens, segments, Cost())
-    assert disk.layers_read == [1] * 8
+    assert disk.files.layers_read == [1] * 8
     for candidate in found:
         (segment,) = candidate.segments
         assert candidate.kl == pytest.approx(brute_force(memory.model, tokens, segment), rel=1e-4, abs=1e-6)
@@ -190,13 +190,13 @@ def test_statistics_and_losses_are_the_same(llama):
     tokens = tiny.some_tokens(6)
     sets = [(Segment(i, i + 1),) for i in range(8)] + [(Segment(1, 3), Segment(5, 6))]
     assert set_losses(stack, tokens, sets, Cost(), rows=4) == set_losses(memory, tokens, sets, Cost(), rows=4)
-    assert disk.layers_read == [1] * 8
+    assert disk.files.layers_read == [1] * 8
     ours, theirs = similarity(stack, tokens, Cost()), similarity(memory, tokens, Cost())
     assert torch.equal(ours.cosine, theirs.cosine)
     assert torch.equal(ours.angular, theirs.angular)
-    assert disk.layers_read == [2] * 8
+    assert disk.files.layers_read == [2] * 8
     torch.testing.assert_close(taylor_scores(stack, tokens, Cost()), taylor_scores(memory, tokens, Cost()))
-    assert disk.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
+    assert disk.files.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
 
 
 def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
@@ -222,7 +222,7 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
     per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
     monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row / passes.STREAMS_SHARE)
     assert segment_costs(stack, tokens, segments, Cost(), rows=2) == expected
-    assert disk.layers_read == [2] * 8
+    assert disk.files.layers_read == [2] * 8
     monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):
         taylor_scores(stack, tokens.repeat(4, 1), Cost())
@@ -285,7 +285,7 @@ def test_gradients_by_recomputation_are_the_plain_ones(llama, where, how):
     torch.testing.assert_close(slope(memory if where == "memory" else stack, how), expected)
     if where == "disk":
         # layer 7 is still there when the way down begins; layer 0 takes no gradient, and is read ahead at most
-        assert disk.layers_read[1:] == [2] * 6 + [1]
+        assert disk.files.layers_read[1:] == [2] * 6 + [1]
 
 
 # --- what is refused ---
@@ -299,7 +299,7 @@ def test_layers_that_talk_beside_the_hidden_state_are_refused_unread(llama):
     last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
     with pytest.raises(ModelError, match="exchange more than the hidden state"):
         DecoderRunner(model)
-    assert disk.layers_read == [0] * 8
+    assert disk.files.layers_read == [0] * 8
 
 
 def test_a_shard_that_breaks_while_it_is_read(tmp_path):

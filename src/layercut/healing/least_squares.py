@@ -253,7 +253,7 @@ def _undoing(student: DecoderRunner, positions: set[int]) -> Callable[[], None]:
 
     def nothing_read() -> None:
         if student.on_disk:
-            student.on_disk.leave_()
+            student.on_disk.files.leave_()
 
     nothing_read()
     layers = {i: student.layers[i] for i in positions if i >= 0}

@@ -26,7 +26,6 @@ from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.devices import placed
 from layercut.models.passes import carry_, enter_all, rows_at_once, say_passes
 from layercut.models.runner import DecoderRunner
-from layercut.models.weight_sharing import SharedLayers
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""
@@ -137,7 +136,6 @@ class PairOnDisk(Pair):
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """As in memory, but with layers outermost, so that each is read twice a step."""
-        assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)
 

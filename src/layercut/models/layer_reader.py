@@ -9,22 +9,27 @@ Which stored tensor becomes which weight is decided by transformers' own loader:
 tensors without data, which shows what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
-A cut clone of such a model shares its layers: `models/weight_sharing.py`.
+A clone made by `share` has own modules: what is in no decoder layer it shares with the original, and a layer it enters
+is read into both, once for the dense model and the student. What healing puts into a clone stays in memory.
+
+    student = share(model)
+    cut_segment_(student, …)        # layers are removed, the others still know which of the original's they are
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from layercut.errors import ModelError, first_line
-from layercut.models import checkpoints, devices, loading
+from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.models.checkpoints import Stored
 from layercut.models.decoder_stack import find_decoder
 from layercut.progress import say
@@ -33,8 +38,20 @@ IN_MEMORY = "load it in memory instead: --stream off"
 
 
 def layers_on_disk(model: Any) -> Any:
-    """The reader behind a model's layers, None for a model in memory."""
+    """The `LayersOnDisk` of a model, None for a model in memory."""
     return getattr(model, "layers_on_disk", None)
+
+
+def share(model: Any) -> Any:
+    """`model_weights.share`, also of a model whose layers are on disk, or of a clone of one."""
+    disk = layers_on_disk(model)
+    if disk is None:
+        return model_weights.share(model)
+    disk.files.leave_()  # what is copied are layers without data
+    gc.collect()  # layers and their `forward` refer to each other: unused clones would keep their own weights
+    clone = model_weights.copied(model)
+    clone.layers_on_disk = LayersOnDisk(disk.files, clone, [disk.number[layer] for layer in disk.layers])
+    return clone
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,8 +100,9 @@ def open_on_disk(
     model = _build(checkpoint, config, absent | tensors, number)
     model.config.name_or_path = str(checkpoint.folder)
     model.stored_dtype = own
-    model.layers_on_disk = disk = LayersOnDisk(model, layers, number, place)
-    disk.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
+    files = LayerFiles(model, layers, number, place)
+    files.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
+    model.layers_on_disk = LayersOnDisk(files, model, range(len(layers)))
     tokenizer = tokenizer or loading.load_tokenizer(checkpoint)
     return loading.LanguageModel(model.eval().requires_grad_(False), tokenizer, checkpoint, number, place)
 
@@ -97,16 +115,10 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
     cls = _get_model_class(config, loading.auto_class(config)._model_mapping)
     if (text := config.sub_configs.get("text_config")) and cls.config_class == text:
         config = config.get_text_config()
+    how = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # refused below, and by name
     with loading.quiet_transformers():
         try:
-            model, info = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(tensors),
-                dtype=dtype,
-                ignore_mismatched_sizes=True,  # refused below, and by name
-                output_loading_info=True,
-            )
+            model, info = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype, **how)
         except Exception as error:  # as in `loading.load`
             raise ModelError(f"{checkpoint.name} cannot be opened: {first_line(error)}", IN_MEMORY) from error
     loading.check_loading(info, checkpoint.name)
@@ -166,19 +178,19 @@ def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
                 for name in [name for name, tensor in stored.items() if tensor.file == file]:
                     tensors[name] = shard.get_tensor(name)
         except Exception as error:  # its own error type, or the system's
-            raise ModelError(
-                f"{name} cannot be read from {file}: {first_line(error)}",
-                "fetch this file again; it has changed since it was opened",
-            ) from None
+            hint = "fetch this file again; it has changed since it was opened"
+            raise ModelError(f"{name} cannot be read from {file}: {first_line(error)}", hint) from None
     return tensors
 
 
-class LayersOnDisk:
-    """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took."""
+class LayerFiles:
+    """Reads the layers of one model, for it and its clones. `layers_read` and `bytes_read` count what that took."""
 
     def __init__(self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         self.layers: list[nn.Module] = list(find_decoder(model).layers)
+        self.clones: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
+        """Layers of clones of the model, which get the weights of these where they have none of their own."""
         self.layers_read, self.bytes_read = [0] * len(self.layers), 0
         self.resident: int | None = None
         self._stored = stored
@@ -187,63 +199,20 @@ class LayersOnDisk:
         self._versions = self._unchanged.copy()  # of what each layer holds now
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
-        # by kind of layer, while `random_weights` is open
-        self._random: dict[Any, dict[str, torch.Tensor]] | None = None
-        self._said = ""
-        self.clone_layers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
-        """Layers of clones of the model, which get the weights of these where they have none of their own."""
-        _move_(model, device)
-        for i, layer in enumerate(self.layers):
-            layer.forward = self._on_demand(i, layer.forward)
+        self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # by kind of layer, in `random_weights`
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
-    def say_once(self, words: str) -> None:
-        """A line about streaming, unless it was the last one said: some searches sweep many times."""
-        if words != self._said:
-            say("stream", words)
-        self._said = words
-
-    def load_one_by_one(self) -> Iterator[nn.Module]:
-        """Each layer in turn, read, for the caller to keep; afterwards nothing is on disk any more."""
-        for i, layer in enumerate(self.layers):
-            self.enter_(i)
-            self.resident = None
-            del layer.forward
-            yield layer
-        self._reader.shutdown()
-        del self.model.layers_on_disk
-
-    def __deepcopy__(self, memo: Any) -> LayersOnDisk:
-        """A copy of the model has the same reader."""
-        return self
-
-    # --- entering a layer ---
-
-    def _on_demand(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
-            self.enter_(i)
-            return forward(*args, **kwargs)
-
-        return forward_with_weights
-
-    def enter_(self, i: int, ahead: Sequence[int] | None = None) -> None:
-        """Load layer i's weights, drop those of the layer before, and begin to read the one after.
-
-        After is upwards, or downwards where the last step went down, as in a backward pass.
-        """
-        if i == self.resident:
-            return
+    def enter_(self, i: int, ahead: Sequence[int]) -> None:
+        """Load layer i's weights, drop those of the layer before, and begin to read the ones after."""
         if self._random is not None:
             self._set_random_(i, self._random)
             return
         self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
-        if ahead is None:
-            below, above = range(max(0, i - 1), i), range(i + 1, min(i + 2, len(self.layers)))
-            ahead = below if self.resident == i + 1 else above
         tensors = self._take(i)
         self.leave_()
         self.resident = i  # from here on, also half installed: an error leaves nothing behind
         try:
-            self._install_(tensors)
+            self._install_(i, tensors)
         except BaseException:
             self._drop_()
             raise
@@ -262,9 +231,9 @@ class LayersOnDisk:
     def _drop_(self) -> None:
         if (i := self.resident) is not None:
             shared = _tensors(self.layers[i])
-            for clone_layer in self.clone_layers[i]:
-                own = _tensors(clone_layer)
-                _put_(clone_layer, {name: self._empty[i][name] for name in shared if own.get(name) is shared[name]})
+            for clone in self.clones[i]:
+                own = _tensors(clone)
+                _put_(clone, {name: self._empty[i][name] for name in shared if own.get(name) is shared[name]})
             _put_(self.layers[i], self._empty[i])
             self._versions[i] = self._unchanged[i]
         self.resident = None
@@ -272,15 +241,13 @@ class LayersOnDisk:
     def _fill_clones_(self, i: int) -> None:
         """Put the weights in memory into the layers of clones, where these have no data of their own."""
         weights = _tensors(self.layers[i])
-        for clone_layer in self.clone_layers[i]:
-            for name, tensor in _tensors(clone_layer).items():
+        for clone in self.clones[i]:
+            for name, tensor in _tensors(clone).items():
+                if tensor.is_meta and tensor is not self._empty[i].get(name):
+                    words = f"{type(self.model).__name__} has other weights in layer {i} where layers are cut out"
+                    raise ModelError(words, IN_MEMORY)
                 if tensor.is_meta:
-                    if tensor is not self._empty[i].get(name):
-                        raise ModelError(
-                            f"{type(self.model).__name__} has other weights in layer {i} where layers are cut out",
-                            IN_MEMORY,
-                        )
-                    _put_(clone_layer, {name: weights[name]})
+                    _put_(clone, {name: weights[name]})
 
     def _refuse_changed(self, i: int) -> None:
         """Changes in place would be lost when the layer is read again."""
@@ -298,33 +265,25 @@ class LayersOnDisk:
         return self._read(i)
 
     def _read(self, i: int) -> dict[str, torch.Tensor]:
-        """Layer i's tensors as stored, from disk."""
         tensors = _read(self._stored[i])
         self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
         self.layers_read[i] += 1
         return tensors
 
-    def _install_(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _install_(self, i: int, tensors: dict[str, torch.Tensor]) -> None:
         """Convert stored tensors and put them into the model, by transformers' loader."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        how = LoadStateDictConfig(
-            dtype=self.dtype,
-            device_map={"": str(self.device)},
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
+        mapping = get_model_conversion_mapping(self.model)
+        how = LoadStateDictConfig(dtype=self.dtype, device_map={"": str(self.device)}, weight_mapping=mapping)
         with loading.quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
-        lacking = [name for name, tensor in _tensors(self.layers[self.resident or 0]).items() if tensor.is_meta]
-        if lacking:
-            raise ModelError(f"layer {self.resident} has no {lacking[0]} on disk", "fetch the checkpoint again")
-        if info.mismatched_keys or info.conversion_errors or info.error_msgs:
-            wrong = [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
+        if lacking := [name for name, tensor in _tensors(self.layers[i]).items() if tensor.is_meta]:
+            raise ModelError(f"layer {i} has no {lacking[0]} on disk", "fetch the checkpoint again")
+        if wrong := [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]:
             raise ModelError(f"weights have changed since they were opened: {wrong[0]}", "fetch the checkpoint again")
-
-    # --- structure without weights ---
 
     @contextmanager
     def random_weights(self) -> Iterator[None]:
@@ -343,32 +302,94 @@ class LayersOnDisk:
         if kind not in made:
             drawn, made[kind] = torch.Generator().manual_seed(0), {}
             for name, empty in self._empty[i].items():
-                tensor = torch.zeros(empty.shape, dtype=empty.dtype)
-                if tensor.is_floating_point():
-                    tensor = torch.randn(empty.shape, generator=drawn).mul_(0.02).to(empty.dtype)
-                tensor = tensor.to(self.device)
+                size = 0.02 if empty.is_floating_point() else 0.0
+                tensor = torch.randn(empty.shape, generator=drawn).mul_(size).to(self.device, empty.dtype)
                 made[kind][name] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
         _put_(self.layers[i], made[kind])
         self.resident = i
         self._fill_clones_(i)
 
 
-def _move_(model: nn.Module, device: torch.device) -> None:
-    """Put new tensors on the device in the place of those with data; one that several modules share stays one."""
-    moved: dict[int, torch.Tensor] = {}
-    for held in (held for module in model.modules() for held in (module._parameters, module._buffers)):
-        for name, tensor in held.items():
-            if tensor is None or tensor.is_meta or tensor.device == device:
-                continue
-            if id(tensor) not in moved:
-                there = tensor.detach().to(device)
-                moved[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
-            held[name] = moved[id(tensor)]  # type: ignore[assignment]
+class LayersOnDisk:
+    """The layers of a model whose weights are on disk, or of a cut clone of it: read where one of them is called."""
+
+    def __init__(self, files: LayerFiles, model: Any, numbers: Sequence[int]) -> None:
+        self.files = files
+        self.layers = find_decoder(model).layers  # the list itself: a cut removes layers from it
+        self.number = WeakKeyDictionary(zip(self.layers, numbers, strict=True))
+        """Which of the original's layers each is."""
+        self._lowest: int | None = None  # while layers are entered upwards from there and down again
+        self._said = ""
+        for layer, number in self.number.items():
+            layer.__dict__.pop("forward", None)  # of the model that this is a clone of
+            layer.forward = self._on_demand(layer, layer.forward)
+            if layer is not files.layers[number]:
+                files.clones[number].add(layer)
+
+    def __deepcopy__(self, memo: Any) -> LayersOnDisk:
+        return self
+
+    def _on_demand(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
+            self._enter_(layer)
+            return forward(*args, **kwargs)
+
+        return forward_with_weights
+
+    def enter_(self, i: int) -> None:
+        """Load layer i's weights, by its position in this model."""
+        self._enter_(self.layers[i])
+
+    def _enter_(self, layer: nn.Module) -> None:
+        number = self.number[layer]
+        if number != self.files.resident and _lacks_weights(layer):
+            self.files.enter_(number, self._after(number))
+
+    def _after(self, number: int) -> list[int]:
+        """The layer to read once this one is there: the next one on the way, up or down, whose weights are lacking."""
+        resident = self.files.resident
+        order = [n for one in self.layers if (n := self.number[one]) in (number, resident) or _lacks_weights(one)]
+        place = order.index(number)
+        below, above = order[max(0, place - 1) : place], order[place + 1 : place + 2]
+        downwards = resident in above
+        if self._lowest is None:
+            return below if downwards else above
+        below = [n for n in below if n >= self._lowest]
+        return (below or above) if downwards else (above or below)
+
+    @contextmanager
+    def up_and_down(self, i: int) -> Iterator[None]:
+        """While open, layers are entered from i upwards and down again, and are read ahead so."""
+        self._lowest = self.number[self.layers[i]]
+        try:
+            yield
+        finally:
+            self._lowest = None
+
+    def load_one_by_one(self) -> Iterator[nn.Module]:
+        """Each layer of the original in turn, read, for the caller to keep; afterwards nothing is on disk any more."""
+        for i, layer in enumerate(self.layers):
+            self.enter_(i)
+            self.files.resident = None
+            del layer.forward
+            yield layer
+        self.files._reader.shutdown()
+        del self.files.model.layers_on_disk
+
+    def say_once(self, words: str) -> None:
+        """A line about streaming, unless it was the last one said: some searches sweep many times."""
+        if words != self._said:
+            say("stream", words)
+        self._said = words
 
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and stored buffers of a layer by name, the very objects."""
     return layer.state_dict(keep_vars=True)
+
+
+def _lacks_weights(layer: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in _tensors(layer).values())
 
 
 def _versions(layer: nn.Module) -> list[int]:

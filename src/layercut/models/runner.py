@@ -128,7 +128,7 @@ class DecoderRunner:
         self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
         # what is checked depends on the classes and the config, not on the weights: layers on disk get random ones
-        without_reading = self.on_disk.random_weights() if self.on_disk else nullcontext()
+        without_reading = self.on_disk.files.random_weights() if self.on_disk else nullcontext()
         with without_reading:
             self._check()
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
+from layercut.models.layer_reader import share
 from layercut.models.model_in_memory import model_of
-from layercut.models.weight_sharing import share
 from layercut.segments import Segment, as_segments
 from layercut.surgery.cut_plan import CutPlan, plan_cut
 from layercut.surgery.special_layers import rescaled
