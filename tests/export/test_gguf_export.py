@@ -345,7 +345,7 @@ def kinds(full: list[int], layers: int = 8) -> list[str]:
 
 def header(name: str, layers: int = 8, **facts: Any) -> Header:
     values = {"general.architecture": name, f"{name}.block_count": layers}
-    return Header(Path("x.gguf"), values | {f"{name}.{key.replace('__', '.')}": v for key, v in facts.items()}, {}, {})
+    return Header(Path("x.gguf"), values | {f"{name}.{key.replace('__', '.')}": v for key, v in facts.items()}, {})
 
 
 SLIDES = {"attention__sliding_window": 16}

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from test_search import brute_force
 from transformers import (
     Gemma2Config,
     GPTNeoXConfig,
@@ -172,7 +171,7 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     assert disk.files.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
 
 
-def test_a_sweep_of_all_lengths_is_brute_force(llama):
+def test_a_sweep_of_all_lengths_reads_each_layer_once(llama):
     memory, stack, disk = both(llama)
     tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
     assert sorted(set(segments)) == sorted(segments)
@@ -180,9 +179,6 @@ def test_a_sweep_of_all_lengths_is_brute_force(llama):
     found = segment_costs(stack, tokens, segments, Cost())
     assert found == segment_costs(memory, tokens, segments, Cost())
     assert disk.files.layers_read == [1] * 8
-    for candidate in found:
-        (segment,) = candidate.segments
-        assert candidate.kl == pytest.approx(brute_force(memory.model, tokens, segment), rel=1e-4, abs=1e-6)
 
 
 def test_statistics_and_losses_are_the_same(llama):

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from layercut.models import llama_cpp_rules as rules
-from layercut.models.gguf_header import corrupt, read_header
+from layercut.models.gguf_header import corrupt, read_header, stamp
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_config(file: Path) -> Any:
     """The config of a .gguf file, with what llama.cpp makes of it: which layers slide, and how attention is scaled."""
-    header, told = read_header(file), file.stat()
-    stamp = told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
-    config = copy.deepcopy(_as_transformers_reads(file, stamp))
+    header = read_header(file)
+    config = copy.deepcopy(_as_transformers_reads(file, stamp(file)))
     facts, layers = header.facts(), header.layers
     if getattr(config, "num_hidden_layers", layers) != layers:
         raise corrupt(file, f"transformers reads {config.num_hidden_layers} layers of it, it has {layers}")
@@ -39,7 +38,7 @@ def read_config(file: Path) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _as_transformers_reads(file: Path, stamp: tuple[int, ...]) -> Any:
+def _as_transformers_reads(file: Path, told: tuple[int, ...]) -> Any:
     """Tied where the file keeps its embeddings twice; kept until the file's stamp is another.
 
     transformers reads every token's text to find it: 3 seconds for 49,000 tokens, 10 for 152,000.

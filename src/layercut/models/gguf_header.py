@@ -11,12 +11,13 @@ import re
 import struct
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from layercut.errors import ModelError, first_line
-from layercut.models.gguf_twins import EMBEDDING, HEAD, TensorPlace, finer_twin, read_as_one_
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """GGUF value type -> struct code; 8 is a string, 9 an array."""
@@ -28,10 +29,22 @@ LARGEST_NAME, LARGEST_RANK = 65_535, 4
 ALIGNMENTS = [1 << n for n in range(21)]
 FETCH = "fetch this file again"
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.ASCII | re.DOTALL)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 FINAL_NORM = {"olmo": None, "lfm2": "token_embd_norm.weight", "lfm2moe": "token_embd_norm.weight"}
 """Of architectures that name it otherwise than `output_norm.weight`, or have none; the usual name will do for all."""
 UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 """Architectures in which a sound block may hold some of the tensors of another and nothing else."""
+
+
+class TensorPlace(NamedTuple):
+    """How and where a tensor is in a file."""
+
+    kind: int
+    """Number of its GGML type."""
+    start: int
+    """Byte at which it begins."""
+    shape: tuple[int, ...]
+    """The fastest dimension first."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +55,14 @@ class Header:
     values: dict[str, Any]
     """Metadata by key: whole numbers, floats, bools, text, lists of them. Of arrays of text, those of a vocabulary are
     left out unless asked for."""
-    tensors: dict[str, tuple[int, ...]]
-    """Shapes by name, the fastest dimension first."""
-    stored: dict[str, TensorPlace]
-    """How and where each is."""
+    tensors: dict[str, TensorPlace]
 
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture, such as "llama" or "qwen3"."""
-        return self.text("general.architecture")
+        if not isinstance(value := self._value("general.architecture"), str):
+            raise corrupt(self.file, "general.architecture is no text")
+        return value
 
     @property
     def blocks(self) -> int:
@@ -65,27 +77,19 @@ class Header:
     @property
     def elements(self) -> int:
         """How many weights the tensors hold together."""
-        return sum(math.prod(shape) for shape in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @cached_property
     def finer_twin(self) -> str | None:
         """Which of embeddings and head keeps more bits of a matrix that both hold; None where they are two."""
-        if HEAD not in self.tensors:
+        if EMBEDDING not in self.tensors or HEAD not in self.tensors or self.architecture not in TIED_WITHOUT_HEAD:
             return None
-        told = self.file.stat()
-        stamp = told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
-        return finer_twin(self.file, stamp, self.architecture, *(self.stored.get(name) for name in (EMBEDDING, HEAD)))
+        return _finer_twin(self.file, stamp(self.file), self.tensors[EMBEDDING], self.tensors[HEAD])
 
     def facts(self) -> dict[str, Any]:
         """The metadata under the architecture's name, by key without that name."""
         prefix = f"{self.architecture}."
         return {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
-
-    def text(self, key: str) -> str:
-        """A metadata value that is text."""
-        if not isinstance(value := self._value(key), str):
-            raise corrupt(self.file, f"{key} is no text")
-        return value
 
     def count(self, key: str, default: int | None = None) -> int:
         """A metadata value that is a whole number of 0 or more."""
@@ -95,26 +99,31 @@ class Header:
         return value
 
     def _value(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
+        if (value := self.values.get(key, default)) is None:
             raise ModelError(f"{self.file} has no {key} in its metadata", "give a GGUF file of a language model")
         return value
 
 
+def stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written."""
+    told = file.stat()
+    return told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
+
+
 def read_header(file: Path, texts: Container[str] = ()) -> Header:
-    """The header of a GGUF file."""
+    """The header of a GGUF file. texts: arrays of text to read beside those under `general.`."""
     try:
         header = _HeaderParser(file, texts).header()
-        check_blocks(header)
     except ImportError:
         raise ModelError(
             "reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"'
         ) from None
+    check_blocks(header)
     return header
 
 
 def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
-    """A file's header and a `gguf.GGUFReader` of it."""
+    """A file's header and a `gguf.GGUFReader` of it; as_loaded: embeddings that are stored twice shown once."""
     header = read_header(file)
     from gguf import GGUFReader
 
@@ -123,8 +132,9 @@ def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
     except Exception as error:  # the reader raises whatever its parsing runs into
         raise corrupt(file, first_line(error)) from None
     if as_loaded and (finer := header.finer_twin):
-        read_as_one_(reader, finer)
-        header = replace(header, tensors={name: shape for name, shape in header.tensors.items() if name != HEAD})
+        kept = next(tensor for tensor in reader.tensors if tensor.name == finer)._replace(name=EMBEDDING)
+        reader.tensors[:] = [kept if t.name == EMBEDDING else t for t in reader.tensors if t.name != HEAD]
+        header = replace(header, tensors={name: place for name, place in header.tensors.items() if name != HEAD})
     return header, reader
 
 
@@ -164,7 +174,7 @@ def check_blocks(header: Header) -> None:
     if beyond := [block for block in roles if block >= total]:
         raise corrupt(file, f"it holds a block {max(beyond)}, and {name}.block_count is {total}")
     norm = FINAL_NORM.get(name, "output_norm.weight")
-    wanted = {"token_embd.weight"} | ({norm} if norm and "output_norm.weight" not in header.tensors else set())
+    wanted = {EMBEDDING} | ({norm} if norm and "output_norm.weight" not in header.tensors else set())
     missing = sorted(wanted - header.tensors.keys()) + [f"blk.{i}.*" for i in range(layers) if i not in roles]
     if name not in UNEQUAL_BLOCKS:
         missing += _missing({block: found for block, found in roles.items() if block < layers})
@@ -186,8 +196,7 @@ class _HeaderParser:
     """Reads a header from the front. Every length is bounded by the bytes that are left."""
 
     def __init__(self, file: Path, texts: Container[str]) -> None:
-        self.file, self.size, self.texts = file, file.stat().st_size, texts
-        self.elements = 0
+        self.file, self.size, self.texts, self.elements = file, file.stat().st_size, texts, 0
 
     def header(self) -> Header:
         """ModelError: a number in the header promises more than the file holds, or what no GGUF file has."""
@@ -202,26 +211,23 @@ class _HeaderParser:
             if tensors * 24 + pairs * 13 > self.size:
                 raise self._bad(f"it promises {tensors:,} tensors and {pairs:,} metadata keys")
             values = self._keys(pairs)
-            shapes, stored = self._tensors(tensors, values.get("general.alignment", 32))
-            return Header(self.file, values, shapes, stored)
+            return Header(self.file, values, self._tensors(tensors, values.get("general.alignment", 32)))
 
     def _bad(self, why: str) -> ModelError:
         return corrupt(self.file, why)
 
-    def _take(self, count: int) -> bytes:
-        if count > self.size - self.stream.tell():
-            raise self._bad(f"{count:,} bytes are called for where {self.size - self.stream.tell():,} are left")
-        return self.stream.read(count)
+    def _left(self, count: int) -> int:
+        if count > (left := self.size - self.stream.tell()):
+            raise self._bad(f"{count:,} bytes are called for where {left:,} are left")
+        return count
 
-    def _skip(self, count: int) -> None:
-        if count > self.size - self.stream.tell():
-            raise self._bad(f"{count:,} bytes are called for where {self.size - self.stream.tell():,} are left")
-        self.stream.seek(count, 1)
+    def _take(self, count: int) -> bytes:
+        return self.stream.read(self._left(count))
 
     def _number(self, code: str) -> int:
         return struct.unpack(self.order + code, self._take(struct.calcsize(code)))[0]
 
-    def _name(self, seen: set[str]) -> str:
+    def _name(self, seen: Container[str]) -> str:
         length = self._number("Q")
         if length > LARGEST_NAME:
             raise self._bad(f"a name of {length:,} bytes")
@@ -231,20 +237,16 @@ class _HeaderParser:
             raise self._bad("a name that is not UTF-8") from None
         if name in seen:
             raise self._bad(f"{name!r} stands in it twice")
-        seen.add(name)
         return name
 
     def _keys(self, count: int) -> dict[str, Any]:
-        seen: set[str] = set()
-        values = {}
+        values: dict[str, Any] = {}
         for _ in range(count):
-            name, kind = self._name(seen), self._number("I")
-            value = self._array(name) if kind == ARRAY else self._value(name, kind)
-            if value is not None:
-                values[name] = value
-            if name == "general.alignment" and (kind != UINT32 or value not in ALIGNMENTS):
+            name, kind = self._name(values), self._number("I")
+            values[name] = self._array(name) if kind == ARRAY else self._value(name, kind)
+            if name == "general.alignment" and (kind != UINT32 or values[name] not in ALIGNMENTS):
                 raise self._bad("general.alignment is no power of two")
-        return values
+        return {name: value for name, value in values.items() if value is not None}
 
     def _value(self, name: str, kind: int) -> Any:
         if kind == STRING:
@@ -268,31 +270,78 @@ class _HeaderParser:
             return [self._value(name, STRING) for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                self._skip(self._number("Q"))
+                self.stream.seek(self._left(self._number("Q")), 1)
             return None
         items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self._take(count * least))
         return [bool(item) for item in items] if kind == BOOL else list(items)
 
-    def _tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, TensorPlace]]:
+    def _tensors(self, count: int, alignment: int) -> dict[str, TensorPlace]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        seen: set[str] = set()
-        found, stored, ends = {}, {}, []
+        found: dict[str, TensorPlace] = {}
+        ends = []
         for _ in range(count):
-            name, rank = self._name(seen), self._number("I")
+            name, rank = self._name(found), self._number("I")
             if not 1 <= rank <= LARGEST_RANK:
                 raise self._bad(f"tensor {name!r} has {rank:,} dimensions")
-            shape = [self._number("Q") for _ in range(rank)]
+            shape = tuple(self._number("Q") for _ in range(rank))
             kind, offset = self._number("I"), self._number("Q")
             try:
                 block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             except (ValueError, KeyError):
                 raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
             if 0 in shape or shape[0] % block or offset % alignment:
-                raise self._bad(f"tensor {name!r} cannot have the shape {shape} or start at {offset:,}")
-            found[name], stored[name] = tuple(shape), TensorPlace(kind, offset, tuple(shape))
+                raise self._bad(f"tensor {name!r} cannot have the shape {[*shape]} or start at {offset:,}")
+            found[name] = TensorPlace(kind, offset, shape)
             ends.append((offset + math.prod(shape) // block * size, name))
         start = -(-self.stream.tell() // alignment) * alignment
         if ends and start + max(ends)[0] > self.size:
             raise self._bad(f"tensor {max(ends)[1]!r} ends behind the file")
-        return found, {name: each._replace(start=start + each.start) for name, each in stored.items()}
+        return {name: each._replace(start=start + each.start) for name, each in found.items()}
+
+
+# --- tied embeddings that a file keeps twice, as the head in another rounding -----------------------------------
+
+# Qwen2.5-Coder-0.5B in Q4_K_M has its embeddings in Q5_0 and its head in Q8_0, 4 % apart, and a fifth of the file is
+# the coarser of the two: they are read as the one that they were, in the finer rounding.
+
+TIED_WITHOUT_HEAD = frozenset({"llama", "qwen2", "qwen3"})
+"""Architectures whose head llama.cpp takes from the embeddings where a file has none; each is tried by a test."""
+ERRORS = {
+    "F32": 0.0, "F16": 0.0002, "BF16": 0.0017, "Q8_0": 0.0054, "Q6_K": 0.018, "Q5_1": 0.038, "Q5_K": 0.036,
+    "Q5_0": 0.043, "Q4_K": 0.071, "IQ4_NL": 0.076, "Q4_1": 0.078, "Q4_0": 0.086, "Q3_K": 0.151, "Q2_K": 0.297,
+}  # fmt: skip
+"""By what share of its norm rounding to a GGML type moves a row of Gaussian numbers. Pairs of other types stay two."""
+SLACK = 2.0
+"""Rows of heavier tails (Student's t, 4 degrees) are moved up to 1.9 times as far."""
+ROWS = 8192
+"""That are compared at once."""
+
+
+@lru_cache(maxsize=8)
+def _finer_twin(file: Path, stamp: tuple[int, ...], embedding: TensorPlace, head: TensorPlace) -> str | None:
+    """Which of embeddings and head keeps more bits of a matrix that both hold, row for row."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    kinds = [GGMLQuantizationType(each.kind) for each in (embedding, head)]
+    if embedding.shape != head.shape or not all(kind.name in ERRORS for kind in kinds):
+        return None
+
+    def plain(stored: TensorPlace, rows: slice) -> np.ndarray:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(stored.kind)]
+        width = stored.shape[0] // block * size
+        place, shape = stored.start + rows.start * width, (rows.stop - rows.start, width)
+        raw = np.memmap(file, np.uint8, "r", offset=place, shape=shape)
+        return quants.dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(stored.kind))
+
+    first, second = (ERRORS[kind.name] for kind in kinds)
+    count, limit = math.prod(head.shape[1:]), SLACK * math.hypot(first, second)
+    for begin in range(0, count, ROWS):
+        rows = slice(begin, min(begin + ROWS, count))
+        with np.errstate(all="ignore"):  # a file in the other order of bytes holds any numbers
+            one, other = plain(embedding, rows), plain(head, rows)
+            norms = np.linalg.norm(other, axis=1)
+            within = np.linalg.norm(one - other, axis=1) <= limit * np.maximum(norms, 0.01 * np.median(norms))
+        if not within.all():
+            return None
+    return EMBEDDING if first < second else HEAD

@@ -20,10 +20,10 @@ import torch
 
 from layercut.errors import ModelError, first_line
 from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular, read_json
-from layercut.models import checkpoints, config_checks, gguf_config, gguf_twins
+from layercut.models import checkpoints, config_checks, gguf_config
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.devices import computing_dtype, pick_device, pick_dtype
-from layercut.models.gguf_header import corrupt, read_header
+from layercut.models.gguf_header import HEAD, corrupt, read_header
 from layercut.models.model_weights import convert_parameters_
 from layercut.progress import say
 
@@ -195,7 +195,10 @@ def load(
         check_loading(info, checkpoint.name)
         _unquantize_(model, checkpoint)
         if finer:
-            gguf_twins.tie_(model, finer)
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            embedding.weight = head.weight = (head if finer == HEAD else embedding).weight
+            model.config.tie_word_embeddings = True
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
             _say_once(f"{checkpoint.name} keeps its tied embeddings twice: read once, from {finer}, the finer rounding")
         if checkpoint.gguf:
             convert_parameters_(model, stored)

@@ -17,8 +17,7 @@ from layercut.cli.command_line import main
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.export.gguf_tensors import stored_types
 from layercut.models import checkpoints, loading
-from layercut.models.gguf_header import open_gguf, read_header
-from layercut.models.gguf_twins import EMBEDDING, HEAD, TIED_WITHOUT_HEAD
+from layercut.models.gguf_header import EMBEDDING, HEAD, TIED_WITHOUT_HEAD, open_gguf, read_header
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
 
