@@ -28,9 +28,8 @@ from layercut.healing.tuning_pass import Batch, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.memory import Budget
-from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, prepared
 from layercut.pipeline.stages import tune_quantized
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid

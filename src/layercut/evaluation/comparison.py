@@ -15,8 +15,7 @@ from layercut.evaluation.likelihood import compared_losses, of_losses, paired_er
 from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import decoder_stack
 from layercut.models.memory import memory_limit
-from layercut.models.model_in_memory import in_eval_mode, model_of
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, in_eval_mode, model_of
 from layercut.plotting import axes_or_new
 from layercut.progress import bar
 

@@ -22,7 +22,7 @@ from layercut.evaluation.generation import greedy, padding
 from layercut.models.decoder_stack import positions
 from layercut.models.losses import as_price, kl_divergence
 from layercut.models.memory import slices
-from layercut.models.model_in_memory import prepared
+from layercut.models.runner import prepared
 from layercut.progress import say
 
 ROWS = 4

@@ -21,7 +21,7 @@ import torch
 
 from layercut import registries
 from layercut.errors import ConfigError
-from layercut.models.model_in_memory import in_eval_mode
+from layercut.models.runner import in_eval_mode
 from layercut.progress import bar
 
 

@@ -42,11 +42,10 @@ from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.memory import kept_bytes
-from layercut.models.model_in_memory import prepared
 from layercut.models.model_weights import weight_as_stored
 from layercut.models.objectives import KL, Objective, objective_of
 from layercut.models.passes import shared_layers
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, prepared
 from layercut.progress import bar
 from layercut.segments import Segment, kept_layers
 

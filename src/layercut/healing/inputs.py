@@ -11,8 +11,7 @@ import torch
 
 from layercut.errors import ConfigError
 from layercut.models.decoder_stack import check_tokens
-from layercut.models.model_in_memory import model_of
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, model_of
 from layercut.segments import Segment, joined_segments
 
 SHARE_HELD_OUT = 8

@@ -39,9 +39,8 @@ from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, 
 from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
 from layercut.models.devices import place_of_float64
 from layercut.models.losses import as_price
-from layercut.models.model_in_memory import prepared
 from layercut.models.passes import carry_, enter_all, kl_peak, mean_kl, shared_layers, shared_passes
-from layercut.models.runner import DecoderRunner, own_device
+from layercut.models.runner import DecoderRunner, own_device, prepared
 from layercut.progress import bar
 from layercut.segments import Segment
 

@@ -20,9 +20,8 @@ from layercut.errors import ConfigError, ModelError
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_result import TuningResult
 from layercut.models.decoder_stack import find_decoder
-from layercut.models.model_in_memory import prepared
 from layercut.models.model_weights import weight_as_stored
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, prepared
 from layercut.progress import say
 
 RANK = 32

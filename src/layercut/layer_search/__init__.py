@@ -31,9 +31,8 @@ from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import number_of_sets
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
-from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, prepared
 from layercut.progress import bar, say
 from layercut.segments import Segment, as_segments, checked_segments, layers_to_remove
 

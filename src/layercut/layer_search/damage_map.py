@@ -23,9 +23,8 @@ from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, se
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.decoder_stack import positions
 from layercut.models.losses import as_price
-from layercut.models.model_in_memory import prepared
 from layercut.models.passes import passes_in_step, teacher_of
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, prepared
 from layercut.plotting import axes_or_new
 from layercut.progress import bar
 from layercut.segments import Segment

@@ -7,7 +7,6 @@ and the weights decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from layercut.errors import ModelError
@@ -35,6 +34,10 @@ EXPERTS = (
 MOST_EXPERTS = 2**16
 MOST_LABELS = 100_000
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NAMED = {
+    "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+}  # fmt: skip
 OPEN = ("quantization_config", "compression_config", "per_layer_config")
 """Parts whose numbers mean something else."""
 
@@ -48,8 +51,7 @@ def check_config(config: Any, name: str) -> None:
             f"{name} names the file of weights to take (transformers_weights), which layercut does not follow",
             "rename that file to model.safetensors, and take transformers_weights out of config.json",
         )
-    for part, where, of_text in _parts(config):
-        _check_part(part, f"{name}{where}", 1 if of_text else 0)
+    _check_part(config, name, True)
     index = config.get("original_layer_index")
     if index is not None and not (
         isinstance(index, list) and index and all(_is_whole(i, 0, LARGEST_SIZE) for i in index)
@@ -57,17 +59,9 @@ def check_config(config: Any, name: str) -> None:
         raise _wrong(name, "original_layer_index", index, "a list of one whole number per layer")
 
 
-def _parts(config: dict[str, Any], where: str = "", text: bool = True) -> Iterator[tuple[dict[str, Any], str, bool]]:
-    """A config and those nested in it; whether each is, or may be, of the decoder."""
-    yield config, where, text
-    for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("config") and key not in OPEN:
-            of_text = text and any(word in key for word in ("text", "llm", "language", "decoder"))
-            yield from _parts(value, f": {key}", of_text)
-
-
-def _check_part(part: dict[str, Any], name: str, least: int) -> None:
-    """least: the smallest size allowed."""
+def _check_part(part: dict[str, Any], name: str, text: bool) -> None:
+    """Check a config and those nested in it. text: whether it is, or may be, the decoder's."""
+    least = 1 if text else 0
     numbers = dict.fromkeys(COUNTS, (least, MOST_LAYERS)) | dict.fromkeys(SIZES, (least, LARGEST_SIZE))
     numbers |= dict.fromkeys(EXPERTS, (0, MOST_EXPERTS)) | dict.fromkeys(TOKENS, (-1, LARGEST_SIZE))
     for key, (low, high) in (numbers | {"num_labels": (0, MOST_LABELS)}).items():
@@ -79,47 +73,40 @@ def _check_part(part: dict[str, Any], name: str, least: int) -> None:
     heads = part.get("architectures")
     if heads is not None and not (isinstance(heads, list) and all(isinstance(h, str) for h in heads)):
         raise _wrong(name, "architectures", heads, "a list of names of classes")
-    for keys, kind, allowed in (
-        (("model_type", "transformers_version", "name_or_path", "_name_or_path"), str, "text"),
-        (("auto_map", *OPEN), dict, "an object"),
-    ):
-        for key in keys:
-            if part.get(key) is not None and not isinstance(part[key], kind):
-                raise _wrong(name, key, part[key], allowed)
-    _check_dtypes(part, name)
-    _check_implementations(part, name)
+    texts, objects = ("model_type", "transformers_version", "name_or_path", "_name_or_path"), ("auto_map", *OPEN)
+    for key in (*texts, *objects):
+        if part.get(key) is not None and not isinstance(part[key], str if key in texts else dict):
+            raise _wrong(name, key, part[key], "text" if key in texts else "an object")
+    _check_named(part, name)
+    for key, value in part.items():
+        if isinstance(value, dict) and key.endswith("config") and key not in OPEN:
+            of_text = text and any(word in key for word in ("text", "llm", "language", "decoder"))
+            _check_part(value, f"{name}: {key}", of_text)
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _check_dtypes(part: dict[str, Any], name: str) -> None:
-    """A dtype that torch has; composite models may name one for each part."""
+def _check_named(part: dict[str, Any], name: str) -> None:
+    """Number formats that torch has, and implementations that transformers has; others it would fetch and run."""
     import torch
 
-    for key in ("dtype", "torch_dtype"):
-        value = part.get(key)
-        for one in value.values() if isinstance(value, dict) else [value]:
-            found = getattr(torch, one.removeprefix("torch."), None) if isinstance(one, str) else None
-            if one is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-                raise _wrong(name, key, value, "float32, bfloat16, float16 and other floating-point formats of torch")
+    for key in [key for key in part if key in NAMED and part[key] is not None]:
+        if "dtype" in key:
+            known = {one for one, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point}
+            known |= {f"torch.{one}" for one in known}
+        elif "attn" in key:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+            known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+        else:
+            from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-def _check_implementations(part: dict[str, Any], name: str) -> None:
-    """Of attention and experts transformers has several; others it would fetch from the Hub and run."""
-    for what in ("attn", "experts"):
-        for key in (f"{what}_implementation", f"_{what}_implementation", f"_{what}_implementation_internal"):
-            if (value := part.get(key)) is None:
-                continue
-            if what == "attn":
-                from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KNOWN
-            else:
-                from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as KNOWN
-            known = {"eager", *KNOWN.valid_keys()}
-            for one in value.values() if isinstance(value, dict) else [value]:
-                if one is not None and not (isinstance(one, str) and one in known):
-                    raise _wrong(name, key, value, ", ".join(sorted(known)))
+            known = {"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()}
+        for one in part[key].values() if isinstance(part[key], dict) else [part[key]]:  # perhaps one for each part
+            if one is not None and not (isinstance(one, str) and one in known):
+                raise _wrong(name, key, part[key], ", ".join(sorted(known)))
 
 
 # --- the files beside config.json ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from layercut.errors import ModelError
 from layercut.models.decoder_stack import find_decoder, positions
 from layercut.models.devices import placed
 from layercut.models.layer_reader import layers_on_disk
-from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget
+from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget, memory_limit
 from layercut.models.model_weights import stored_dtype
 from layercut.progress import say
 
@@ -93,19 +93,6 @@ REPEATS, NOISE = 3, 4
 and how many times as far those may be."""
 
 
-def logits_at(model: Any, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What tells a model that takes `logits_to_keep` to run its head on some positions alone.
-
-    As an index, not as a number: that would take a slice, and a product with rows that are not contiguous copies the
-    head's weight once for every row (measured: 8 rows and a vocabulary of 152k took 2.2 GB; in bfloat16 16 rows took
-    15 seconds of a processor where they take 0.03).
-    """
-    head = model.get_output_embeddings()
-    # a model's hook brings all that it is given to one device, and what is taken from is where the head is
-    elsewhere = head is not None and own_device(head) not in (None, positions.device)
-    return {} if elsewhere else {"logits_to_keep": positions}
-
-
 class DecoderRunner:
     """A model's decoder, run piece by piece: embeddings, any of the layers, final norm and head.
 
@@ -128,8 +115,7 @@ class DecoderRunner:
         self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
         # what is checked depends on the classes and the config, not on the weights: layers on disk get random ones
-        without_reading = self.on_disk.files.random_weights() if self.on_disk else nullcontext()
-        with without_reading:
+        with self.on_disk.files.random_weights() if self.on_disk else nullcontext():
             self._check()
 
     def __len__(self) -> int:
@@ -239,19 +225,11 @@ class DecoderRunner:
         return self.run(hidden, calls, 0, len(self))
 
     def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
-        """Logits [B, T, V] from h_L [B, T, D], or of some positions, by the model's own final norm and head."""
+        """Logits [B, T, V] from h_L [B, T, D], or of some positions: the model's forward, with no layer computing."""
         longest = positions(self.model.config) or tokens.shape[1]
-        if part is not None or tokens.shape[1] <= longest:
-            return self._exit_whole(hidden, tokens, part)
-        pieces = zip(hidden.split(longest, 1), tokens.split(longest, 1), strict=True)  # of many rows, put together
-        return torch.cat([self._exit_whole(*piece) for piece in pieces], 1)
-
-    def head_once(self) -> AbstractContextManager[None]:
-        """While open, a head that computes its weight (a quantized one in training, `weight_once`) does so once."""
-        return getattr(self.model.get_output_embeddings(), "weight_once", nullcontext)()
-
-    def _exit_whole(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
-        """`exit` by a run of the whole model, in which no layer computes."""
+        if part is None and tokens.shape[1] > longest:  # of many rows, put together
+            pieces = zip(hidden.split(longest, 1), tokens.split(longest, 1), strict=True)
+            return torch.cat([self.exit(*piece) for piece in pieces], 1)
         last = len(self.layers) - 1
         kept = {} if part is None else self._keep(torch.arange(part.start, part.stop, device=self.device))
 
@@ -261,6 +239,10 @@ class DecoderRunner:
         with intercepted(self.layers, inject), sharding.not_gathering(self.layers):
             logits = self.model(input_ids=self.place(tokens), use_cache=False, **kept).logits
         return logits if part is None or kept else logits[:, part]
+
+    def head_once(self) -> AbstractContextManager[None]:
+        """While open, a head that computes its weight (a quantized one in training, `weight_once`) does so once."""
+        return getattr(self.model.get_output_embeddings(), "weight_once", nullcontext)()
 
     def _untouched(self, i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What layer i would return had it changed nothing."""
@@ -272,10 +254,17 @@ class DecoderRunner:
         return replaced_hidden(self._shapes[kind], hidden)
 
     def _keep(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Have the head run on these positions only, where the model lets it."""
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return {}
-        return logits_at(self.model, positions)
+        """Have the head run on these positions only, where the model lets it.
+
+        As an index, not as a number: that would take a slice, and a product with rows that are not contiguous copies
+        the head's weight once for every row (8 rows and a vocabulary of 152k took 2.2 GB; in bfloat16 16 rows took 15
+        seconds of a processor where they take 0.03).
+        """
+        head = self.model.get_output_embeddings()
+        # a model's hook brings all that it is given to one device, and what is taken from is where the head is
+        elsewhere = head is not None and own_device(head) not in (None, positions.device)
+        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": positions} if known and not elsewhere else {}
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -328,3 +317,64 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
     """
     # no randomness: models are in eval mode
     return checkpoint(stack.plain_layer, i, hidden, calls, use_reentrant=False, preserve_rng_state=False)
+
+
+# --- models of a caller ------------------------------------------------------------------------------------------
+
+
+def model_of(given: Any) -> Any:
+    """The model that a caller gives, itself or in a `DecoderRunner`."""
+    if isinstance(given, DecoderRunner):
+        return given.at_rest
+    if hasattr(given, "merge_and_unload"):
+        raise ModelError(
+            f"a {type(given).__name__} is given as a model: what peft's adapters stand around",
+            "model.merge_and_unload() gives the model with the adapters in its weights",
+        )
+    if not isinstance(given, nn.Module) or not hasattr(getattr(given, "config", None), "get_text_config"):
+        raise ModelError(
+            f"a {type(given).__name__} is given as a model, and is no language model of transformers in memory",
+            "AutoModelForCausalLM.from_pretrained(name)",
+        )
+    return given
+
+
+@contextmanager
+def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
+    """Runners of models, which while open are in eval mode and need no gradients.
+
+    On exit, also after an error, every module has its training mode and every parameter, by name, its
+    `requires_grad` again: also one that was put in meanwhile in the place of another.
+    """
+    at_rest = [model_of(model) for model in models]
+    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
+    # in inference mode nothing can be trained
+    within = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with memory_limit(), in_eval_mode(*at_rest), within:
+        try:
+            for model in at_rest:
+                _set_flags_(model, {})
+            yield [model if isinstance(model, DecoderRunner) else DecoderRunner(model) for model in models]
+        finally:
+            for model, before in zip(at_rest, flags, strict=True):
+                _set_flags_(model, before)
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode while open; each module's own mode is put back afterwards, also after an error."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:
+    """`requires_grad` of every parameter by name, False where it is not given."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != flags.get(name, False):
+            parameter.requires_grad_(flags.get(name, False))

@@ -65,21 +65,15 @@ def source_card(model: str) -> SourceCard:
     if path.is_file():
         return _of_gguf(path, hub_id)
     if path.is_dir():
-        return _of_folder(path, hub_id)
+        front = _front_matter(path / "README.md")
+        bases = _texts(front.get("base_model"))
+        if hub_id is None and bases and "layercut" in _texts(front.get("tags")):  # what was made of a model is that one
+            known = next((base for base in bases if HUB_ID.fullmatch(base)), None)
+            return replace(_described(bases[0].rpartition("/")[2], known, front), is_first=True)
+        return _described(hub_id.rpartition("/")[2] if hub_id else path.resolve().name, hub_id, front)
     if HUB_ID.fullmatch(model):
         return _described(model.rpartition("/")[2], model, _front_matter(_hub_readme(model)))
     return _described(_stem(path) or "model", hub_id, {})  # it is not there any more
-
-
-def _of_folder(path: Path, hub_id: str | None) -> SourceCard:
-    """By its README.md. What layercut made of a model stands for that model, which its card names."""
-    front = _front_matter(path / "README.md")
-    if hub_id is None and "layercut" in _texts(front.get("tags")):
-        hub_id = next(iter(base for base in _texts(front.get("base_model")) if HUB_ID.fullmatch(base)), None)
-        if bases := _texts(front.get("base_model")):
-            return replace(_described(bases[0].rpartition("/")[2], hub_id, front), is_first=True)
-    name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
-    return _described(name, hub_id, front)
 
 
 def _of_gguf(path: Path, hub_id: str | None) -> SourceCard:
@@ -91,13 +85,8 @@ def _of_gguf(path: Path, hub_id: str | None) -> SourceCard:
     for address in (str(values.get(key, "")) for key in GGUF_ADDRESSES):
         found = HUB_ID.fullmatch(address.removeprefix("https://huggingface.co/").rstrip("/"))
         hub_id = hub_id or (found[0] if found else None)
-    front = {
-        "license": values.get("general.license"),
-        "license_name": values.get("general.license.name"),
-        "license_link": values.get("general.license.link"),
-        "language": values.get("general.languages"),
-    }
-    return _described(_stem(path), hub_id, front)
+    front = {key: values.get(f"general.{key.replace('_', '.')}") for key in ("license", "license_name", "license_link")}
+    return _described(_stem(path), hub_id, front | {"language": values.get("general.languages")})
 
 
 def _stem(path: Path) -> str:
@@ -106,16 +95,11 @@ def _stem(path: Path) -> str:
 
 
 def _described(name: str, hub_id: str | None, front: dict[str, Any]) -> SourceCard:
-    """With what a card's front matter says, as far as it is text."""
-    licence, licence_name, link = (_text(front.get(key)) for key in ("license", "license_name", "license_link"))
-    return SourceCard(
-        name=" ".join("".join(c if c.isprintable() else " " for c in name).split()),
-        hub_id=hub_id,
-        license=licence,
-        license_name=licence_name,
-        license_link=link,
-        languages=tuple(_texts(front.get("language"))),
-    )
+    """With what a card's front matter says, as far as it is text of one line and of a bearable length."""
+    keys = ("license", "license_name", "license_link")
+    found: dict[str, Any] = {key: next(iter(_texts(front.get(key))), None) for key in keys}
+    shown = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return SourceCard(name=shown, hub_id=hub_id, languages=tuple(_texts(front.get("language"))), **found)
 
 
 def _hub_readme(hub_id: str) -> Path | None:
@@ -143,13 +127,7 @@ def _front_matter(path: Path | None) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _text(value: Any) -> str | None:
-    """One line of text of a bearable length, else None. Of a list its first."""
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and value.isprintable() else None
-
-
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    # YAML reads the code of Norwegian, no, as false
-    return [text for each in values[:100] if (text := _text("no" if each is False else each))]
+    values = ["no" if each is False else each for each in values[:100]]  # YAML reads the code of Norwegian as false
+    return [each for each in values if isinstance(each, str) and 0 < len(each) <= LONGEST_VALUE and each.isprintable()]

@@ -25,9 +25,8 @@ from layercut.errors import ConfigError, DataError, ModelError
 from layercut.files.sizes import parse_bytes
 from layercut.models import decoder_stack, model_weights
 from layercut.models.memory import memory_limit
-from layercut.models.model_in_memory import model_of
 from layercut.models.model_weights import replace_parameters_, stored_dtype
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, model_of
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
 from layercut.quantization.bit_choice import CHOSEN_AMONG, Mixture, choose
