@@ -94,7 +94,7 @@ def _check_named(part: dict[str, Any], name: str) -> None:
 
     for key in [key for key in part if key in NAMED and part[key] is not None]:
         if "dtype" in key:
-            known = {one for one, kind in vars(torch).items() if isinstance(kind, torch.dtype) and kind.is_floating_point}
+            known = {one for one, it in vars(torch).items() if isinstance(it, torch.dtype) and it.is_floating_point}
             known |= {f"torch.{one}" for one in known}
         elif "attn" in key:
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
