@@ -10,7 +10,7 @@ from typing import Any
 
 from layercut.cli.demo import fetch_model
 from layercut.data.blocks import Blocks, load_blocks
-from layercut.data.sources import written_by_model
+from layercut.data.sources import CHATS, SELF, has
 from layercut.files.json_values import write_json
 from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, loading
@@ -35,7 +35,7 @@ def open_model(name: str | None) -> loading.LanguageModel:
 
 
 def blocks(model: loading.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
-    writer = model.model if written_by_model(source) else None
+    writer = model.model if has(source, SELF, CHATS) else None
     return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, model=writer, **more)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from common import arguments
 from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
-from layercut.data.blocks import Blocks
+from layercut.data.blocks import TextFacts
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline import stages
@@ -247,7 +247,10 @@ def draw_tokens(work: RunContext, config: CompressConfig) -> None:
     drawn = {use: torch.randint(250, (-(-count // window), window)) for use, count in counts.items()}
     for use, tokens in drawn.items():
         save_file({use: tokens}, work.run / f"tokens-{use}.safetensors")
-        facts = Blocks(tokens, "random", documents=0, fingerprint="").facts()
+        facts = TextFacts(
+            source="random", reads=[], origins=[""], tokens=tokens.numel(), window=window, documents=0, passed_over=0,
+            fingerprint="",
+        )  # fmt: skip
         assume(work.run, f"text-{use}", TextArtefact(**vars(facts)))
         work.text[use] = facts
 

@@ -157,10 +157,10 @@ def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, 
     found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
     first = held // window
     treated = Treatment.as_drawn(
-        found.tokens, found.origins, found.marks,
+        found.tokens, found.facts.origins, found.marks,
         short=args.window if asked.parted else None, answer_weight=asked.answer_weight,
     )  # fmt: skip
-    origins = [found.origins[i % len(found.origins)] for i in range(first, len(found.tokens))]
+    origins = [found.facts.origins[i % len(found.facts.origins)] for i in range(first, len(found.tokens))]
     later = treated.of(lambda each: each[first:])
     return Rows(found.tokens[:first], found.tokens[first:].clone(), origins, later)
 

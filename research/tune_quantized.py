@@ -251,7 +251,7 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     source = f"{data}+{TESTS}:{share:g}" if share else data
     found = blocks(model, source, args.tune_tokens, window, args.seed, skip=before)
     treated = Treatment.as_drawn(
-        found.tokens, found.origins, found.marks,
+        found.tokens, found.facts.origins, found.marks,
         short=args.window if share else None,
     ).by_predictions()  # fmt: skip
     text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens

@@ -308,7 +308,7 @@ def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny
     def offline(*_: object) -> None:
         raise AssertionError("the Hub is not asked")
 
-    monkeypatch.setattr("layercut.data.sources.from_hub", offline)
+    monkeypatch.setattr("layercut.data.documents.from_hub", offline)
     quick.leave_out(monkeypatch)
     same = [str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--ratio=0.2", f"--out={tmp_path}"]
 

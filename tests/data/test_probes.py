@@ -820,7 +820,7 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
     weighed = (tests.of() >= 0) & (tests.of() != tests.names.index("copy"))
     assert 0 < weighed[:2].sum() < (tests.answers[:2] >= 0).sum(), "words that are copied do not count more"
     for mark, of_tests in ((first.marks.answers, weighed[:2]), (first.marks.lengths, tests.lengths[:2])):
-        marked = by_origin(mark, first.origins)
+        marked = by_origin(mark, first.facts.origins)
         assert torch.equal(marked.pop("probes"), of_tests)
         assert not any(rows.any() for rows in marked.values()), "text has none"
     assert reader.draw("calibration", str(texts[1]), tokens=300, window=300).marks is None

@@ -18,7 +18,8 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import Blocks, Marks, by_origin, load_blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, TextFacts, by_origin, load_blocks, stored_blocks, stored_marks
+from layercut.data.streams import Marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.healing import tune_
@@ -259,7 +260,7 @@ def test_generated_tests_judge_a_run_that_was_tuned_on_others(tiny_model, severa
     draw(tiny_model, tmp_path, config)
     tokenizer = loading.load_tokenizer(checkpoints.resolve(str(tiny_model)))
     blocks = load_blocks("python-docs+probes:0.5", tokenizer, tokens=4096, window=128, seed=0, order="as written")
-    assert "probes" in blocks.origins
+    assert "probes" in blocks.facts.origins
     check_unseen(tmp_path, blocks, tokenizer)
 
 
@@ -375,7 +376,11 @@ def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
 
     def blocks(*origins: str) -> Blocks:
         row = torch.cat([opening, torch.randint(100, 9999, (412,), generator=draw)])
-        return Blocks(row.view(2, 256), "+".join(origins), 2, "", origins=origins)
+        facts = TextFacts(
+            source="+".join(origins), reads=[], origins=[*origins], tokens=512, window=256, documents=2, passed_over=0,
+            fingerprint="",
+        )  # fmt: skip
+        return Blocks(row.view(2, 256), facts)
 
     for heldout, tuning in (("a.txt", "chats"), ("chats", "a.txt"), ("chats", "probes"), ("probes", "chats")):
         check_held_out(blocks(heldout), [blocks(tuning)], folders.tokenizer())

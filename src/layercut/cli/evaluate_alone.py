@@ -16,7 +16,7 @@ import torch
 from layercut import evaluation
 from layercut.config import PerplexityConfig
 from layercut.data.blocks import Blocks, load_blocks
-from layercut.data.sources import written_by_model
+from layercut.data.sources import CHATS, SELF, has
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation.probe_scores import Probed, probed, probes_for
@@ -173,7 +173,7 @@ def _evaluated(found: dict[str, _Measured], asked: _Asked, text: Blocks | None, 
         ratio=ratio,
         tasks=compared["tasks"],
         retention=compared["retention"] if len(records) == 2 else None,
-        text=asdict(text.facts()) if text else None,
+        text=asdict(text.facts) if text else None,
         limit=config.tasks.limit,
         evaluations={
             one: evaluation.metric_rows(function, {name: each.figures[one] for name, each in found.items()})
@@ -228,7 +228,7 @@ class _Judged:
         return self.loaded.model
 
     def _needs_one_process(self, text: str | None) -> bool:
-        asked, writes = self.config.tasks, text is not None and written_by_model(text)
+        asked, writes = self.config.tasks, text is not None and has(text, SELF, CHATS)
         return bool(asked.names or asked.evaluation_names or asked.probes or writes)
 
     def _figures(self, name: str, function: evaluation.EvaluationFunction) -> dict[str, float]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layercut.data.text_files import content
+from layercut.data.documents import content
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.files.json_values import digest, restored, write_json

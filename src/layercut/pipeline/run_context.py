@@ -21,7 +21,7 @@ from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.self_sampled import writes_chats
-from layercut.data.sources import SHARED, written_by_model
+from layercut.data.sources import CHATS, SELF, SHARED, has
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -177,7 +177,7 @@ class RunContext:
 
     def reader(self, source: str, *, seed: int | None = None) -> Reader:
         """Draws blocks of a source for several uses, and skips those of others."""
-        text, model = self.config.text, self.dense.model if written_by_model(source) else None
+        text, model = self.config.text, self.dense.model if has(source, SELF, CHATS) else None
         if model is not None and layer_reader.layers_on_disk(model):
             raise ConfigError(
                 f"{source!r} has the model write text, for which layers on disk would be read for every token",

@@ -13,14 +13,13 @@ from layercut import quantization as rounding
 from layercut.config import CompressConfig, DataConfig, QuantizeConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
-from layercut.data.sources import TESTS
+from layercut.data.sources import TESTS, has
 from layercut.files.json_values import digest
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
-from layercut.pipeline.stages.text import has
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.registries import quantizers

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
-from layercut.data.sources import CHATS, MADE_ANEW, TESTS, share_of, split_mix, what_is_read
+from layercut.data.sources import CHATS, MADE_ANEW, TESTS, has, share_of, split_mix, what_is_read
+from layercut.data.streams import Marks
 from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
 from layercut.errors import DataError
 from layercut.files.json_values import digest
@@ -35,21 +36,10 @@ from layercut.report.stage_lines import describe_shared
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
 ANSWER_WEIGHT = 4.0
-"""What a token of a test's answer counts in the loss while layers beside the cut are trained, of copies excepted."""
+"""What a token of a probe's answer counts in the loss while layers beside the cut are trained, of copies excepted."""
 Use = Literal["evaluation", "calibration", "heldout", "tuning"]
 USED: tuple[Use, ...] = ("calibration", "heldout", "tuning")
 """What is searched, judged and tuned on, and so not reported on; in the order in which they are drawn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is drawn for one use."""
-
-    source: str
-    tokens: int
-    window: int
-    order: Order = "shuffled"
-    """As written, and without a chat template, as reported perplexities need it."""
 
 
 def uses(config: CompressConfig, until: str) -> list[Use]:
@@ -65,23 +55,28 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
     return [use for use, is_wanted in wanted.items() if is_wanted]
 
 
-def text_wanted(work: RunContext, use: Use, chats: bool = True) -> Asked:
-    """What to draw for a use."""
+def text_wanted(work: RunContext, use: Use, chats: bool = True) -> dict[str, Any]:
+    """What to draw for a use, by the names of `Reader.draw`."""
     text, heal, reported = work.config.text, work.config.heal, work.config.evaluate
-    if use == "evaluation":
-        return Asked(
-            source=reported.eval_data, tokens=reported.eval_tokens, window=work.reported_window, order="as written"
-        )
-    if use == "calibration":
-        return Asked(source=text.data, tokens=text.tokens, window=text.window)
-    source = tuning_source(work, chats)
-    if use == "heldout":
-        return Asked(source=source, tokens=held_out_tokens(heal), window=text.window)
-    return Asked(source=source, tokens=heal.tune_tokens, window=heal.tune_window or text.window)
+    wanted: dict[Use, tuple[str, int, int]] = {
+        "evaluation": (reported.eval_data, reported.eval_tokens, work.reported_window),
+        "calibration": (text.data, text.tokens, text.window),
+        "heldout": ("", held_out_tokens(heal), text.window),
+        "tuning": ("", heal.tune_tokens, heal.tune_window or text.window),
+    }
+    source, tokens, window = wanted[use]
+    # as written, and without a chat template, as reported perplexities need it
+    order = "as written" if use == "evaluation" else "shuffled"
+    return {"source": source or tuning_source(work, chats), "tokens": tokens, "window": window, "order": order}
+
+
+def held_out_tokens(heal: HealConfig) -> int:
+    """Tokens, beside those that are tuned on, that judge healing."""
+    return max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
 
 
 def tuning_source(work: RunContext, chats: bool) -> str:
-    """The text that is tuned on, with its shares of tests and of chats, where these fit a row and are not in it yet.
+    """The text that is tuned on, with its shares of probes and of chats, where these fit a row and are not in it yet.
 
     Where the shares that are named leave no room for one, it is left out.
     """
@@ -100,15 +95,7 @@ def tuning_source(work: RunContext, chats: bool) -> str:
     return "+".join([named, *(f"{name}:{added[name]:g}" for name in (CHATS, TESTS) if name in added)])
 
 
-def has(source: str, name: str) -> bool:
-    """Whether chats, or generated tests, are in a mix."""
-    return any(part.partition(":")[0] == name for part in split_mix(source))
-
-
-def taught(work: RunContext) -> list[str]:
-    """How the tests among the rows to tune on are taught, for what depends on it; nothing where there are none."""
-    tuning = work.text.get("tuning")
-    return ["answers by their own tokens"] if tuning is not None and TESTS in tuning.reads else []
+# --- how the rows to tune on are done ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +107,7 @@ class Treatment:
     token_weights: torch.Tensor | None
     """float32 [N, T]; None where every token counts alike."""
     answers: torch.Tensor | None = None
-    """bool [N, T]: of tests, whose own tokens are taught, since they are right where the dense model may not be."""
+    """bool [N, T]: of probes, whose own tokens are taught, since they are right where the dense model may not be."""
 
     @classmethod
     def as_drawn(
@@ -132,10 +119,11 @@ class Treatment:
         short: int | None,
         answer_weight: float = ANSWER_WEIGHT,
     ) -> Treatment:
-        """What a run does with rows of text and tests."""
+        """What a run does with rows of text and probes."""
         lengths = None if short is None else row_lengths(rows, origins, short, marks)
         answers = None if marks is None or not marks.answers.any() else marks.answers
-        return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight), answers=answers)
+        weights = None if answers is None or answer_weight == 1 else torch.where(answers, answer_weight, 1.0)
+        return cls(row_lengths=lengths, token_weights=weights, answers=answers)
 
     def by_predictions(self) -> Treatment:
         """The same with answers, too, as the dense model predicts them."""
@@ -152,15 +140,16 @@ def tuning_treatment(work: RunContext) -> Treatment:
     return Treatment.as_drawn(rows, origins, marks, short=work.config.text.window)
 
 
-def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
-    """What each token counts."""
-    return None if marks is None or weight == 1 or not marks.answers.any() else torch.where(marks.answers, weight, 1.0)
+def taught(work: RunContext) -> list[str]:
+    """How the probes among the rows to tune on are taught, for what depends on it; nothing where there are none."""
+    tuning = work.text.get("tuning")
+    return ["answers by their own tokens"] if tuning is not None and TESTS in tuning.reads else []
 
 
 def row_lengths(
     rows: torch.Tensor, origins: Sequence[str], short: int, marks: Marks | None = None
 ) -> torch.Tensor | None:
-    """As how long rows each is done: every second row of each text as short ones, and tests as they are made.
+    """As how long rows each is done: every second row of each text as short ones, and probes as they are made.
 
     Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
     """
@@ -174,24 +163,7 @@ def row_lengths(
     return lengths if (lengths < longest).any() else None
 
 
-def held_out_tokens(heal: HealConfig) -> int:
-    """Tokens, beside those that are tuned on, that judge healing."""
-    return max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
-
-
-def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
-    """All that decides which tokens are drawn for a use, after those for other uses were drawn."""
-    text, wanted = work.config.text, text_wanted(work, use)
-    reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
-    before: list[Any] = []
-    for other in drawn if use != "evaluation" else ():
-        # the documents of all are left out; of the others what they take of a common stream counts, too
-        before.append(documents_of(work, other))
-        before += [] if other == "evaluation" else [asdict(text_wanted(work, other))]
-    edition: list[Any] = [EDITION] if has(wanted.source, TESTS) else []
-    if edition and work.config.search.preserve not in ("all", "none"):
-        edition.append(work.preserved)
-    return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before, *edition]
+# --- drawing ------------------------------------------------------------------------------------------------
 
 
 def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
@@ -205,7 +177,7 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
             say("note", f"no chats are tuned on: {why}")
         if use == "tuning" and TESTS in drawn.reads and (plain := never_chats(work.tokenizer, work.preserved)):
             why = "the chat template changes replies, or leaves out turns"
-            say("note", f"{why}: generated tests of {', '.join(plain)} are no chats")
+            say("note", f"{why}: probes of {', '.join(plain)} are no chats")
     if "evaluation" in uses:
         say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
         say("evaluation", describe_shared(asdict(in_common(work, uses))))
@@ -217,31 +189,48 @@ def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
         return ""
     if not work.chats_fit:
         return "the chat template leaves out what the user says, or opens with more than half of a short row"
-    if not has(text_wanted(work, "tuning").source, CHATS):
+    if not has(tuning_source(work, True), CHATS):
         return "the shares of the text leave no room for them"
     return "the dense model can write them only where it is in memory as a whole"
 
 
 def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
     """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
-    with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
+    wanted, text = text_wanted(work, use), work.config.text
+    before: list[Any] = []
+    for other in drawn if use != "evaluation" else ():
+        # the documents of all are left out; of the others what they take of a common stream counts, too
+        before.append(digest(sorted(_keys(work.run.folder, other))))
+        before += [] if other == "evaluation" else [text_wanted(work, other)]
+    edition: list[Any] = [EDITION] if has(wanted["source"], TESTS) else []
+    if edition and work.config.search.preserve not in ("all", "none"):
+        edition.append(work.preserved)
+    reads = [*what_is_read(wanted["source"], reported=use == "evaluation")]
+    inputs = [work.source, text.seed, text.chat_template, wanted, reads, before, *edition]
+    with work.run.stage(TextArtefact, f"text-{use}", inputs) as stage:
         if stage.open:
             check_prompt(work)
-            asked = text_wanted(work, use)
-            if has(asked.source, CHATS) and not work.writes:
-                asked = text_wanted(work, use, chats=False)
-            reader = work.reader(asked.source)
+            if has(wanted["source"], CHATS) and not work.writes:
+                wanted = text_wanted(work, use, chats=False)
+            reader = work.reader(wanted["source"])
             for other in drawn:
                 had = text_wanted(work, other, CHATS in work.text[other].reads)
-                reader.skip_blocks(other, **asdict(had), keys=keys_of(work, other))
-            blocks = reader.draw(use, **asdict(asked))
+                reader.skip_blocks(other, **had, keys=_keys(work.run.folder, other))
+            blocks = reader.draw(use, **wanted)
             decoder_stack.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
-            work.run.drawn(f"text-{use}", blocks.fingerprint)
+            work.run.drawn(f"text-{use}", blocks.facts.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
-            work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
+            work.save({use: torch.tensor(sorted(blocks.keys), dtype=torch.int64)}, f"documents-{use}")
             files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
-            stage.found = TextArtefact(**vars(blocks.facts()), files=files)
+            stage.found = TextArtefact(**vars(blocks.facts), files=files)
     return stage.artefact
+
+
+def check_prompt(work: RunContext) -> None:
+    """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early."""
+    if work.tokenizer.chat_template:
+        asked = torch.tensor(prompt_ids(work.tokenizer, "a word"))
+        decoder_stack.check_tokens(asked, work.architecture, work.checkpoint.name)
 
 
 # --- what two uses have in common ---------------------------------------------------------------------------
@@ -254,22 +243,17 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     """
     with work.run.stage(SharedTextArtefact, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
         if stage.open:
-            drawn = {use: _stored(work, use) for use in work.text}
-            used = [blocks for use, blocks in drawn.items() if use in USED]
-            evaluated = drawn["evaluation"]
+            drawn = {
+                use: Blocks(work.blocks[use], facts, frozenset(_keys(work.run.folder, use)))
+                for use, facts in work.text.items()
+            }
+            evaluated, used = drawn["evaluation"], [blocks for use, blocks in drawn.items() if use in USED]
             streams = [rows for blocks in used for rows in blocks.rows_by_origin().values()]
-            reported = shared([evaluated.tokens], streams)
-            if reported > MOST:
+            passages, words = _shared(evaluated, streams, work.tokenizer)
+            if copied := _copied(passages, words):
                 raise DataError(
-                    f"{reported:.0%} of the passages of the evaluation text {evaluated.source!r} are also in what "
-                    "would be searched or tuned on",
-                    "give --eval-data another text than --data and --tune-data",
-                )
-            read = {name: rows for name, rows in evaluated.rows_by_origin().items() if name not in MADE_ANEW}
-            if (words := shared_words([*read.values()], streams, work.tokenizer)) > MOST_WORDS:
-                raise DataError(
-                    f"{words:.0%} of the words of the evaluation text {evaluated.source!r} are in records and runs of "
-                    "words that would be searched or tuned on as well",
+                    f"{copied} of the evaluation text {evaluated.facts.source!r} are also in what would be searched "
+                    "or tuned on",
                     "give --eval-data another text than --data and --tune-data",
                 )
             if "heldout" in drawn:
@@ -278,92 +262,63 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
             keys = frozenset().union(*(blocks.keys for blocks in used))
             stage.found = SharedTextArtefact(
                 documents=len(evaluated.keys & keys),
-                passages=reported,
-                passed_over=sum(blocks.passed_over for blocks in drawn.values()),
+                passages=passages,
+                passed_over=sum(blocks.facts.passed_over for blocks in drawn.values()),
             )
     return stage.artefact.facts
+
+
+def _shared(blocks: Blocks, others: Sequence[torch.Tensor], tokenizer: Any) -> tuple[float, float]:
+    """The shares of a text's passages, and of the words that it was not given anew, that are in other text."""
+    read = [rows for name, rows in blocks.rows_by_origin().items() if name not in MADE_ANEW]
+    return shared([blocks.tokens], others), shared_words(read, others, tokenizer)
+
+
+def _copied(passages: float, words: float) -> str:
+    """How much of a text other text holds, where that is too much."""
+    if passages > MOST:
+        return f"{passages:.0%} of the passages"
+    return f"{words:.0%} of the words" if words > MOST_WORDS else ""
 
 
 def check_held_out(heldout: Blocks, others: list[Blocks], tokenizer: Any) -> None:
     """Refuse held-out text that has too much in common with other text; the same stream gives no row twice."""
     for origin, rows in heldout.rows_by_origin().items():
-        if origin in MADE_ANEW:  # of seeds of their own; what a template writes is in chats and in tests
+        if origin in MADE_ANEW:  # of seeds of their own; what a template writes is in chats and in probes
             continue
         parts = [part for blocks in others for part in blocks.rows_by_origin().items()]
         elsewhere = [other for name, other in parts if name not in (origin, *MADE_ANEW)]
-        found, words = shared([rows], elsewhere), shared_words([rows], elsewhere, tokenizer)
-        if found > MOST or words > MOST_WORDS:
-            of = f"{found:.0%} of the passages" if found > MOST else f"{words:.0%} of the words"
+        if copied := _copied(shared([rows], elsewhere), shared_words([rows], elsewhere, tokenizer)):
             raise DataError(
-                f"{of} of the held-out text, from {heldout.source!r}, are also in other text "
+                f"{copied} of the held-out text, from {heldout.facts.source!r}, are also in other text "
                 "that would be searched or tuned on",
                 "give --tune-data the same text as --data, or one that shares nothing with it",
             )
 
 
-def _stored(work: RunContext, use: str) -> Blocks:
-    """The blocks of a use, as they were drawn."""
-    facts = work.text[use]
-    return Blocks(
-        work.blocks[use], facts.source, facts.documents, facts.fingerprint, tuple(facts.reads), tuple(facts.origins),
-        frozenset(keys_of(work, use)), facts.passed_over,
-    )  # fmt: skip
-
-
 def check_unseen(folder: Path, blocks: Blocks, tokenizer: Any) -> None:
     """Refuse to evaluate a finished run on text that it was searched or tuned on.
 
-    Judged by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
+    Judged by what was read, by the documents' keys and by the run's own tokens, as far as it has them.
     """
     had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
     names = {read for use in had for read in read_json(folder / f"text-{use}.json").get("reads", ())}
-    used = [stored_blocks(folder, use) for use in had]
-    passages = shared([blocks.tokens], used)
-    read = {name: rows for name, rows in blocks.rows_by_origin().items() if name not in MADE_ANEW}
-    words = shared_words([*read.values()], used, tokenizer)
+    passages, words = _shared(blocks, [stored_blocks(folder, use) for use in had], tokenizer)
     keys = blocks.keys & {key for use in had for key in _keys(folder, use)}
     found = {
-        "the same source": names & {*blocks.reads} - MADE_ANEW,
-        f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.documents),
-        f"{passages:.0%} of its passages": passages > MOST,
-        f"{words:.0%} of its words": words > MOST_WORDS,
+        "the same source": names & {*blocks.facts.reads} - MADE_ANEW,
+        f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.facts.documents),
+        _copied(passages, words): _copied(passages, words),
     }
-    if both := [what for what, is_shared in found.items() if is_shared]:
+    if both := [said for said, is_shared in found.items() if is_shared]:
         raise DataError(
-            f"the run in {folder} was searched or tuned on {' and '.join(both)}: {blocks.source!r} cannot judge it",
+            f"the run in {folder} was searched or tuned on {' and '.join(both)}: {blocks.facts.source!r} cannot judge "
+            "it",
             "give --eval-data another text than the run's --data and --tune-data",
         )
     say("evaluate", describe_shared({"documents": len(keys), "passages": passages, "passed_over": 0}))
 
 
-def check_prompt(work: RunContext) -> None:
-    """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early."""
-    if work.tokenizer.chat_template:
-        asked = torch.tensor(prompt_ids(work.tokenizer, "a word"))
-        decoder_stack.check_tokens(asked, work.architecture, work.checkpoint.name)
-
-
-def key_tensor(keys: frozenset[int]) -> torch.Tensor:
-    """Keys of documents, sorted, int64."""
-    return torch.tensor(sorted(keys), dtype=torch.int64)
-
-
-def documents_of(work: RunContext, use: str) -> str:
-    """Hash of the documents that a use of this run has, for stages that leave them out."""
-    return digest(sorted(keys_of(work, use)))
-
-
-def keys_of(work: RunContext, use: str) -> set[int]:
-    """The documents that a use of this run has."""
-    return _keys(work.run.folder, use)
-
-
 def _keys(folder: Path, use: str) -> set[int]:
+    """The documents that a use of a run has."""
     return {*load_file(folder / f"documents-{use}.safetensors")[use].tolist()}
-
-
-def with_evaluation_left_out(reader: Reader, work: RunContext) -> Reader:
-    """A reader that skips the documents of the evaluation text, where this run has drawn it."""
-    if "evaluation" in work.text:
-        reader.drawn["evaluation"] = keys_of(work, "evaluation")
-    return reader
