@@ -242,6 +242,34 @@ def bit_map(found: Json) -> str | None:
     return str(_map("bits", "Bits of each matrix", [name.rpartition(".")[2] for name in matrices], cells, legend))
 
 
+def gate_maps(search: Json) -> list[str]:
+    """Of a concave gate the gates by step and layer, and the loss of all wells; none where no gate was trained."""
+    steps = [[finite(g) for g in row] for row in search.gate.gates]
+    cells = {(layer, step): (_colour(1 - g), f"step {step + 1}, layer {layer}: gate {figure(g)}")
+             for step, row in enumerate(steps) for layer, g in enumerate(row) if g is not None}  # fmt: skip
+    losses = [[loss for each in row if (loss := finite(each)) is not None] for row in search.gate.losses]
+    if not cells or not any(losses):
+        return []
+    rows = [str(step + 1) if step % 3 == 0 else "" for step in range(len(steps))]
+    legend = {"open": _colour(0), "half open": _colour(0.5), "closed": _colour(1)}
+    heat = _map("gates", "Gate of each layer by step", rows, cells, legend, "layer", spans(search.segments))
+    return [str(heat), str(gate_losses(losses))]
+
+
+@_styled
+def gate_losses(losses: list[list[float]]) -> str:
+    """The loss of every set of wells by step, the chosen one's first."""
+    drawing = Drawing(xlabel="step", ylabel="KL of the gated model, nats", yscale="log")
+    for i, well in reversed([*enumerate(losses)]):
+        style = (
+            {"color": ACCENT, "lw": 2, "label": "chosen well"} if i == 0 else {"color": MUTED, "lw": 1.1, "label": "_"}
+        )
+        drawing.axes.plot(range(1, len(well) + 1), well, **style)
+    drawing.axes.yaxis.set_major_formatter("{x:g}")
+    drawing.axes.locator_params(axis="x", integer=True)
+    return drawing.svg("wells", "KL of the gated model by step, of each well", legend=2)
+
+
 # ---- the layer stack -------------------------------------------------------------------------------------------
 
 

@@ -106,8 +106,10 @@ def search(run: RunFacts) -> Section | None:
     ]
     heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
     tables = _table(heads, rows, strong=layer_names(found.segments))
-    chart = charts.cost_chart(found)
-    return Section("search", "Search", note, tables, [chart] if chart else [])
+    if found.gate:
+        note += " The concave gate (CLP) was moved from step to step as drawn; real cuts decided among its last places."
+    drawn = [*charts.gate_maps(found), charts.cost_chart(found)]
+    return Section("search", "Search", note, tables, [chart for chart in drawn if chart])
 
 
 def by_text(found: Json) -> tuple[Json, Json] | None:
