@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from common import RESULTS, blocks, named, open_model
 from layercut.files.json_values import write_json
 from layercut.layer_search import SearchResult, search
-from layercut.layer_search.greedy import sleb_work
+from layercut.layer_search.baselines import sleb_work
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.models.runner import DecoderRunner

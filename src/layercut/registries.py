@@ -170,11 +170,11 @@ _SEARCH = "layercut.layer_search."
 criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
     "auto": _SEARCH + "fisher:fisher", "fisher": _SEARCH + "fisher:fisher", "clp": _SEARCH + "concave_gate:clp",
     "race": _SEARCH + "race:race", "exhaustive": _SEARCH + "race:exhaustive",
-    "random": _SEARCH + "criteria:random_segment", "reverse-order": _SEARCH + "criteria:reverse_order",
-    "block-influence": _SEARCH + "criteria:block_influence", "angular": _SEARCH + "criteria:angular",
-    "cosine": _SEARCH + "criteria:cosine", "perplexity": _SEARCH + "criteria:perplexity",
-    "taylor": _SEARCH + "criteria:taylor", "sleb": _SEARCH + "criteria:sleb",
-    "evolution": _SEARCH + "criteria:evolution",
+    "random": _SEARCH + "baselines:random_segment", "reverse-order": _SEARCH + "baselines:reverse_order",
+    "block-influence": _SEARCH + "baselines:block_influence", "angular": _SEARCH + "baselines:angular",
+    "cosine": _SEARCH + "baselines:cosine", "perplexity": _SEARCH + "baselines:perplexity",
+    "taylor": _SEARCH + "baselines:taylor", "sleb": _SEARCH + "baselines:sleb",
+    "evolution": _SEARCH + "baselines:evolution",
 })  # fmt: skip
 objectives: Registry[Any] = Registry("objective", "layercut.objectives", {
     "kl": "layercut.models.objectives:KL", "next-token": "layercut.models.objectives:NextToken",

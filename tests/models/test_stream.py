@@ -21,8 +21,8 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.layer_search import search
+from layercut.layer_search.baselines import cosines, taylor_scores
 from layercut.layer_search.result import Cost
-from layercut.layer_search.statistics import similarity, taylor_scores
 from layercut.layer_search.sweep import (
     DENSE,
     all_lengths,
@@ -187,9 +187,8 @@ def test_statistics_and_losses_are_the_same(llama):
     sets = [(Segment(i, i + 1),) for i in range(8)] + [(Segment(1, 3), Segment(5, 6))]
     assert set_losses(stack, tokens, sets, Cost(), rows=4) == set_losses(memory, tokens, sets, Cost(), rows=4)
     assert disk.files.layers_read == [1] * 8
-    ours, theirs = similarity(stack, tokens, Cost()), similarity(memory, tokens, Cost())
-    assert torch.equal(ours.cosine, theirs.cosine)
-    assert torch.equal(ours.angular, theirs.angular)
+    ours, theirs = cosines(stack, tokens, Cost()), cosines(memory, tokens, Cost())
+    assert all(map(torch.equal, ours, theirs))
     assert disk.files.layers_read == [2] * 8
     torch.testing.assert_close(taylor_scores(stack, tokens, Cost()), taylor_scores(memory, tokens, Cost()))
     assert disk.files.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins

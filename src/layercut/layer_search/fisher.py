@@ -34,7 +34,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.layer_search.prices import WORST, Prices, as_objective, beside_text, halving
+from layercut.layer_search.prices import WORST, Prices, beside_text, halving
 from layercut.layer_search.race import climb
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
@@ -73,24 +73,24 @@ def fisher(
     length: int,
     *,
     cost: Cost,
-    seed: int = 0,
-    num_segments: int = 1,
-    objective: str | Objective = "kl",
-    probes: ProbeRows | None = None,
-    restriction: Restriction | None = None,
+    seed: int,
+    num_segments: int,
+    objective: Objective,
+    probes: ProbeRows | None,
+    restriction: Restriction,
 ) -> SearchResult:
     """The sets of least estimated cost are cut for real: halving, and with several segments the climb, decide."""
-    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
-    limits, several = restriction or Restriction.none(len(runner), length), num_segments > 1
+    prices = Prices(runner, shuffled(tokens, seed), cost, objective, probes)
+    several = num_segments > 1
     found = estimate(prices, gradient_rows(prices.rows), seed)
     asked = [(1.0, PER_SEGMENT * num_segments if several else PROPOSALS)]
     asked += [(LIGHTER, OTHERS), (0.0, OTHERS)] if prices.kinds > 1 else []
-    proposed = (corrected_proposals if several else proposals_of_each)(prices, found, limits, num_segments, asked)
+    proposed = (corrected_proposals if several else proposals_of_each)(prices, found, restriction, num_segments, asked)
     sets = list(dict.fromkeys(cuts for some in proposed for cuts in some))
     begin = first_of_proposals(prices.rows, prices.kinds)
     best = halving(prices, sets, f"fisher: {len(sets)} proposals race", begin=begin)
     if several:
-        best = climb(prices, best, limits, num_segments)
+        best = climb(prices, best, restriction, num_segments)
     lighter = proposed[1] if len(asked) > 1 else []
     return SearchResult("fisher", best, cost, by_text=beside_text(prices, best, sets), lighter=lighter)
 

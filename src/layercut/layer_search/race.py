@@ -8,7 +8,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, halving, is_kl
+from layercut.layer_search.prices import Prices, beside_text, candidates, halving, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
@@ -31,11 +31,11 @@ def race(
     length: int,
     *,
     cost: Cost,
-    seed: int = 0,
-    num_segments: int = 1,
-    objective: str | Objective = "kl",
-    probes: ProbeRows | None = None,
-    restriction: Restriction | None = None,
+    seed: int,
+    num_segments: int,
+    objective: Objective,
+    probes: ProbeRows | None,
+    restriction: Restriction,
 ) -> SearchResult:
     """Successive halving by real cuts, without a gradient: what an estimate has to be compared with.
 
@@ -43,14 +43,13 @@ def race(
     rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
     """
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    prices = Prices(runner, tokens[order], cost, as_objective(objective), probes)
-    limits = restriction or Restriction.none(len(runner), length)
+    prices = Prices(runner, tokens[order], cost, objective, probes)
     if num_segments == 1:
-        sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
+        sets: Sequence[Cuts] = [(segment,) for segment in restriction.needed_segments()]
         found = halving(prices, sets)
     else:
-        sets = least_sums(prices, limits, num_segments)
-        found = climb(prices, halving(prices, sets), limits, num_segments)
+        sets = least_sums(prices, restriction, num_segments)
+        found = climb(prices, halving(prices, sets), restriction, num_segments)
     return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
 
 
@@ -86,23 +85,22 @@ def exhaustive(
     length: int,
     *,
     cost: Cost,
-    num_segments: int = 1,
-    objective: str | Objective = "kl",
-    probes: ProbeRows | None = None,
-    restriction: Restriction | None = None,
+    num_segments: int,
+    objective: Objective,
+    probes: ProbeRows | None,
+    restriction: Restriction,
 ) -> SearchResult:
     """Every set of at most `num_segments` segments with n layers in all, by its real cut; the best is the optimum."""
-    layers, objective = len(runner), as_objective(objective)
+    layers = len(runner)
     if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
         raise ConfigError(
             f"{number:,} sets of {num_segments} segments are too many to run them all; allowed are {MOST_SETS:,}",
             f"search them by an estimate: --method fisher --num-segments {num_segments}",
         )
-    limits = restriction or Restriction.none(layers, length)
-    sets = [cuts for cuts in all_sets(length, layers, num_segments) if limits.allows(cuts)]
+    sets = [cuts for cuts in all_sets(length, layers, num_segments) if restriction.allows(cuts)]
     if not sets:
         raise ConfigError(
-            f"no cut of {length} layers into {num_segments} segments is allowed: {limits.why}",
+            f"no cut of {length} layers into {num_segments} segments is allowed: {restriction.why}",
             "give another --ratio, or leave out --for",
         )
     if probes is not None or not is_kl(objective):

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from layercut import registries
 from layercut.config import SearchConfig
-from layercut.layer_search.criteria import without_each
+from layercut.layer_search.baselines import sleb_work
 from layercut.layer_search.fisher import MOST_ROUNDS, OTHERS, PER_SEGMENT, PROPOSALS, first_of_proposals, gradient_rows
-from layercut.layer_search.greedy import sleb_work
 from layercut.layer_search.prices import FINALISTS, coarse_rows, few_rows, first_rows, rounds
 from layercut.layer_search.race import CLIMB_FINALISTS, COARSE_SETS, MOST_CLIMBS, MOST_SETS
 from layercut.layer_search.segment_sets import all_sets, number_of_sets
@@ -89,11 +88,13 @@ def picked_work(run: PlannedRun) -> Work:
 
 def perplexity_cost(run: PlannedRun) -> Spent:
     """The model without each layer in turn."""
-    return Spent(all_segments_cost(run).peak, sweep_cost(run, without_each(run.shape.layers)).work)
+    return Spent(
+        all_segments_cost(run).peak, sweep_cost(run, [(Segment(i, i + 1),) for i in range(run.shape.layers)]).work
+    )
 
 
 def sleb_cost(run: PlannedRun) -> Spent:
-    """`greedy.sleb_work`, and in each round logits of every layer that is left."""
+    """`sleb_work`, and in each round logits of every layer that is left."""
     shape, rows = run.shape, run.calibration
     candidates = sum(shape.layers - removed for removed in range(run.length))
     work = Work.of(shape, sleb_work(run.length, shape.layers, rows), heads=rows * candidates)
