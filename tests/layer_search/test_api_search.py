@@ -15,7 +15,6 @@ from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.layer_search import Candidate, Cost, SearchResult, search
-from layercut.layer_search.search_cost import COSTS
 from layercut.layer_search.sweep import set_costs
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL, Objective
@@ -196,10 +195,6 @@ def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(mo
 def test_what_a_criterion_may_not_pick(model, picked, message):
     with pytest.raises(ConfigError, match=message):
         search(model, tiny.some_tokens(), n_layers=2, method=lambda runner, tokens, length: picked)
-
-
-def test_the_cost_of_every_criterion_but_evolution_is_known(registered):
-    assert set(COSTS) == set(registered.own) - {"evolution"}
 
 
 @pytest.mark.parametrize("method", ["fisher", "test-ends"])
