@@ -368,8 +368,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
     )
     assert len(alive) == 2
-    assert found.ratio is not None
-    assert found.ratio[0] == 1.0
+    assert found["ratio"]["value"] == 1.0
 
 
 # --- small figures ------------------------------------------------------------------------------------------

@@ -1,12 +1,8 @@
 """Messages and progress of a stage: lines in the log, and a bar or a line every 30 s about how far it is.
 
-Messages go through the logger "layercut" of the standard library, so that nothing is printed where layercut is used
-as a library and no handler is installed. The command installs them (`shown`): on a terminal a bar and short lines,
-elsewhere lines with their time, one for each message whatever its length. All on stderr; stdout is for results.
-A library's user gets progress by a callback of their own (`progress_to`). Without a handler or callback no thread is
-started.
-
-Of several processes the main one logs, and its bar counts its share of the work.
+Messages go through the logger "layercut" of the standard library, so a library's user sees nothing without a handler;
+they get progress by a callback (`progress_to`). The command installs handlers (`shown`): on a terminal a bar and short
+lines, elsewhere a line with its time for each message, all on stderr. Of several processes the main one logs.
 """
 
 from __future__ import annotations
@@ -16,9 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -32,21 +27,14 @@ log = logging.getLogger("layercut")
 log.addHandler(logging.NullHandler())
 console = Console(stderr=True, highlight=False)
 
-EVERY = 30.0
-"""Seconds between two lines about the progress of a stage."""
-MEASURE_EVERY = 0.5
-"""Seconds between two measurements of work that cannot count its steps."""
-
+EVERY, MEASURE_EVERY = 30.0, 0.5
+"""Seconds between two lines about a stage, and between two measurements of work that cannot count its steps."""
 _bars = False
 """Whether bars are drawn: on a terminal, in a command without --quiet."""
-
 Callback = Callable[[str, float, float | None, str], object]
 """(description, done, total, words): what is under way, steps done of how many in all (None: not known), and what
 there is to say beside it, such as a loss."""
 _callback: ContextVar[Callback | None] = ContextVar("layercut_progress", default=None)
-
-
-# --- messages --------------------------------------------------------------------------------------------------------
 
 
 def say(stage: str, words: str) -> None:
@@ -100,69 +88,44 @@ def progress_to(callback: Callback) -> Iterator[None]:
         _callback.reset(token)
 
 
-def _is_heard() -> bool:
-    """Whether a handler takes messages about progress."""
-    logger: logging.Logger | None = log if log.isEnabledFor(logging.INFO) else None
-    while logger is not None:
-        if any(not isinstance(h, logging.NullHandler) and h.level <= logging.INFO for h in logger.handlers):
-            return True
-        logger = logger.parent if logger.propagate else None
-    return False
-
-
-@dataclass
-class _Task:
-    """Work that is under way."""
-
-    description: str
-    total: float | None
-    begun: float = field(default_factory=time.monotonic)
-    done: float = 0.0
-    words: str = ""
-
-    def line(self) -> str:
-        """How far it is, in words."""
-        gone = time.monotonic() - self.begun
-        parts = [f"{duration(gone)} so far"]
-        if self.total:
-            share = min(1.0, self.done / self.total)
-            parts.insert(0, f"{share:.0%} ({self.done:,.0f} of {self.total:,.0f})")
-            if 0 < share < 1:
-                parts.append(f"about {duration(gone * (1 - share) / share)} left")
-        return ", ".join([f"{self.description}: {parts[0]}", *parts[1:], *([self.words] if self.words else [])])
-
-
 @contextmanager
 def bar(
     description: str, total: float | None, measure: Callable[[], float] | None = None
 ) -> Iterator[Callable[..., None]]:
     """Show how far work is; call what it yields with the steps done, and optionally words to show beside it."""
-    task, over = _Task(description, total), threading.Event()
+    done, words, begun, over = 0.0, "", time.monotonic(), threading.Event()
     main = _is_main()
-    callback, heard = (_callback.get(), _is_heard()) if main else (None, False)
-    with _drawn(task) as draw:
+    callback, heard, drawn = _callback.get() if main else None, main and _is_heard(), main and _bars
+    with ExitStack() as stack:
+        if drawn:
+            columns = [
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
+            ]  # fmt: skip
+            rich = stack.enter_context(Progress(*columns, console=console, transient=True))
+            row = rich.add_task(escape(errors.shown(description)), total=total, words="")
 
-        def show() -> None:
-            draw()
+        def advance(steps: float = 1, beside: str = "") -> None:
+            nonlocal done, words
+            done, words = done + steps, beside
+            if drawn:
+                rich.update(row, completed=done, words=escape(errors.shown(words)))
             if callback is not None:
-                callback(task.description, task.done, task.total, task.words)
-
-        def advance(steps: float = 1, words: str = "") -> None:
-            task.done, task.words = task.done + steps, words
-            show()
+                callback(description, done, total, words)
 
         def watch() -> None:
-            logged = task.begun
+            logged = begun
             while not over.wait(MEASURE_EVERY if measure else EVERY):
                 if measure:
-                    advance(measure() - task.done)
+                    advance(measure() - done)
                 if time.monotonic() - logged >= EVERY:
                     logged = time.monotonic()
-                    _say(logging.INFO, "progress", task.line(), progress=True)
+                    line = _line(description, logged - begun, done, total, words)
+                    _say(logging.INFO, "progress", line, progress=True)
 
-        watching = heard or (main and measure is not None and (callback is not None or _bars))
+        advance(0)
         watcher = threading.Thread(target=watch, name="layercut-progress", daemon=True)
-        show()
+        watching = heard or (measure is not None and (callback is not None or drawn))
         if watching:
             watcher.start()
         try:
@@ -173,39 +136,40 @@ def bar(
                 watcher.join()
 
 
-@contextmanager
-def _drawn(task: _Task) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, where bars are drawn; call what it yields when the task has changed."""
-    if not (_bars and _is_main()):
-        yield lambda: None
-        return
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}"),
-    ]
-    with Progress(*columns, console=console, transient=True) as progress:
-        row = progress.add_task(escape(errors.shown(task.description)), total=task.total, words="")
-        yield lambda: progress.update(row, completed=task.done, words=escape(errors.shown(task.words)))
+def _line(description: str, seconds: float, done: float, total: float | None, words: str) -> str:
+    """How far work is."""
+    parts = [f"{duration(seconds)} so far"]
+    if total:
+        share = min(1.0, done / total)
+        parts.insert(0, f"{share:.0%} ({done:,.0f} of {total:,.0f})")
+        if 0 < share < 1:
+            parts.append(f"about {duration(seconds * (1 - share) / share)} left")
+    return f"{description}: {', '.join([*parts, words] if words else parts)}"
 
 
 def duration(seconds: float) -> str:
     """Seconds in words: 80 -> 1 min 20 s."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 # --- where it is seen ------------------------------------------------------------------------------------------------
 
 
-class _Handler(logging.Handler):
+def _is_heard() -> bool:
+    """Whether a handler takes messages about progress; without one no thread is started for them."""
+    logger: logging.Logger | None = log if log.isEnabledFor(logging.INFO) else None
+    while logger is not None:
+        if any(not isinstance(h, logging.NullHandler) and h.level <= logging.INFO for h in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+class _Failing(logging.Handler):
     """Fails with the command where a message cannot be written, as print does."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -214,7 +178,7 @@ class _Handler(logging.Handler):
         raise error
 
 
-class _Terminal(_Handler):
+class _Terminal(_Failing):
     """Lines above a bar; what the bar shows is not said again."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -223,11 +187,11 @@ class _Terminal(_Handler):
             console.print(f"[bold]{escape(stage)}[/bold]  {escape(errors.shown(record.getMessage()))}")
 
 
-class _Lines(_Handler, logging.StreamHandler):
+class _Lines(_Failing, logging.StreamHandler):
     """One line for each message, with its time."""
 
 
-class _File(_Handler, logging.FileHandler):
+class _File(_Failing, logging.FileHandler):
     """The same, in a file."""
 
 

@@ -181,15 +181,7 @@ def evaluate(
 
     config = config or PerplexityConfig()
     found = evaluate_only(model, config)
-    if config.json:
-        print(json.dumps(found.to_json(), indent=1))
-        return
-    for name, value in found.perplexity.items():
-        print(f"{shown(name)}\t{value:.4f}")
-    if found.ratio:
-        value, error = found.ratio
-        print(f"compressed / dense\t{value:.4f}" + (f"\t± {error:.4f}" if error is not None else ""))
-    print(*evaluation_lines(found.tasks, found.retention, found.evaluations, found.probes or {}), sep="\n")
+    print(*([json.dumps(found, indent=1)] if config.json else evaluation_lines(found)), sep="\n")
 
 
 @app.command

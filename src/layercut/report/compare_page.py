@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from layercut.files.writing import write_atomically
 from layercut.report.formatting import (
     Json,
+    dash,
     deviation,
     figure,
     finite,
@@ -106,7 +107,7 @@ def states_of(found: Json) -> list[str]:
 def _methods(found: Json, narrow: bool) -> Table:
     states, rows = states_of(found), []
     for row in by_kl(found):
-        cells = [short(row.perplexity[state]) if number(row.perplexity[state]) is not None else "–" for state in states]
+        cells = [dash(row.perplexity[state], short) for state in states]
         cells = ["refused", *cells[1:]] if row.refused else cells
         last, dense = last_stage(row), finite(found.dense.perplexity)
         error = finite(row.standard_error[last[0]]) if last else None
@@ -169,11 +170,8 @@ def _survival(found: Json, rows: list[tuple[str, str, Json]], narrow: bool) -> T
         if not narrow:
             kls = [kl for _, each in judged.capabilities.damage.entries() if (kl := number(each)) is not None]
             repeats = judged.health.compressed.repeated_4grams
-            line += [figure(sum(kls) / len(kls)) if kls and state else "–", percent(repeats) if repeats else "–"]
-        line += [
-            figure(judged.evaluations[name][metric]) if judged.evaluations[name][metric] else "–"
-            for name, metric in own
-        ]
+            line += [figure(sum(kls) / len(kls)) if kls and state else "–", dash(repeats, percent)]
+        line += [dash(judged.evaluations[name][metric]) for name, metric in own]
         cells.append(line)
     return Table(heads, cells)
 

@@ -10,7 +10,7 @@ import html
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,11 @@ def figure(value: Any) -> str:
     if abs(found) >= 1000:
         return f"{found:,.0f}"
     return f"{found:.1f}" if abs(found) >= 100 else f"{found:.2f}" if abs(found) >= 1 else f"{found:.4g}"
+
+
+def dash(value: Any, show: Callable[[Any], str] | None = None) -> str:
+    """A number as text; a dash where there is none."""
+    return "–" if number(value) is None else (show or figure)(value)
 
 
 def short(perplexity: Any) -> str:

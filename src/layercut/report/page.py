@@ -19,6 +19,7 @@ from layercut.report.formatting import (
     Json,
     change,
     figure,
+    finite,
     label,
     number,
     page,
@@ -87,9 +88,8 @@ def closing(run: Path) -> tuple[Table, Text]:
     over = times(factor, summary.perplexity.standard_error[last[0]]) if last and factor is not None else ""
     rows.append(["perplexity", figure(summary.perplexity.dense), figure(last[1]) if last else NOT_MEASURED, over])
     for task, row in main_tasks(found.scored):
-        rows.append(
-            [printable(task), figure(row.dense), figure(row.compressed), times(row.retention) if row.retention else ""]
-        )
+        kept = times(row.retention) if finite(row.retention) is not None else ""
+        rows.append([printable(task), figure(row.dense), figure(row.compressed), kept])
     rows += [[printable(f"{name}, {metric}"), *figures] for name, metric, *figures in evaluation_rows(summary)]
     table = Table(title=Text(printable(title(summary)), style="bold"), title_justify="left")
     for heading in ("", "dense", "pruned", "change"):
@@ -110,40 +110,41 @@ def search_lines(search: Any) -> list[str]:
     return ["\t".join(row) for row in [["segments", *(heads[key] for key in known)], *rows]]
 
 
-def evaluation_lines(
-    tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any], probes: Mapping[str, Any]
-) -> list[str]:
-    """What `layercut evaluate` prints beside perplexities: tables whose cells are parted by tabs, each with a heading.
-
-    Of one model alone `retained` is None, and each task is compared with itself.
-    """
+def evaluation_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `layercut evaluate` prints: tables whose cells are parted by tabs, each with a heading."""
 
     def shown(value: Any) -> str:
-        return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+        return "-" if value is None else str(value) if isinstance(value, int) else f"{number(value):.4f}"
 
-    rows, pair = list[list[str]](), retained is not None
+    rows, retained = (
+        [[printable(name), shown(value)] for name, value in found["perplexity"].items()],
+        found["retention"],
+    )
+    if ratio := found["ratio"]:
+        error = [] if ratio["standard_error"] is None else [f"± {shown(ratio['standard_error'])}"]
+        rows.append(["compressed / dense", shown(ratio["value"]), *error])
     keys = ["dense", "dense_stderr", "compressed", "compressed_stderr", "lost", "gained", "p_value"]
-    if tasks:
-        rows.append(["task", "metric", "items", "chance", *(keys if pair else ["score", "stderr"])])
-    for task, row in tasks.items():
+    keys = keys if retained else keys[:2]  # of one model alone each task is compared with itself
+    if found["tasks"]:
+        rows.append(["task", "metric", "items", "chance", *(keys if retained else ["score", "stderr"])])
+    for task, row in found["tasks"].items():
         for metric, figures in [(row["metric"], row), *row["others"].items()]:
-            cells = (shown(figures[key]) for key in ["chance", *(keys if pair else keys[:2])])
+            cells = (shown(figures[key]) for key in ["chance", *keys])
             rows.append([printable(task), printable(metric), str(row["items"]), *cells])
-    if tasks and retained is not None:
+    if retained:
         rows += [["retention", shown(retained["mean"])], ["retention above chance", shown(retained["above_chance"])]]
-    for name, metrics in measured.items():
+    for index, (name, metrics) in enumerate(found.get("evaluations", {}).items()):
         for metric, row in metrics.items():
             models = [key for key in row if key != "higher_is_better"]
-            if not any(cells[:2] == ["evaluation", "metric"] for cells in rows):
-                rows.append(["evaluation", "metric", *models])
+            rows += [["evaluation", "metric", *models]] if index == 0 and metric == next(iter(metrics)) else []
             rows.append([printable(name), printable(metric), *(shown(row[model]) for model in models)])
-    return ["\t".join(row) for row in rows + _probe_rows({name: Json(each) for name, each in probes.items()})]
+    return ["\t".join(row) for row in [*rows, *_probe_rows(Json(found.get("probes")))]]
 
 
-def _probe_rows(probes: Mapping[str, Json]) -> list[list[str]]:
+def _probe_rows(probes: Json) -> list[list[str]]:
     if not probes:
         return []
-    rows, each = [["", *map(printable, probes)]], list(probes.values())
+    rows, each = [["", *(printable(name) for name, _ in probes.entries())]], [one for _, one in probes.entries()]
     for name, key in (("hidden keys found", "keys"), ("values found in lists", "lists")):
         rows.append([name, *(hits_of(one[key]) for one in each)])
     for skill, _ in each[-1].capabilities.hits.entries():

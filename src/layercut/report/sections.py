@@ -17,11 +17,13 @@ from layercut.report.formatting import (
     change,
     command_line,
     count,
+    dash,
     duration,
     figure,
     finite,
     label,
     layer_names,
+    number,
     percent,
     plus_minus,
     printable,
@@ -100,10 +102,7 @@ def search(run: RunFacts) -> Section | None:
             f"{figure(other.probe_kl)} on probes; the choice has {figure(chosen.kl)} and {figure(chosen.probe_kl)}."
         )
     costs = ("folded", "healed", "longer")
-    rows = [
-        [layer_names(one.segments), *(figure(one[key]) if one[key] else "–" for key in costs)]
-        for one in found.shortlist
-    ]
+    rows = [[layer_names(one.segments), *(dash(one[key]) for key in costs)] for one in found.shortlist]
     heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
     tables = _table(heads, rows, strong=layer_names(found.segments))
     if found.gate:
@@ -179,7 +178,7 @@ def frontier(run: RunFacts) -> Section | None:
 def shares(run: RunFacts) -> Section | None:
     """What layers and bits take of a size."""
     rows = [[whole(p.layers), layer_names(p.segments), figure(p.mean_bits), size(p.bytes), figure(p.folded),
-             figure(p.rounded), figure(p.left) if p.left else "–"] for p in run.shares.points]  # fmt: skip
+             figure(p.rounded), dash(p.left)] for p in run.shares.points]  # fmt: skip
     heads = ["removed", "layers", "bits a weight", "size", "cost of the cut", "cost of the bits", "healed and rounded"]
     note = "The target size by removing layers or by fewer bits: estimated costs and those healed, nats per token."
     return (
@@ -210,9 +209,9 @@ def probe_table(probes: Iterable[ProbeShare]) -> list[Table]:
     rows = []
     for probe in probes:
         between = "–" if probe.interval is None else " to ".join(f"{100 * end:.0f}" for end in probe.interval) + "%"
-        shown = [percent(value) if value is not None else "–" for value in (probe.dense, probe.pruned)]
+        shown = [dash(value, percent) for value in (probe.dense, probe.pruned)]
         rows.append([probe.name, "–" if probe.items is None else str(probe.items), *shown, between,
-                     figure(probe.kl) if probe.kl else "–"])  # fmt: skip
+                     dash(probe.kl)])  # fmt: skip
     return _table(["probe", "n", "dense", "pruned", "95% interval", "KL, nats"], rows)
 
 
@@ -234,8 +233,8 @@ def task_tables(scored: Json) -> list[Table]:
     rows = []
     for task, main in main_tasks(scored):
         for metric, row in [(printable(main.metric), main), *main.others.entries()]:
-            flips = [whole(row.lost), whole(row.gained)] if row.lost or row.gained else ["–", "–"]
-            if row.dense or row.compressed:
+            if any(number(row[model]) is not None for model in BOTH):
+                flips = [dash(row.lost, whole), dash(row.gained, whole)]
                 both = (plus_minus(row[model], row[f"{model}_stderr"]) for model in BOTH)
                 name = task if row is main else ""
                 rows.append([name, metric, whole(main["items"]), *both, *flips, probability(row.p_value)])
@@ -248,7 +247,7 @@ def tasks(run: RunFacts) -> Section | None:
     """Task scores of both models."""
     tables, kept = task_tables(run.scored), run.scored.retention
     note = "± one standard error; lost and gained: items from right to wrong and back; p: McNemar's exact test."
-    if kept.above_chance:
+    if finite(kept.above_chance) is not None:
         note += f" Kept: {percent(kept.mean)} of the score, {percent(kept.above_chance)} of what is above chance."
     return Section("tasks", "Tasks", note, tables) if tables else None
 
@@ -277,9 +276,7 @@ def generation(run: RunFacts) -> Section | None:
     if not health:
         return None
     names = {"repeated_4grams": "4-grams that repeat", "distinct_1": "distinct words", "distinct_2": "distinct pairs"}
-    rows = [
-        [words, *(percent(health[model][key]) for model in BOTH)] for key, words in names.items() if health.dense[key]
-    ]
+    rows = [[words, *(dash(health[model][key], percent) for model in BOTH)] for key, words in names.items()]
     rows += [["dense model's loss on it, nats", *(figure(health[model].dense_loss) for model in BOTH)]]
     if health.replies:
         rows += [["tokens of a reply", figure(health.replies.dense), figure(health.replies.compressed)]]
@@ -340,7 +337,7 @@ def later(run: RunFacts) -> Section | None:
     for one in run.evaluations:
         if one.perplexity:
             text, ratio, error = one.text, one.ratio.value, finite(one.ratio.standard_error)
-            over = times(ratio) + (f" ± {error:.2g}" if error is not None else "") if ratio else "–"
+            over = dash(ratio, times) + (f" ± {error:.2g}" if error is not None else "")
             both = (figure(one.perplexity[model]) for model in BOTH)
             row = [source_name(text.source), whole(text.tokens), whole(text.window), *both, over, printable(one.date)]
             tables.append(row)

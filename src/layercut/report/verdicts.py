@@ -388,7 +388,8 @@ def _conclusion(run: RunFacts) -> tuple[str, str]:
     counted = {name: mark for name, mark in marks.items() if name != "Quality" and (name != "Size" or exported is None)}
     failed, weak = ([name for name, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
     text = f"The exported GGUF file ({size(exported)}) is usable" if exported else "Usable"
-    text += f" where {times(factor)} the dense model's perplexity is acceptable" if factor > 1 else ""
+    where = f"where {times(factor)} the dense model's perplexity is acceptable"
+    text += f" {where}" if factor > 1 else f", with {times(factor)} the dense model's perplexity"
     text += f"; failed: {', '.join(failed)}" if failed else ""
     text += f"; with caution: {', '.join(weak)}" if weak else ""
     if not main_tasks(run.scored):
