@@ -37,13 +37,13 @@ import layercut as lc
 from common import RESULTS, named
 from layercut.cli.demo import fetch_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, PlanConfig, SearchConfig
-from layercut.estimate import plan_run
 from layercut.evaluation.speed import peak_device_bytes, speed
 from layercut.files.json_values import write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.provenance import environment
+from layercut.plan import plan_run
 from layercut.quantization import quantize
 from tuning_speed import matrix_rate, operations
 

@@ -24,7 +24,7 @@ LEVELS = [
     {"export"},
     {"report"},
     {"pipeline"},
-    {"estimate"},
+    {"plan"},
     {"cli"},
 ]
 """From the lowest level up: a package imports from the levels below it, and from itself."""

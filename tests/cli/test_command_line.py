@@ -241,7 +241,7 @@ def test_the_resolved_config_holds_a_presets_values(tiny_model, texts, tmp_path,
 
 def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
     taken: list[Any] = []
-    monkeypatch.setattr("layercut.estimate.plan_run", lambda model, config: taken.append(config) or {})
+    monkeypatch.setattr("layercut.plan.plan_run", lambda model, config: taken.append(config) or {})
     assert main(["plan", "model", "--ratio=0.2", "--preset=fast", "--json"]) == 0, capsys.readouterr().err
     assert (taken[0].text.tokens, taken[0].heal.tune_tokens) == (8192, 32768)
 

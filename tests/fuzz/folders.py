@@ -35,9 +35,9 @@ import tiny
 from layercut.cli import single_stage
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
-from layercut.estimate import plan_run
 from layercut.models import config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
+from layercut.plan import plan_run
 
 SECONDS = 10.0
 """A case may take, on each way in."""

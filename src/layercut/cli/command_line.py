@@ -214,8 +214,8 @@ def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, pre
     """
     from rich.console import Console
 
-    from layercut.estimate import plan_run
-    from layercut.estimate.table import tables
+    from layercut.cli.plan import tables
+    from layercut.plan import plan_run
 
     config = config or PlanConfig()
     found = plan_run(model, config)

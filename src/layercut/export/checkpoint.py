@@ -28,11 +28,10 @@ from layercut.files.reading import read_json
 from layercut.files.sizes import size
 from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, layer_reader, memory
-from layercut.models.cost import PlannedRun, Spent, Work, total
 from layercut.models.loading import quiet_transformers
 from layercut.models.model_weights import as_stored, share
 from layercut.models.older_names import add_older_names_
-from layercut.models.placement import device_map_of, placed_over, weights_peak
+from layercut.models.placement import device_map_of, placed_over
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
 from layercut.quantization import Quantized
@@ -41,10 +40,6 @@ from layercut.surgery.checkpoint_cut import BESIDE, companions
 CHECKER = Path(__file__).with_name("reload_process.py")
 STEP = "step: "
 """How a line of a checker begins that says what it does next."""
-PROBE_TOKENS = 24
-"""Tokens that the fresh process generates: NEW_TOKENS of `reload_process.py`, which cannot be imported."""
-START_SECONDS = 8.0
-"""Until a new process has imported torch and transformers: a guess between warm and cold disks."""
 CHECK_TOKENS, CHECK_WINDOW = 4096, 256
 """Tokens of text, at most, that what was exported is measured on again."""
 
@@ -339,26 +334,6 @@ def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Ten
     return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()
 
 
-# --- what it costs, told beforehand ---
-
-
 def reload_bytes(parameters: int, itemsize: int) -> int:
     """What a fresh process holds that verifies a model: the weights as they are saved, and turned into float32."""
     return parameters * (itemsize + torch.float32.itemsize)
-
-
-def export_cost(run: PlannedRun) -> Spent:
-    """What an export costs beside this process; where the layers are on disk, their files are copied by range.
-
-    Written once, read once by the fresh process, which generates PROBE_TOKENS in float32 with the cache. Perplexity of
-    both, of which float32 counts as two of the model's format where that is narrower.
-    """
-    shape, after, layers = run.shape, run.after, len(run.after.layers)
-    size, wide = after.total * shape.itemsize, 4 * after.total
-    rows = (1 + max(1, 4 // shape.itemsize)) * shape.rows_of(min(CHECK_TOKENS, run.config.evaluate.eval_tokens))
-    work = Work.of(
-        shape, rows * layers, heads=rows, read_bytes=2 * size, moved_bytes=wide + 5 * size,
-        decoded_bytes=PROBE_TOKENS * wide, decoded_layers=PROBE_TOKENS * layers, fixed_seconds=START_SECONDS,
-    )  # fmt: skip
-    held = total(weights_peak(shape, True)) if run.on_disk else reload_bytes(after.total, shape.itemsize)
-    return Spent({"fresh process": held + run.libraries}, work)

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import Normal, add_split_, equations_flops, fold_systems
+from layercut.healing.least_squares import Normal, add_split_
 from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
-from layercut.models.cost import Bounds, PlannedRun, Spent, Work
 from layercut.models.losses import as_price
 from layercut.models.memory import slices
 from layercut.models.passes import carry_, enter_all, teacher_of
@@ -177,28 +176,3 @@ class _Rows:
             hidden = self.dense.on_device_of(position, hidden)
             out, caught = run_and_catch(layer, hidden, calls[position], [module])
             yield out, target.of(caught[module], out)
-
-
-# --- what it costs, told beforehand ---
-
-
-def fold_prices_cost(run: PlannedRun, cuts: Bounds, segments: int) -> Spent:
-    """What the dense states and so many prices cost, the places of their segments being unknown.
-
-    Of a cut of several segments the rows to fit run between the first and the last, a third of the layers on average;
-    the judged ones from the first on, which is taken to be a third from below.
-    """
-    shape, kept, wide = run.shape, run.shape.layers - run.length, fold_systems(run.shape)[-1]
-    fit = min(rows_to_fit(shape.window), run.searched)
-    judged = min(run.heldout, JUDGED_ROWS) + min(run.tests, JUDGED_ROWS)
-    between = 0 if segments == 1 else kept / 3
-    each = Bounds(fit * (between + segments) + judged * kept * 2 / 3, judged, (fit + judged) * kept)
-    forwards = Bounds(cuts.expected * each.expected, cuts.least * each.least, cuts.most * each.most)
-    equations = equations_flops(wide, shape.hidden, fit * shape.window, len(RIDGES))
-    work = Work.of(shape, forwards, heads=2 * judged * cuts.expected, flops64=cuts.expected * segments * equations)
-    dense = Work(flops=(fit + judged) * shape.layers * shape.mean("flops"))
-    peak = {
-        "dense states": min(2 * IN_MEMORY, (shape.layers + 1) * shape.stream(fit + judged)),
-        "normal equations": 4 * 8 * wide * (wide + shape.hidden),
-    }
-    return Spent(peak, dense + work)

@@ -36,10 +36,9 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
-from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
 from layercut.models.devices import place_of_float64
 from layercut.models.losses import as_price
-from layercut.models.passes import carry_, enter_all, kl_peak, mean_kl, shared_layers, shared_passes
+from layercut.models.passes import carry_, enter_all, mean_kl, shared_layers, shared_passes
 from layercut.models.runner import DecoderRunner, own_device, prepared
 from layercut.progress import bar
 from layercut.segments import Segment
@@ -435,49 +434,3 @@ def _gaps(
         out, caught = run_and_catch(layer, hidden, student.arguments(tokens[part])[position], modules)
         outputs = [target.of(caught[module], out) for module, target in zip(modules, targets, strict=True)]
         yield torch.cat(outputs, dim=-1), out, wanted
-
-
-# --- what it costs, told beforehand ---
-
-
-def fold_systems(shape: Shape) -> tuple[int, int]:
-    """Unknowns I of the two problems: both projections together, where that is not too wide, and the MLP's again."""
-    first, last = shape.read
-    return first + last if first + last <= WIDEST else first, last
-
-
-def equations_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float:
-    """Operations on normal equations in float64: the sums, by Z'Z and Z'Y, and their solutions with their errors."""
-    sums = 2 * tokens * unknowns * (unknowns + outputs)
-    return sums + solves * (unknowns**3 / 3 + 4 * unknowns**2 * outputs)
-
-
-def fold_cost(run: PlannedRun) -> Spent:
-    """What a fold of all cuts costs.
-
-    Of a cut the dense stream as far as its end, for each of its systems where that is not kept; for each system the
-    layer before the cut, and the normal equations, solved in float64 for half of the ridges; and the KL of the held-out
-    rows, twice. Held are the sums to fit and to check on, beside what solves them, or beside what a few rows add to
-    them; or the KL's part.
-    """
-    shape, d, rows, systems = run.shape, run.shape.hidden, run.folded, fold_systems(run.shape)
-    ends = 2 * shape.stream(rows)
-    times = 1 if ends <= KEPT_BYTES else len(systems)
-    forwards = rows * sum(times * segment.stop + len(systems) for segment in run.segments)
-    solves = len(RIDGES) // 2 if rows >= HELD_OUT else 1
-    solved = sum(equations_flops(i, d, rows * shape.window, solves) for i in systems)
-    judged = 2 * run.heldout * (2 * shape.layers - run.length)
-    work = Work.of(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
-    wide, few = max(systems), min(rows, run.budget.layer_rows(shape.window))
-    equations = 8 * wide * (wide + d)
-    # Z'Z with the ridge and its factors; the best X and another, what Z'Z makes of it, and their product with Z'Y
-    solving = 8 * wide * (2 * wide + 4 * d)
-    # z in the model's format, side by side and in float64, y in float32 and in float64
-    adding = few * shape.window * (wide * (2 * shape.itemsize + 8) + d * (4 * shape.itemsize + 12))
-    peak = {
-        "streams": 3 * shape.stream(rows if run.on_disk else few),
-        "both ends of the cut": min(KEPT_BYTES, ends),
-        "normal equations": 2 * equations,
-        "solving": max(solving, adding, few * shape.most("live")),
-    }
-    return Spent(max(peak, kl_peak(run), key=total), work)

@@ -23,7 +23,6 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import SearchResult, Shortlisted
 from layercut.layer_search.segment_sets import neighbours
 from layercut.layer_search.sweep import Cuts
-from layercut.models.cost import Bounds, PlannedRun, Work
 from layercut.segments import layers_of
 
 POOL, PROPOSED, MOST_MOVES = 6, 8, 6
@@ -117,21 +116,3 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
         if all(len(layers - other) >= min(len(layers), max(2, len(layers) // 3)) for _, other in found):
             found.append((cuts, layers))
     return [cuts for cuts, _ in found[:most]]
-
-
-# --- what it costs, told beforehand ---
-
-
-def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
-    """How many cuts are priced after a fold, and the work of proposing moves and of pricing the choice.
-
-    Two rounds of moves are expected, the second of which finds nothing better.
-    """
-    moves, kept = 4 * count * count, run.shape.layers - run.length
-    proposed, pool = min(PROPOSED, moves), POOL * run.kinds
-    cuts = Bounds(pool + 2 * proposed, 1, pool + 3 + MOST_MOVES * PROPOSED)
-    rows = min(run.searched, 2 * run.kinds)
-    round_of = Bounds(rows * (run.shape.layers + moves * kept / 2), 0, rows * (2 * count * 2 * run.shape.layers) * kept)
-    choice = Bounds(run.searched * kept, 0, run.searched * 2 * run.shape.layers)
-    forwards = Bounds(2 * round_of.expected, 0, MOST_MOVES * round_of.most) + choice
-    return cuts, Work.of(run.shape, forwards, heads=2 * rows * (moves + 1) + 2 * run.searched)

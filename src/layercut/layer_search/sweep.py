@@ -19,8 +19,7 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models.cost import PlannedRun, Spent, Work
-from layercut.models.losses import as_price, compared_bytes, next_token_loss
+from layercut.models.losses import as_price, next_token_loss
 from layercut.models.memory import slices
 from layercut.models.passes import passes_in_step, teacher_of
 from layercut.models.runner import Calls, DecoderRunner
@@ -130,16 +129,6 @@ def _add(totals: dict[Cuts, float], found: list[torch.Tensor], own: Cost, counts
 def all_segments(length: int, layers: int) -> list[Segment]:
     """The L - n + 1 segments of one length."""
     return [Segment(start, start + length) for start in range(layers - length + 1)]
-
-
-def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
-    """What it takes to price sets of segments on the rows that are searched on (`set_costs`)."""
-    shape, rows = run.shape, run.searched
-    batch = min(rows, run.budget.swept_rows(shape.window, shape.stream(1), len(sets)))
-    logits = compared_bytes(shape.chunk_logits(batch, run.budget), shape.itemsize)
-    held = streams_held(sets, shape.layers) * shape.stream(rows if run.on_disk else batch)
-    peak = {"streams": held, "logits or layer": max(logits, batch * shape.most("live"))}
-    return Spent(peak, Work.of(shape, set_work(sets, shape.layers, rows), heads=rows * len(sets)))
 
 
 def all_lengths(longest: int, layers: int) -> list[Segment]:

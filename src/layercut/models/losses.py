@@ -57,14 +57,6 @@ def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return p.neg_().scatter_add_(-1, drawn[..., None], torch.ones_like(drawn[..., None], dtype=p.dtype))
 
 
-def compared_bytes(logits: int, itemsize: int, kept: int = 1) -> int:
-    """Bytes that one KL takes: p, and what is made of the student's logits.
-
-    That is a float32 copy, which a float32 model does not need, and the exponentials that logsumexp makes of it.
-    """
-    return logits * (kept * itemsize + 4 * (3 if itemsize < 4 else 2))
-
-
 class _CrossEntropy(torch.autograd.Function):
     """-sum_v p_v log softmax(z)_v, in float32; the backward pass makes one tensor of the size of z, not three."""
 

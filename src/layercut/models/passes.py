@@ -14,9 +14,8 @@ from torch import nn
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.files.sizes import size
-from layercut.models.cost import Peak, PlannedRun
 from layercut.models.decoder_stack import find_decoder
-from layercut.models.losses import Teacher, as_price, compared_bytes
+from layercut.models.losses import Teacher, as_price
 from layercut.models.memory import available_bytes
 from layercut.models.runner import Calls, DecoderRunner
 
@@ -199,11 +198,3 @@ def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, 
             ]
             total += sum(torch.stack(found).tolist()) if counts else 0.0
     return as_price(processes.summed([total])[0] / tokens.numel())
-
-
-def kl_peak(run: PlannedRun) -> Peak:
-    """What `mean_kl` of the held-out rows holds: hidden states, and a chunk of both models' logits."""
-    shape, rows = run.shape, run.heldout
-    held = rows if run.on_disk else min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
-    logits = compared_bytes(shape.chunk_logits(rows, run.budget), shape.itemsize, kept=2)
-    return {"streams": 3 * shape.stream(held), "logits": logits}

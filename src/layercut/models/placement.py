@@ -23,7 +23,6 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError
 from layercut.files.sizes import size
 from layercut.models import checkpoints, loading
-from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.devices import accelerators, computing_dtype, pick_device, pick_dtype
 from layercut.models.layer_reader import open_on_disk, why_not_by_layer
@@ -220,57 +219,3 @@ def _outside(model: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
-
-
-# --- what it costs, told beforehand ---
-
-
-def weights_peak(shape: Shape, on_disk: bool) -> Peak:
-    """What of the dense model's weights is in memory in any stage."""
-    if not on_disk:
-        return {"weights": shape.dense.total * shape.itemsize}
-    two = 2 * max(shape.dense.layers) * shape.itemsize
-    return {"weights in memory": shape.outside * shape.itemsize, "two layers": two}
-
-
-def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, stored: int | None) -> Spent:
-    """What loading costs: the files are read, and copied once into memory.
-
-    Safetensors in the number format that is computed in are mapped, not read: the file's pages are the weights, and
-    come in when they are first used. In another format they are converted, tensor by tensor. Of a GGUF file every
-    tensor is dequantized to float32 before the first is rounded, which takes most of its time and is not counted. Of
-    layers on disk one of random weights is made to try the model's structure; of the rest, what was read is there
-    beside what it is converted to.
-    """
-    shape, size = run.shape, run.shape.dense.total * run.shape.itemsize
-    peak = {"weights, mapped": 0} if on_cpu and not stored else {"weights": size}
-    if run.on_disk:
-        rest = shape.outside * shape.itemsize
-        one = max(max(shape.dense.layers) * shape.itemsize, shape.outside * (stored or 0))
-        peak = {"weights in memory": rest, "one layer or as read": one}
-    elif on_cpu and gguf:
-        peak = {"weights in float32": 4 * gguf}
-    return Spent(peak, None if gguf else Work(read_bytes=files, moved_bytes=2 * size))
-
-
-def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
-    """A stage over layers that are placed over several devices (`models/placement.py`), of the fullest."""
-    layers, rest = [layer * shape.itemsize for layer in shape.dense.layers], shape.outside * shape.itemsize
-    places = place_layers(layers, rest, [sum(layers) + rest] * devices)
-    assert places is not None  # one device has room for all
-    return {**peak, "weights": max(_held(layers, rest, places, devices))}
-
-
-def spread_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
-    """A stage over weights spread over several devices (`distributed/sharding.py`). Computed, never measured.
-
-    Each has a part of the weights and of the trained layers' state. Gathered on top are two layers, one that runs and
-    one ahead of it, each in the buffer that the devices fill and in the weights made of it, or so what is no layer;
-    backwards, the whole gradient of a trained layer, in the model's format and in float32.
-    """
-    layer, parted = max(shape.dense.layers), ("weights", "trained state", "healed weights")
-    parts = {name: size // devices if name in parted else size for name, size in peak.items()}
-    parts["gathered"] = max(4 * layer, 2 * shape.outside) * shape.itemsize
-    if "trained state" in peak:
-        parts["gradient of a layer"] = layer * (shape.itemsize + 4)
-    return parts

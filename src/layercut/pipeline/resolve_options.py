@@ -1,7 +1,7 @@
 """What a run is asked to do, checked once and in one place, before anything is loaded or written.
 
 `resolve` turns a model's name and a configuration into a `ResolvedRun`; from there on nothing is checked again. Beside
-`journey.py`, which begins with it; `estimate/` and `compare.py` use its parts.
+`journey.py`, which begins with it; `plan/` and `compare.py` use its parts.
 """
 
 from __future__ import annotations

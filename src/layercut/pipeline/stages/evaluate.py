@@ -19,9 +19,7 @@ from layercut.evaluation import speed
 from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, found_of, probes_for, retrieval_grid
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
-from layercut.layer_search.sweep import DENSE, all_segments, set_work
 from layercut.models import decoder_stack, layer_reader
-from layercut.models.cost import PlannedRun, Work
 from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
@@ -220,16 +218,6 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     kept = ", ".join(f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%}" for name in told.hits)
     say("capabilities", f"answers given to generated tests: {kept}")
     return stage.artefact
-
-
-def capabilities_work(run: PlannedRun) -> Work:
-    """What the capability map and the probes that judge take: told beforehand, without the tokenizer."""
-    shape, kept = run.shape, len(run.after.layers)
-    rows = TESTS_OF_MAP + TEXT_OF_MAP
-    singles = [DENSE, *((segment,) for segment in all_segments(1, shape.layers))]
-    judged = TEST_ROWS + 2 * ROWS_OF_A_LENGTH * sum(lengths(LONGEST_PROBE)) / shape.window
-    forwards = set_work(singles, shape.layers, rows) + judged * (shape.layers + kept)
-    return Work.of(shape, forwards, heads=rows * len(singles))
 
 
 def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:

@@ -19,7 +19,7 @@ from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import tune_quantized
-from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
+from layercut.pipeline.stages.search import TEXT_ROWS_PER_TEST
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.registries import quantizers
@@ -112,9 +112,3 @@ def rows_to_round_on(work: RunContext, tests: ProbeRows | None) -> torch.Tensor:
     """The calibration rows, and those of the tests that hold any."""
     rows = work.blocks["calibration"]
     return torch.cat([rows, tests.asking()]) if tests else rows
-
-
-def planned_rounding_tests(config: CompressConfig) -> int:
-    """Rows of tests that a run will round on, as far as that is known without its tokenizer."""
-    wanted = capabilities_read(config, config.quantize) and config.text.window >= SHORTEST_TESTED
-    return rows_of_tests(config.text) if wanted else 0

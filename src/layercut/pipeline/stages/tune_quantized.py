@@ -18,7 +18,6 @@ from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.files.writing import remove_written
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
-from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile
 from layercut.models import memory, model_weights
@@ -112,7 +111,7 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
     total = sum(weight.numel() for weight in weights.values())
     if not total or sum(each.bits * weights[each.name].numel() for each in packed) > FEW_BITS * total:
         return False
-    needs = total * learned_weight_bytes(next(iter(weights.values())).itemsize)
+    needs = total * (16 + 6 * next(iter(weights.values())).itemsize)
     has = memory.whole_bytes(work.dense.device)
     if has is None or needs <= has:
         return True

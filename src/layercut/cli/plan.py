@@ -1,0 +1,67 @@
+"""What `layercut plan` prints: sizes, stages, where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from layercut.files.sizes import size
+
+ENDS = ("before", "after")
+
+
+def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
+    """What is printed, one after the other."""
+    layers, where = plan["layers"], ", ".join(f"{a}:{b}" for a, b in plan["segments"])
+    wider = f", computed in {plan['computed_in']}" if plan["computed_in"] != plan["dtype"] else ""
+    yield (
+        f"{plan['model']}: {layers['before']} -> {layers['after']} layers, {plan['dtype']}{wider}, {plan['device']}; "
+        + (f"segment {where} ({plan['segments_are']})" if where else plan["segments_are"])
+    )
+    sizes, parameters = Table("", *ENDS, title="Size", title_justify="left"), plan["parameters"]
+
+    def row(words: str, figure: Any) -> None:
+        sizes.add_row(words, *(str(figure(parameters[end])) for end in ENDS))
+
+    row("parameters", lambda parts: f"{parts['total']:,}")
+    row("  embedding", lambda parts: f"{parts['embedding']:,}")
+    row("  one layer", lambda p: " to ".join(f"{n:,}" for n in sorted({min(p["layers"]), max(p["layers"])})))
+    row("  head", lambda parts: "tied to the embedding" if parts["tied"] else f"{parts['head']:,}")
+    row("  other", lambda parts: f"{parts['other']:,}")
+    for name in plan["bytes"]["before"]:
+        words = {"saved": "saved", "asked": "  as asked"}.get(name, f"  in {name}")
+        sizes.add_row(words, *(size(plan["bytes"][end][name]) for end in ENDS))
+    row("cache, bytes a token", lambda parts: parts["kv_bytes_per_token"] or "?")
+    row("  layers by cache", lambda parts: ", ".join(f"{n} {kind}" for kind, n in parts["caches"].items()))
+    yield sizes
+
+    stages = Table("stage", "peak memory", "most of it", "operations", "time", title="Stages", title_justify="left")
+    for name, stage in plan["stages"].items():
+        flops = "?" if stage["flops"] is None else f"{stage['flops'] / 1e12:,.2f} T"
+        largest = max(stage["parts"], key=stage["parts"].get)
+        stages.add_row(name, size(stage["peak_bytes"]), largest, flops, duration(stage["seconds"]))
+    stages.add_row("all", "", "", "", duration(plan["seconds"]))
+    yield stages
+    if plan["search_is"]:
+        yield plan["search_is"]
+
+    fits = Table("where", "needs", "for", "fits", "with", title="Where it fits", title_justify="left")
+    for fit in plan["fits"]:
+        used = f" ({'each' if fit['devices_used'] > 1 else 'one is used'})" if fit["devices"] > 1 else ""
+        advice = fit["why"] or " ".join(fit["flags"]) or "these settings"
+        verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
+        fits.add_row(fit["target"] + used, size(fit["needs_bytes"]), fit["stage"], verdict, advice)
+    yield fits
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes, hours or days."""
+    if seconds is None:
+        return ""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,384 @@
+"""Memory and time of a run from its config alone: no weights are read and no text is drawn.
+
+    layercut plan MODEL --ratio 0.2
+
+One row of tokens is measured through every layer on shapes alone (`shape.py`), every stage follows from that
+(`costs.py`), this machine is measured for a few seconds, and where a run does not fit, flags are looked for that
+make it fit. What is not known is null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut import registries
+from layercut.config import CompressConfig, PlanConfig
+from layercut.data.probes import capability_names
+from layercut.errors import ConfigError, SurgeryError
+from layercut.files.sizes import parse_bytes
+from layercut.models import checkpoints, decoder_stack, devices, loading
+from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
+from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
+from layercut.pipeline.provenance import accelerator_name
+from layercut.pipeline.resolve_options import (
+    check_consumers,
+    check_streamed,
+    check_target,
+    check_window,
+    length_for_saved_size,
+    needing_memory,
+    score_of,
+    wanted_length,
+    with_windows,
+)
+from layercut.pipeline.stages.search import planned_search_tests
+from layercut.plan.costs import Planned, Stage, Work, stages, total
+from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
+from layercut.quantization import bit_choice
+from layercut.quantization.packing import saved_bytes
+from layercut.segments import Segment, checked_segments
+from layercut.surgery.cut_plan import plan_cut
+
+GB = 10**9
+RESERVED = 1 * GB
+"""Left alone on an accelerator: its runtime and what the allocator cannot use. A guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What this machine does in a second."""
+
+    flops: float
+    """Floating-point operations of a matrix product at the model's widths, in its number format."""
+    flops64: float
+    matvec: float
+    """Bytes of weights that go by when one token is multiplied with a matrix."""
+    launch: float
+    """Seconds of an operation on a tensor that is next to nothing."""
+    memory: float
+    """Bytes moved, read and written, by an elementwise operation."""
+    disk: float | None
+    """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
+
+    @classmethod
+    def measured(cls, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
+        """This machine's."""
+
+        def seconds(work: Callable[[], object]) -> float:
+            """Median of repeats within 0.4 s, the first left out."""
+            found, begun = list[float](), time.perf_counter()
+            while len(found) < 3 or (time.perf_counter() - begun < 0.4 and len(found) < 1000):
+                started = time.perf_counter()
+                work()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize()
+                found.append(time.perf_counter() - started)
+            return statistics.median(found[1:])
+
+        def product(rows: int, width: int, inner: int, kind: torch.dtype, place: torch.device) -> float:
+            a = torch.ones(rows, width, dtype=kind, device=place)
+            b = torch.ones(inner, width, dtype=kind, device=place)
+            return seconds(lambda: a @ b.T)
+
+        width, inner = min(shape.hidden, 8192), max(shape.read)
+        rows, square = min(8 * shape.window, 2048), min(width, 2048)
+        small, large = torch.ones(8, dtype=dtype, device=device), torch.ones(32 * 2**20, device=device)
+        return cls(
+            flops=2 * rows * width * inner / product(rows, width, inner, dtype, device),
+            flops64=2 * square**3 / product(square, square, square, torch.float64, devices.place_of_float64(device)),
+            matvec=width * inner * dtype.itemsize / product(1, width, inner, dtype, device),
+            launch=seconds(lambda: [small.add_(0) for _ in range(100)]) / 100,
+            memory=2 * large.nbytes / seconds(lambda: large.mul_(1.0)),
+            disk=_disk_rate(folder),
+        )
+
+    def seconds(self, shape: Shape, work: Work) -> float:
+        """What a stage's work takes. An operation inside a model costs three times one in a loop: a guess."""
+        computed = work.flops / self.flops + work.flops64 / self.flops64
+        decoded = work.decoded / self.matvec + 3 * work.steps * shape.mean("kernels") * self.launch
+        return computed + decoded + work.moved / self.memory + work.read / (self.disk or self.memory) + work.fixed
+
+
+def _disk_rate(folder: Path, size: int = 64 * 2**20) -> float | None:
+    """Bytes a second of reading a file that was just written and then dropped from the cache."""
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
+            file.write(os.urandom(2**20) * (size // 2**20))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begun = time.perf_counter()
+            with open(file.name, "rb", buffering=0) as again:
+                while again.read(2**22):
+                    pass
+            return size / (time.perf_counter() - begun)
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A machine to run on; the weights are spread over its devices where one cannot hold them."""
+
+    name: str
+    bytes: int
+    """Memory of one device."""
+    devices: int = 1
+    accelerator: bool = True
+
+    @property
+    def room(self) -> int:
+        """Bytes of it that a run may take."""
+        return self.bytes - RESERVED * self.accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """A model whose runs are planned, in any place; a shape is measured once for each window and dtype."""
+
+    checkpoint: checkpoints.Checkpoint
+    stock: Any
+    """The model's config."""
+    dtypes: dict[bool, torch.dtype]
+    """Computed in on the CPU (True), and on an accelerator (False), where it is the stored one."""
+    segments: list[Segment]
+    after: Parts
+    base: int
+    """Bytes of Python and its libraries."""
+    shapes: dict[tuple[int, torch.dtype], Shape]
+
+    def shape(self, window: int, on_cpu: bool) -> Shape:
+        """The model's shape for rows of so many tokens, in the number format of that place."""
+        key = window, self.dtypes[on_cpu]
+        if key not in self.shapes:
+            self.shapes[key] = measure_shape(self.stock, key[1], window)
+        return self.shapes[key]
+
+    def costs(self, config: CompressConfig, on_cpu: bool, room: int) -> dict[str, Stage]:
+        """Every stage in a place with so much memory for weights and what they compute."""
+        window, base = config.text.window, self.base * on_cpu
+        shape, on_disk = self.shape(window, on_cpu), config.load.stream == "on"
+        if config.load.max_memory is not None:
+            room = min(room, parse_bytes("--max-memory", config.load.max_memory))
+        weights = shape.dense.total * shape.itemsize
+        held = shape.outside * shape.itemsize if on_disk else weights
+        budget = Budget.of_accelerator(max(0, room - held - base))
+        if on_cpu:
+            budget = Budget.of_cpu() if config.load.max_memory is None else Budget.of_cpu().least(budget)
+        found = stages(
+            Planned(
+                config=config, shape=shape, tuned=self.shape(config.heal.tune_window or window, on_cpu),
+                reported=self.shape(config.evaluate.eval_window or window, on_cpu), segments=self.segments,
+                after=self.after, tests=planned_search_tests(config), budget=budget, libraries=base,
+                shortlisted=not on_disk and score_of(config, heals=True) == "healed",
+            )
+        )  # fmt: skip
+        gguf, folder = self.checkpoint.gguf, self.checkpoint.folder
+        files = [self.checkpoint.file] if gguf else checkpoints.weight_files(folder)
+        read = sum(file.stat().st_size for file in files if file.is_file()) or weights
+        # safetensors in the format that is computed in are mapped; a GGUF file is made float32 first
+        mapped = on_cpu and not gguf and self.dtypes[True] == self.dtypes[False] and not on_disk
+        peak = {"weights": 0 if mapped else held * (4 // shape.itemsize if gguf and on_cpu else 1)}
+        found = {"load": Stage(peak, Work(read=read, moved=2 * weights)), **found}
+        beside = {"python and libraries": base} if on_cpu else {}
+        return {name: Stage(beside | stage.peak, stage.work) for name, stage in found.items()}
+
+    def judged(self, place: Place, config: CompressConfig) -> dict[str, Any]:
+        """Whether every stage fits a place, and if not, the flags that make it fit; None where none do."""
+        on_cpu = not place.accelerator
+        shape = self.shape(config.text.window, on_cpu)
+        weights, layer = shape.dense.total * shape.itemsize, max(shape.dense.layers) * shape.itemsize
+        spread = weights > place.room and place.devices > 1 and config.load.stream != "on"
+
+        def needs(asked: CompressConfig) -> dict[str, int]:
+            room = place.room + (weights - weights // place.devices) * spread
+            peaks = {name: stage.peak for name, stage in self.costs(asked, on_cpu, room).items()}
+            if not spread:
+                return {name: total(peak) for name, peak in peaks.items()}
+            # each device has a part of the weights and of what is trained, and gathers two layers, one that runs and
+            # one ahead of it, twice; backwards a trained layer's gradient. Computed, never measured
+            parted, found = ("weights", "trained state", "healed weights"), dict[str, int]()
+            for name in peaks.keys() - {"load", "export"}:
+                parts = {key: size // place.devices if key in parted else size for key, size in peaks[name].items()}
+                gathered = max(4 * layer, 2 * shape.outside * shape.itemsize)
+                found[name] = total(parts) + gathered + 2 * layer * ("trained state" in parts)
+            return found
+
+        stages_need = needs(config)
+        worst = max(stages_need, key=lambda name: stages_need[name])
+        fits, why = stages_need[worst] <= place.room, None
+        flags: list[str] | None = []
+        if not fits and spread and weights // place.devices > place.room:
+            flags, why = None, "the weights alone are larger than all devices"
+        elif not fits:
+            saving = (f for f, less in savings(config, spread) if max(needs(less).values()) <= place.room)
+            flags = next(saving, None)
+            why = None if flags else "no setting makes it fit"
+        return {
+            "target": place.name, "bytes_per_device": place.bytes, "devices": place.devices,
+            "devices_used": place.devices if spread else 1, "needs_bytes": stages_need[worst], "stage": worst,
+            "fits": fits, "flags": flags, "why": why,
+        }  # fmt: skip
+
+
+def places() -> Iterator[Place]:
+    """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB."""
+    memory = memory_bytes()
+    yield Place(name="this machine's CPU", bytes=memory, accelerator=False)
+    if kind := torch.accelerator.current_accelerator(check_available=True):
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            memory = torch.accelerator.get_memory_info(kind)[1]
+        count = torch.accelerator.device_count()
+        name = f"this machine's {f'{count} x ' if count > 1 else ''}{accelerator_name()}"
+        yield Place(name=name, bytes=memory, devices=count)
+    yield Place(name="one 24 GB GPU", bytes=24 * GB)
+    yield Place(name="8 x 80 GB GPUs", bytes=80 * GB, devices=8)
+
+
+def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], CompressConfig]]:
+    """Settings that need less and less: first what costs nothing but time, then layers on disk, then shorter rows."""
+    window, text, heal, load = config.text.window, config.text, config.heal, config.load
+    from_disk = not spread and load.stream != "on" and not needing_memory(config)
+    for stream in (False, True) if from_disk else (False,):
+        flags, less = [], config
+        if stream:
+            flags, less = ["--stream on"], replace(config, load=replace(load, stream="on"))
+            yield flags, less
+        if (heal.tune_window or window) > window:
+            flags, less = [*flags, f"--tune-window {window}"], replace(less, heal=replace(heal, tune_window=window))
+            yield flags, less
+        if heal.batch_tokens > 1:
+            flags = [*flags, "--batch-tokens 1"]
+            less = replace(less, heal=replace(less.heal, batch_tokens=1))
+            yield flags, less
+    kept = [flag for flag in flags if not flag.startswith("--tune-window")]
+    while window > 64:
+        window //= 2
+        shorter = replace(less, text=replace(text, window=window), heal=replace(less.heal, tune_window=window))
+        yield [*kept, f"--tune-window {window}", f"--window {window}"], shorter
+
+
+def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
+    """Everything `layercut compress` with the same flags will take; what a run would refuse is refused."""
+    asked = config.journey()
+    asked.check()
+    checkpoint = checkpoints.resolve(model, weights=False)
+    if checkpoint.gguf:
+        check_output(asked, checkpoint)  # else it is about --out, which a plan has not
+    stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+    device, layers = devices.pick_device(config.load.device), decoder_stack.count_layers(stock)
+    stored = devices.pick_dtype(config.load.dtype, stock, checkpoint)
+    check_window("--window", asked.text.window, stock)
+    capability_names(asked.search.preserve)
+    given = checked_segments(asked.search.segments, layers)
+    check_consumers(asked, stock, given, wanted_length(asked.search, layers), gguf=keeps_gguf(asked, checkpoint))
+    check_names(asked, checkpoint, stock)
+    if asked.load.stream == "on":
+        check_streamed(asked, spread=False)
+    asked = with_windows(asked, stock)
+    if asked.quantize.bits == "auto":
+        check_target(asked, checkpoint, stock)
+
+    whole = loading.skeleton(stock, stored)
+    segments, after = pruned_parts(stock, stored, given, _length(asked, checkpoint, whole, stored))
+    dtypes = {True: devices.computing_dtype(config.load.dtype, stored, torch.device("cpu")), False: stored}
+    before, length, on_cpu = count_parts(whole), sum(map(len, segments)), device.type == "cpu"
+    planner = Planner(
+        checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=resident_bytes(),
+        shapes={},
+    )  # fmt: skip
+    shape = planner.shape(asked.text.window, on_cpu)
+    rates = Rates.measured(shape, dtypes[on_cpu], device, checkpoint.folder) if config.calibrate else None
+    told = {}
+    for name, stage in planner.costs(asked, on_cpu, available_bytes(device)).items():
+        work = stage.work
+        told[name] = {
+            "peak_bytes": total(stage.peak), "parts": stage.peak, "flops": work and work.flops + work.flops64,
+            "layer_forwards": work and work.forwards, "layer_backwards": work and work.backwards,
+            "seconds": rates.seconds(shape, work) if rates and work else None,
+        }  # fmt: skip
+    ends = {"before": before, "after": after}
+    saved = {end: sizes(parts, stored) for end, parts in ends.items()}
+    if asked.quantize.rounds and asked.quantize.bits != "auto":
+        packed = saved_bytes(whole, asked.quantize, stored)
+        saved["before"]["asked"] = packed.total
+        saved["after"]["asked"] = packed.total - sum(sum(packed.layers[s.start : s.stop]) for s in segments)
+    assumed = "assumed: the search decides; the middle of the stack is taken here" if length else "no layer is removed"
+    if asked.shares_size:
+        assumed = f"how many layers go is chosen by the run; planned without any search: {length}"
+    left = [before.total - sum(before.layers[s : s + length]) for s in range(layers - length + 1)]
+    unknown = not given and asked.search.method not in registries.criteria.own
+    return {
+        "model": model,
+        "device": str(device),
+        "dtype": str(stored).removeprefix("torch."),
+        "computed_in": str(dtypes[on_cpu]).removeprefix("torch."),
+        "layers": {end: len(parts.layers) for end, parts in ends.items()},
+        "segments": [[s.start, s.stop] for s in segments],
+        "segments_are": "given" if given else assumed,
+        "search_is": f"What the criterion {asked.search.method!r} takes is not known." if unknown else None,
+        "parameters": {end: asdict(parts) | {"total": parts.total} for end, parts in ends.items()},
+        "parameters_after_range": None if given else {"least": min(left), "most": max(left)},
+        "bytes": saved,
+        "base_bytes": planner.base,
+        "machine": asdict(rates) if rates else None,
+        "stages": told,
+        "seconds": sum(stage["seconds"] or 0 for stage in told.values()) if rates else None,
+        "fits": [planner.judged(place, asked) for place in places()],
+    }
+
+
+def _length(config: CompressConfig, checkpoint: checkpoints.Checkpoint, whole: Any, stored: torch.dtype) -> int:
+    """How many layers a run would remove, as far as that can be told without the weights."""
+    search, layers = config.search, len(decoder_stack.find_decoder(whole).layers)
+    if search.segments:
+        return sum(map(len, checked_segments(search.segments, layers)))
+    if (length := wanted_length(search, layers)) is not None:
+        return length
+    if not search.target_bytes:
+        raise ConfigError(
+            "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
+        )
+    if keeps_gguf(config, checkpoint):
+        return length_for_target(config, checkpoint, search.target_bytes)
+    if config.shares_size:  # the run decides; the fewest are planned
+        return bit_choice.numbers_left_open(whole, config.quantize, search.target_bytes)[0]
+    return length_for_saved_size(config, whole, stored)
+
+
+def pruned_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
+    """The pruned model, counted on the class's own skeleton; of no given segments the most central that may go."""
+    model = loading.skeleton(config, dtype)
+    if not length:
+        return [], count_parts(model)
+    layers = len(decoder_stack.find_decoder(model).layers)
+    middle = (layers - length) // 2
+    starts = sorted(range(layers - length + 1), key=lambda s: (abs(s - middle), s))[:12]
+    refused: SurgeryError | None = None
+    for segments in [given] if given else [[Segment(start, start + length)] for start in starts]:
+        try:
+            cut = plan_cut(model.config, type(model), segments)
+            return segments, count_parts(loading.skeleton(cut.config, dtype))
+        except SurgeryError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def sizes(parts: Parts, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes as saved, and with the layers' matrices in 8 and 4 bits, of which 128 share a scale of 16."""
+    rest = (parts.total - parts.matrices) * dtype.itemsize
+    packed = {f"{bits} bits": rest + round(parts.matrices * (bits + 16 / 128) / 8) for bits in (8, 4)}
+    return {"saved": parts.total * dtype.itemsize, **packed}

@@ -1,0 +1,396 @@
+"""What every stage holds at its peak and computes: one model of memory and work.
+
+Memory is the weights, hidden states of some rows (streams), what a layer has alive or keeps for the way back, logits,
+and the state of what is trained. Work is layers that rows of tokens go through, logits, and what is solved in float64.
+Where a run depends on what it finds, memory is taken on the safe side and work as is usual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from layercut.config import CompressConfig
+from layercut.models.memory import Budget
+from layercut.plan.shape import Parts, Shape
+from layercut.segments import Segment, kept_layers
+
+Peak = dict[str, int]
+"""Bytes that are held at once, by what takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage computes; a layer that one row of tokens goes through counts one, as in `layer_search.Cost`."""
+
+    forwards: float = 0
+    backwards: float = 0
+    flops: float = 0
+    """In the model's number format."""
+    flops64: float = 0
+    read: float = 0
+    """Bytes from and to the disk."""
+    moved: float = 0
+    """Bytes copied through memory, where that and not arithmetic takes the time."""
+    decoded: float = 0
+    """Bytes of weights that tokens read which are generated one by one."""
+    steps: float = 0
+    """Layers called for them."""
+    fixed: float = 0
+    """Seconds on any machine, roughly."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __mul__(self, times: float) -> Work:
+        return Work(**{f.name: getattr(self, f.name) * times for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage holds, and computes; None where that is not known."""
+
+    peak: Peak
+    work: Work | None
+
+    def then(self, other: Stage) -> Stage:
+        """One after the other."""
+        work = None if self.work is None or other.work is None else self.work + other.work
+        return Stage(max(self.peak, other.peak, key=total), work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run in some place: what is asked, how large the model is there, and what one pass may take."""
+
+    config: CompressConfig
+    shape: Shape
+    """For rows of the calibration window."""
+    tuned: Shape
+    """For rows of the window that is tuned on."""
+    reported: Shape
+    """For rows of the window that perplexity is reported on."""
+    segments: list[Segment]
+    after: Parts
+    """The pruned model."""
+    tests: int
+    """Rows of probes that are searched on beside the text; as many are rounded on."""
+    shortlisted: bool
+    """Whether candidates are healed for a while before one is chosen."""
+    budget: Budget
+    libraries: int
+    """Bytes of Python and its libraries where a stage computes on the CPU."""
+
+    @property
+    def length(self) -> int:
+        """n, layers that go."""
+        return sum(map(len, self.segments))
+
+    @property
+    def text(self) -> int:
+        """Rows of calibration text."""
+        return self.shape.rows_of(self.config.text.tokens)
+
+    @property
+    def heldout(self) -> int:
+        """Rows that judge healing."""
+        return self.shape.rows_of(max(1024, self.config.heal.tune_tokens // 32))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether layers are left there, so that all rows go through each together."""
+        return self.config.load.stream == "on"
+
+    @property
+    def kept(self) -> list[int]:
+        """Layers of the pruned model, by their number in the dense one."""
+        return kept_layers(self.segments, self.shape.layers)
+
+    @property
+    def endpoints(self) -> list[int]:
+        """Positions, in the pruned model, of the layers that are tuned."""
+        gone, found = 0, set[int]()
+        for segment in self.segments:
+            place = segment.start - gone
+            found |= {*range(place - self.config.heal.radius, place + self.config.heal.radius)}
+            gone += len(segment)
+        return sorted(found & {*range(self.shape.layers - gone)})
+
+    @property
+    def healed_bytes(self) -> int:
+        """Of the weights that healing changes, the largest layers taken."""
+        heal, shape = self.config.heal, self.shape
+        tuned = sum(sorted(shape.dense.layers)[-len(self.endpoints) :]) if heal.tune_tokens and self.segments else 0
+        return (tuned + (heal.fold and bool(self.segments)) * shape.hidden * sum(shape.read)) * shape.itemsize
+
+    def chunk(self, shape: Shape, rows: int) -> int:
+        """Numbers in a chunk of so many rows' logits."""
+        return min(rows, self.budget.logit_rows(shape.window, shape.vocabulary)) * shape.window * shape.vocabulary
+
+
+def total(peak: Peak) -> int:
+    """Bytes of a peak."""
+    return sum(peak.values())
+
+
+def passes(shape: Shape, there: float, back: float = 0, *, heads: float, trained: float = 0, **more: Any) -> Work:
+    """Rows through layers and head; `trained` layers compute a gradient of their weights too."""
+    logits = heads * shape.window * shape.vocabulary
+    flops = (there + back + trained) * shape.mean("flops") + 2 * logits * shape.hidden
+    # 28 bytes are moved for each number of compared logits, by the passes that a divergence makes: a guess
+    return Work(forwards=there, backwards=back, flops=flops, moved=more.pop("moved", 0) + 28 * logits, **more)
+
+
+def weights(shape: Shape, on_disk: bool) -> Peak:
+    """What of the dense model's weights is in memory in any stage."""
+    if on_disk:
+        two = 2 * max(shape.dense.layers) * shape.itemsize
+        return {"weights in memory": shape.outside * shape.itemsize, "two layers": two}
+    return {"weights": shape.dense.total * shape.itemsize}
+
+
+def stages(run: Planned) -> dict[str, Stage]:
+    """What every stage but loading costs, the weights in its peak, in the run's order."""
+    config, found = run.config, dict[str, Stage]()
+    if config.shares_size:  # how many cuts are compared is not known
+        found["shares"] = Stage(max(fold(run).peak, quantize(run).peak, key=total), None)
+    if run.segments:
+        found["search"] = search(run).then(shortlist(run)) if run.shortlisted else search(run)
+        if config.heal.fold:
+            found["fold"] = fold(run)
+        if config.heal.tune_tokens:
+            found["tune"] = chats(run).then(tune(run))
+    if config.quantize.rounds:
+        found["quantize"] = quantize(run)
+    found |= {"eval": evaluate(run), "export": export(run)}
+    held = weights(run.shape, run.on_disk)
+    return {name: Stage(held | stage.peak, stage.work) for name, stage in found.items()}
+
+
+def search(run: Planned) -> Stage:
+    """The search by a criterion; what one of another package computes is unknown."""
+    asked, shape, layers, n, text = run.config.search, run.shape, run.shape.layers, run.length, run.text
+    kept, rows = layers - n, text + run.tests
+
+    def swept(sets: int) -> Peak:
+        """So many cuts in one sweep: a hidden state for each, and a chunk of logits or one layer's activations."""
+        batch = min(rows, run.budget.swept_rows(shape.window, shape.stream(1), sets))
+        logits = run.chunk(shape, batch) * (shape.itemsize + (12 if shape.itemsize < 4 else 8))
+        streams = (sets + 2) * shape.stream(rows if run.on_disk else batch)
+        return {"streams": streams, "logits or layer": max(logits, batch * shape.most("live"))}
+
+    def halved(sets: float, begin: int) -> Work:
+        """Successive halving; half of the kept layers are behind a segment, on average."""
+        work, seen, until = Work(), 0, min(rows, begin)
+        while seen < rows:
+            work += passes(shape, (until - seen) * (layers + sets * kept / 2), heads=(until - seen) * (sets + 1))
+            seen, until, sets = until, min(rows, 2 * until), max(2, sets / 2)
+        return work
+
+    if asked.segments:
+        return Stage(swept(2), passes(shape, rows * (layers + kept), heads=2 * rows))
+    some, picked = max(2, rows // 8), passes(shape, text * (layers + kept / 2), heads=2 * text)
+    fisher = passes(shape, some * (2 * layers - 1), some * (layers - 1), heads=2 * some)
+    fisher += halved(16 if run.tests else 10, max(4, rows // 4))
+    singly = text * (layers * (layers + 1) / 2 - 1)  # layers that rows enter for the model without each layer in turn
+    works = {
+        "exhaustive": passes(shape, rows * (layers + kept * (kept + 1) / 2), heads=rows * (kept + 2)),
+        "race": halved(kept + 1, 4),
+        **dict.fromkeys(("auto", "fisher"), fisher),
+        "perplexity": picked + passes(shape, singly, heads=text * layers),
+        "sleb": picked + passes(shape, text * n * kept * (layers + 2) / 2, heads=text * n * layers),
+        "taylor": picked + passes(shape, 2 * text * layers, text * layers, trained=text * layers, heads=2 * text),
+        **dict.fromkeys(("block-influence", "angular", "cosine"), picked + passes(shape, text * layers, heads=0)),
+        **dict.fromkeys(("random", "reverse-order"), picked),
+    }
+    work, peak = works.get(asked.method), swept(kept + 2)
+    number = asked.num_segments if asked.num_segments != "auto" else 2 if run.tests and n > 1 else 1
+    if work is not None and number > 1:
+        # another segment takes about twice the work of one, by counts on tiny models; of every set it is not known
+        work = None if asked.method == "exhaustive" else work * (2 * number - 1)
+    if asked.method in ("auto", "fisher"):
+        logits = shape.window * shape.vocabulary * (2 * shape.itemsize + 8)
+        step = {"streams": 2 * layers * shape.stream(1), "kept for backward": shape.most("saved"), "logits": logits}
+        peak = max(step, peak, key=total)
+    return Stage(peak, work)
+
+
+def shortlist(run: Planned) -> Stage:
+    """Some 30 candidates after a quick fold, nine of them after a short healing, three after a longer one."""
+    shape, wide = run.shape, widest(run.shape)
+    fit, judged = min(max(1, 10240 // shape.window), run.text), min(run.heldout, 8) + min(run.tests, 8)
+    solved = solved_flops(wide, shape.hidden, fit * shape.window, 6)
+    each = passes(shape, (fit + judged) * shape.layers / 2, heads=2 * judged, flops64=solved)
+    states = min(2**31, (shape.layers + 1) * shape.stream(fit + judged))
+    rows = run.heldout + 32 * (run.tests > 0)
+    once, trained = fold(run), tune(run)
+    held = {"dense states": states + shape.stream(rows) + run.tuned.stream(16 * (run.tests > 0))}
+    peak = held | max(once.peak, trained.peak, {"normal equations": 32 * wide * (wide + shape.hidden)}, key=total)
+    work = ((once.work or Work()) + passes(shape, rows * shape.layers, heads=2 * rows)) * 12
+    return Stage(peak, each * 30 + work + (trained.work or Work()) * (9 / 16 + 3 / 4))
+
+
+def widest(shape: Shape) -> int:
+    """Unknowns of the larger of the fold's two problems: both projections together, where that is not too wide."""
+    return sum(shape.read) if sum(shape.read) <= 16384 else max(shape.read)
+
+
+def solved_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float:
+    """Operations on normal equations in float64: the sums Z'Z and Z'Y, and their solutions with their errors."""
+    sums = 2 * tokens * unknowns * (unknowns + outputs)
+    return sums + solves * (unknowns**3 / 3 + 4 * unknowns**2 * outputs)
+
+
+def fold(run: Planned) -> Stage:
+    """Of each cut the dense stream to its end, sums in float64 to fit and to check on, KL before and after."""
+    shape, d, itemsize = run.shape, run.shape.hidden, run.shape.itemsize
+    rows = max(
+        run.text, min(shape.rows_of(run.config.text.tokens + run.config.heal.tune_tokens), 65536 // shape.window)
+    )
+    wide, few = widest(shape), min(rows, run.budget.layer_rows(shape.window))
+    forwards = rows * sum(segment.stop + 2 for segment in run.segments)
+    solved = sum(solved_flops(i, d, rows * shape.window, 3) for i in (wide, shape.read[1]))
+    judged = 2 * run.heldout * (2 * shape.layers - run.length)
+    work = passes(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
+    adding = few * shape.window * (wide * (2 * itemsize + 8) + d * (4 * itemsize + 12))
+    peak = {
+        "streams": 3 * shape.stream(rows if run.on_disk else few),
+        "both ends of the cut": min(2**30, 2 * shape.stream(rows)),
+        "normal equations": 16 * wide * (wide + d),
+        "solving": max(8 * wide * (2 * wide + 4 * d), adding, few * shape.most("live")),
+    }
+    chunk = run.chunk(shape, run.heldout)
+    streams = run.heldout if run.on_disk else -(-chunk // (shape.window * shape.vocabulary))
+    kl = {"streams": 3 * shape.stream(streams), "logits": chunk * (2 * itemsize + (12 if itemsize < 4 else 8))}
+    return Stage(max(peak, kl, key=total), work)
+
+
+def chats(run: Planned) -> Stage:
+    """Writing the chats that are tuned on, 32 rows at a time, by the token; none where layers are on disk."""
+    shape, heal, steps, rows, peak = run.shape, run.config.heal, 0, 0.0, {"cache": 0, "next tokens": 0}
+    uses = ((run.tuned.window, heal.tune_tokens), (shape.window, run.heldout * shape.window))
+    for window, tokens in () if run.on_disk else uses:
+        length = min(window, 256)
+        count = math.ceil(heal.chat_share * tokens / length)
+        steps, rows, at_once = steps + -(-count // 32) * length, rows + count * length / shape.window, min(count, 32)
+        peak["cache"] = max(peak["cache"], at_once * length * (shape.dense.kv_bytes_per_token or 0))
+        # of each token of the vocabulary 12 bytes: logits, their copy and what they become
+        peak["next tokens"] = max(peak["next tokens"], at_once * shape.vocabulary * 12)
+    decoded = {"decoded": steps * shape.dense.total * shape.itemsize, "steps": steps * shape.layers}
+    return Stage(peak, passes(shape, rows * shape.layers, heads=rows, **decoded))
+
+
+def tune(run: Planned, *, rounded: bool = False) -> Stage:
+    """Training: the teacher forwards, the student from the first trained layer on there and back.
+
+    Of the endpoint layers; rounded: of the scales and norms of every layer, and of the rounding where that is asked.
+    """
+    shape, held, kept, heal = run.tuned, run.shape, run.kept, run.config.heal
+    layers = len(kept)
+    positions = [*range(layers)] if rounded else run.endpoints
+    first, teacher = min(positions), layers if rounded else held.layers
+    rows, scored = shape.rows_of(heal.tune_tokens), 9 * run.heldout  # eight times during training
+    work = passes(
+        shape, rows * (layers - first + teacher), rows * (layers - first), trained=rows * len(positions), heads=3 * rows
+    ) + passes(held, run.heldout * teacher + scored * (layers - first), heads=2 * scored)
+    step = min(max(1, heal.batch_tokens // shape.window), rows)
+    together = min(step, max(1, run.budget.pass_tokens // shape.window))
+    # both models' logits of a piece, their gradient and one copy
+    logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
+    saved = {
+        i: shape.costs[kept[i]].saved_trained if i in positions else shape.costs[kept[i]].saved for i in range(layers)
+    }
+    learned, peak = sum(shape.dense.layers[kept[i]] for i in positions), Peak()
+    if rounded:
+        group, whole = run.config.quantize.group_size or 128, run.config.after_rounding.tune_quantized == "rounding"
+        learned = run.after.matrices // group + run.after.matrices * whole
+        # and their gradients, and the codes where these stay
+        peak["decoded weights"] = run.after.matrices * (2 * shape.itemsize + (not whole))
+    # of a trained number its master, gradient and AdamW's moments in float32, itself, its gradient and its best value
+    peak["trained state"] = learned * (16 + 3 * shape.itemsize)
+    if run.on_disk:
+        peak["inputs of a step"] = (layers - first + 2) * shape.stream(step)
+        peak["logits or layer"] = max(logits, together * shape.most("saved_trained"))
+    else:
+        peak |= {"kept for backward": together * sum(saved[i] for i in range(first, layers)), "logits": logits}
+    return Stage(peak | {"held-out states": (2 + run.on_disk) * held.stream(run.heldout)}, work)
+
+
+def quantize(run: Planned) -> Stage:
+    """Rounding: Hessians of what matrices read, solved in float64; below 8 bits, what tokens count and scales too."""
+    shape, asked, layers, matrices = run.shape, run.config.quantize, len(run.after.layers), run.after.matrices
+    rows, calibrated = run.text + run.tests, asked.quantizer != "rtn"
+    bits = 4 if asked.bits == "auto" else asked.bits
+    small = calibrated and asked.small
+    # a weight is read or written ten times in float32 for each range that is tried: a guess
+    tried = 40 * (8 if small else 4 if bits <= 4 else 1)
+    peak, work = {"rounded weights": matrices * (shape.itemsize + 1)}, Work(moved=matrices * tried)
+    if calibrated:
+        inputs = (shape.hidden, shape.hidden, *shape.read)
+        read = [*inputs, *[shape.hidden] * 3 * small]
+        # of a weight 2 O I^2 each: its errors at the output, and products of its size with the Hessian
+        errors, products = (19, 21) if small else (5, 1)
+        each, mean = sum(width**2 for width in read), sum(inputs) / 4
+        solved = 2 * errors * matrices * mean + 3 * layers * sum(width**3 for width in read)
+        gathered = 2 * layers * rows * shape.window * each + 2 * products * matrices * mean
+        work += passes(shape, 2 * rows * layers, heads=0, flops64=solved) + Work(flops=gathered)
+        peak |= {"streams": 2 * shape.stream(rows), "Hessians": 32 * sum(width**2 for width in inputs)}
+        if small:
+            peak["Hessians"] += 24 * shape.hidden**2
+            peak["scales fitted"] = 2 * min(2**28, 4 * max(inputs) ** 3 // (asked.group_size or 32) ** 2)
+        if asked.small_head:
+            work += passes(shape, rows * layers, heads=0, flops64=38 * shape.vocabulary * shape.hidden**2)
+            peak["logits"] = shape.itemsize * run.chunk(shape, rows)
+            peak["errors"] = 40 * min(2048, shape.vocabulary) * shape.hidden
+    found = Stage(peak, work)
+    for is_asked, some in ((small, rows), (asked.bits == "auto", min(rows, max(1, 2048 // shape.window)))):
+        if is_asked:  # what each token counts, and what each matrix costs at each width
+            together = min(some, max(1, run.budget.pass_tokens // shape.window))
+            kept, logits = together * round(layers * shape.mean("saved")), 12 * run.chunk(shape, together)
+            back = passes(shape, some * layers, some * layers, heads=2 * some)
+            found = found.then(Stage({"kept for backward": kept, "logits": logits}, back))
+    tuned = run.config.after_rounding.tune_quantized
+    trains = run.config.heal.tune_tokens and (bits < 8 if tuned == "auto" else tuned != "none")
+    return found.then(tune(run, rounded=True)) if trains else found
+
+
+def evaluate(run: Planned) -> Stage:
+    """Perplexity of every state, what the dense and the last model write, their speed, and the probes that judge."""
+    shape, kept, config, layers = run.reported, len(run.after.layers), run.config, run.reported.layers
+    rows = shape.rows_of(config.evaluate.eval_tokens)
+    states = 1 + config.heal.fold + bool(config.heal.tune_tokens) + config.quantize.rounds
+    written = 8 * 96 / shape.window
+    forwards = rows * (layers + states * kept) + 2 * written * layers
+    dense_steps = cut_steps = 5 * 64 + 64
+    if config.evaluate.speed:  # six rounds of a prompt of 512 tokens and 24 more, the dense model twice
+        forwards += 6 * 512 / shape.window * (2 * layers + kept)
+        dense_steps, cut_steps = dense_steps + 288, cut_steps + 144
+    decoded = (dense_steps * shape.dense.total + cut_steps * run.after.total) * shape.itemsize
+    work = passes(
+        shape, forwards, heads=rows * (1 + states) + 2 * written, decoded=decoded,
+        steps=dense_steps * layers + cut_steps * kept,
+    )  # fmt: skip
+    if config.search.preserve != "none":  # the map of single layers on twelve rows, and rows of probes of four lengths
+        entered = 12 * layers * (layers + 1) / 2 + (16 + 8 * 1920 / run.shape.window) * (layers + kept)
+        work += passes(run.shape, entered, heads=12 * (layers + 1))
+    together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
+    # where one row's logits are too many, those of a part of it
+    some = min(together * shape.window, 4 * run.budget.logit_tokens(shape.vocabulary) // shape.itemsize)
+    most = max(2 * some * shape.vocabulary * shape.itemsize, together * shape.most("live"))
+    streams = 2 * shape.stream(rows) * run.on_disk
+    return Stage({"streams": streams, "logits or layer": most, "healed weights": run.healed_bytes}, work)
+
+
+def export(run: Planned) -> Stage:
+    """Writing the checkpoint, and the fresh process that reads it in float32, generates and measures it again.
+
+    Where memory is short, or layers are on disk, that process leaves them there.
+    """
+    shape, after, layers = run.shape, run.after, len(run.after.layers)
+    size, wide = after.total * shape.itemsize, 4 * after.total
+    rows = (1 + max(1, 4 // shape.itemsize)) * shape.rows_of(min(4096, run.config.evaluate.eval_tokens))
+    more = {"read": 2 * size, "moved": wide + 5 * size, "decoded": 24 * wide, "steps": 24 * layers, "fixed": 8}
+    work = passes(shape, rows * layers, heads=rows, **more)
+    fresh = min(total(weights(shape, True)), size + wide) + run.libraries
+    return Stage({"fresh process": fresh, "healed weights": (1 + run.on_disk) * run.healed_bytes}, work)
