@@ -17,7 +17,7 @@ from layercut.errors import ConfigError
 from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
 from layercut.models.decoder_stack import count_layers
-from layercut.models.older_names import READ_BY_4, period_of, unsaid
+from layercut.models.older_names import period_of, unsaid
 from layercut.progress import warn
 from layercut.quantization.assignment import WHOLE_BYTES
 from layercut.segments import Segment, kept_layers
@@ -236,7 +236,7 @@ def _reading(
             those = ", ".join(map(str, narrow))
             widest = f"widths that are multiples of {engine.columns}, not {those}"
             notes.append(f"on NVIDIA its Marlin kernels take {widest}")
-    if engine.title == "transformers" and (text.model_type not in READ_BY_4 or unsaid(text.to_dict())):
+    if engine.title == "transformers" and unsaid(text.to_dict()):
         notes.append("from 5.0 on, not by 4.57")
     if engine.reads == ("gguf",):  # a period of llama.cpp's that an array in the file takes the place of
         name = ARCHITECTURES.get(text.model_type, "")

@@ -18,25 +18,6 @@ from typing import Any
 from layercut.files.reading import read_json
 from layercut.files.writing import write_atomically
 
-READ_BY_4 = frozenset({
-    "apertus", "arcee", "aria", "aria_text", "aya_vision", "bamba", "biogpt", "bitnet", "blip-2", "bloom",
-    "blt", "chameleon", "codegen", "cohere", "cohere2", "cohere2_vision", "cpmant", "ctrl", "dbrx",
-    "deepseek_v2", "deepseek_v3", "deepseek_vl", "deepseek_vl_hybrid", "diffllama", "doge", "dots1", "emu3",
-    "ernie4_5", "ernie4_5_moe", "evolla", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo",
-    "florence2", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "git", "glm",
-    "glm4", "glm4_moe", "glm4v", "glm4v_moe", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
-    "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared",
-    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "idefics", "idefics2", "idefics3", "internvl", "jamba",
-    "janus", "jetmoe", "kosmos-2", "kosmos-2.5", "lfm2", "lfm2_vl", "llama", "llama4", "llama4_text", "llava",
-    "llava_next", "llava_next_video", "llava_onevision", "longcat_flash", "mamba", "mamba2", "minimax",
-    "ministral", "mistral", "mistral3", "mixtral", "mllama", "modernbert-decoder", "moshi", "mpt", "nemotron",
-    "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "ovis2", "paligemma", "perception_lm", "persimmon",
-    "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_moe",
-    "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe",
-    "qwen3_vl_moe_text", "qwen3_vl_text", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "smolvlm",
-    "stablelm", "starcoder2", "vaultgemma", "vipllava", "xglm", "xlstm", "zamba", "zamba2",
-})  # fmt: skip
-"""Model types of language models, and of text parts, that transformers 4.57.6 knows."""
 NEW_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 """Tokenizer classes of no model in particular, by their names in transformers 5, and those in 4; 5 reads both."""
 TEXT_PARTS = ("text", "llm", "language", "decoder", "thinker")
@@ -80,16 +61,11 @@ def unsaid(config: dict[str, Any]) -> list[str]:
 
 def add_older_names_(folder: Path) -> None:
     """Write them into the config.json and the tokenizer_config.json of a checkpoint folder."""
-    _rewrite_(folder / "config.json", with_older_names)
-    if (folder / "tokenizer_config.json").is_file():
-        _rewrite_(folder / "tokenizer_config.json", older_tokenizer)
-
-
-def _rewrite_(file: Path, change: Any) -> None:
-    content = read_json(file)
-    if isinstance(content, dict) and (changed := change(content)) != content:
-        with write_atomically(file) as partial:
-            partial.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, change in (("config.json", with_older_names), ("tokenizer_config.json", older_tokenizer)):
+        content = read_json(folder / name) if (folder / name).is_file() else None
+        if isinstance(content, dict) and (changed := change(content)) != content:
+            with write_atomically(folder / name) as partial:
+                partial.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
@@ -150,16 +126,14 @@ def _candidates(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
         theta, share, scaling = _in_three(rope)
         yield {"rope_theta": theta} | share | scaling
         yield {"rotary_emb_base": theta, "rotary_pct": rope.get("partial_rotary_factor", 1.0)} | scaling  # GPT-NeoX
-        return
-    whole, local = rope.get("full_attention"), rope.get("sliding_attention")
-    if not whole or not local:
-        return
-    theta, share, scaling = _in_three(whole)
-    if local.get("rope_theta") == theta:
-        yield {"rope_theta": theta} | share | scaling  # OLMo 3
-    if "rope_theta" in local:
-        yield {"rope_theta": theta, "rope_local_base_freq": local["rope_theta"]} | share | scaling  # Gemma 3
-        yield {"global_rope_theta": theta, "local_rope_theta": local["rope_theta"]} | share | scaling  # ModernBERT
+    elif (whole := rope.get("full_attention")) and (local := rope.get("sliding_attention")):
+        theta, share, scaling = _in_three(whole)
+        base = local.get("rope_theta")
+        if base == theta:
+            yield {"rope_theta": theta} | share | scaling  # OLMo 3
+        if base is not None:
+            yield {"rope_theta": theta, "rope_local_base_freq": base} | share | scaling  # Gemma 3
+            yield {"global_rope_theta": theta, "local_rope_theta": base} | share | scaling  # ModernBERT
 
 
 def _in_three(rope: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -171,23 +145,24 @@ def _in_three(rope: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]
     if kind == "longrope":
         rest.pop("original_max_position_embeddings", None)  # stands beside it
     part = rope.get("partial_rotary_factor", 1.0)
-    share = {"partial_rotary_factor": part} if part != 1.0 else {}
     scaled = kind != "default" or rest.keys() - {"rope_type", "type"}
-    return rope.get("rope_theta"), share, {"rope_scaling": rest} if scaled else {}
+    return (
+        rope.get("rope_theta"),
+        {"partial_rotary_factor": part} if part != 1.0 else {},
+        {"rope_scaling": rest} if scaled else {},
+    )
 
 
 def _rope_read(cls: Any, config: dict[str, Any]) -> Any:
-    """What a config class makes of the rotary positions in a config.json; None: it refuses it."""
+    """What a class makes of the rotary positions in a config.json, without what repeats or is the default."""
     try:
         found = cls.from_dict(copy.deepcopy(config)).rope_parameters
     except Exception:  # classes refuse values by many kinds of errors
         return None
     if not isinstance(found, dict):
         return found
-    kinds = {key: value for key, value in found.items() if isinstance(value, dict)} or {"": found}
-    return {kind: _told(part) for kind, part in kinds.items()}
-
-
-def _told(rope: dict[str, Any]) -> dict[str, Any]:
-    """Without what repeats `rope_type`, and a share that is the default."""
-    return {k: v for k, v in rope.items() if k != "type" and not (k == "partial_rotary_factor" and v == 1.0)}
+    parts = {key: value for key, value in found.items() if isinstance(value, dict)} or {"": found}
+    usual = {"partial_rotary_factor": 1.0}
+    return {
+        part: {k: v for k, v in rope.items() if k != "type" and usual.get(k) != v} for part, rope in parts.items()
+    }
