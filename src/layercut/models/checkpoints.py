@@ -207,7 +207,6 @@ def _download(name: str, *, allow_pickle: bool, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHT_PATTERNS, *OTHER_PATTERNS, CARD, *(PICKLE_PATTERNS if allow_pickle else [])]
     with _fetching(name):
         answers = _hub_answers(name)
         if not answers and weights:
@@ -219,11 +218,11 @@ def _download(name: str, *, allow_pickle: bool, weights: bool) -> Path:
         except EntryNotFoundError:
             if not (there := _gguf_files(name)):
                 raise
-            raise ModelError(
-                f"{name!r} holds GGUF files and no config.json: {_listed(there)}", f"give one: {name}:{there[0]}"
-            ) from None
+            words = f"{name!r} holds GGUF files and no config.json: {_listed(there)}"
+            raise ModelError(words, f"give one: {name}:{there[0]}") from None
         if not weights:
             return config.parent
+        patterns = [*WEIGHT_PATTERNS, *OTHER_PATTERNS, CARD, *(PICKLE_PATTERNS if allow_pickle else [])]
         left_out = ["original/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
 
@@ -234,34 +233,25 @@ def _fetching(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     local = "give a local folder or .gguf file"
-    words = {
-        errors.GatedRepoError: (
-            f"{name!r} is gated: its owner must grant you access first",
-            f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`",
-        ),
-        errors.RepositoryNotFoundError: (
-            f"no model {name!r} on the Hub, and no such folder here",
-            "check the spelling; for a private model run `hf auth login` first",
-        ),
-        errors.HFValidationError: (
-            f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)", f"give {ALLOWED}",
-        ),
-        errors.LocalEntryNotFoundError: (
-            f"{name!r} is not on this machine and the Hub cannot be reached", f"check the network, or {local}",
-        ),
-    }  # fmt: skip
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # the last: a missing config.json, a proxy's refusal, a broken download
-        for kind, (message, hint) in words.items():
-            if isinstance(error, kind):
-                raise ModelError(message, hint) from None
-        raise ModelError(
-            f"{name!r} could not be fetched from the Hub: {first_line(error)}",
-            f"check the name and the network, or {local}",
-        ) from error
+    except errors.GatedRepoError:
+        hint = f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`"
+        raise ModelError(f"{name!r} is gated: its owner must grant you access first", hint) from None
+    except errors.RepositoryNotFoundError:
+        hint = "check the spelling; for a private model run `hf auth login` first"
+        raise ModelError(f"no model {name!r} on the Hub, and no such folder here", hint) from None
+    except errors.HFValidationError:
+        words = f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)"
+        raise ModelError(words, f"give {ALLOWED}") from None
+    except errors.LocalEntryNotFoundError:
+        words = f"{name!r} is not on this machine and the Hub cannot be reached"
+        raise ModelError(words, f"check the network, or {local}") from None
+    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
+        words = f"{name!r} could not be fetched from the Hub: {first_line(error)}"
+        raise ModelError(words, f"check the name and the network, or {local}") from error
 
 
 def _hub_answers(name: str) -> bool:

@@ -74,15 +74,10 @@ COUNTED = {
 SCALED_BY_COUNT = {"minicpm3": "scales its residuals by the number of layers"}
 
 
-@dataclass(frozen=True)
-class Default:
-    """A number that llama.cpp computes from the number of layers where the file does not give it."""
-
-    key: str
-    value: Callable[[int], float]
-
-
-DEFAULTS = {"minicpm": [Default("residual_scale", lambda layers: 1.4 / math.sqrt(layers))]}
+DEFAULTS: dict[str, dict[str, Callable[[int], float]]] = {
+    "minicpm": {"residual_scale": lambda layers: 1.4 / math.sqrt(layers)},
+}
+"""Numbers that llama.cpp computes from the number of layers where the file does not give them."""
 
 UNIFORM = frozenset({
     "llama", "llama-embed", "deci", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl",
@@ -138,23 +133,21 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
 
 
 def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
-    """Periods by which llama.cpp distinguishes layers, where no array overrides them."""
-    found = []
+    """Periods by which llama.cpp distinguishes layers, where no array overrides them, and in words."""
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
+    found: list[tuple[int, str]] = []
     if _is_number(pattern) and pattern > 1:
-        found.append((pattern, f"llama.cpp treats every {ordinal(pattern)} layer differently (sliding_window_pattern)"))
+        found.append((pattern, f" ({PATTERN.rpartition('.')[2]})"))
     elif (
         rule
         and not (rule.window_only and "attention.sliding_window" not in facts)
         and not (rule.array and isinstance(pattern, list))
     ):
-        found.append((rule.every, f"llama.cpp treats every {ordinal(rule.every)} layer of {architecture} differently"))
-    for key in PERIOD_KEYS:
-        if _is_number(period := facts.get(key)) and period > 1:
-            found.append((period, f"llama.cpp treats every {ordinal(period)} layer differently ({key})"))
+        found.append((rule.every, f" of {architecture}"))
+    found += [(every, f" ({key})") for key in PERIOD_KEYS if _is_number(every := facts.get(key)) and every > 1]
     if architecture in INTERVAL_OF_4 and "full_attention_interval" not in facts:
-        found.append((4, f"llama.cpp treats every 4th layer of {architecture} differently"))
-    return found
+        found.append((4, f" of {architecture}"))
+    return [(every, f"llama.cpp treats every {ordinal(every)} layer differently{of}") for every, of in found]
 
 
 def off_period(period: int, kept: Sequence[int]) -> list[int]:

@@ -32,6 +32,7 @@ SLACK = 2**26
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
 )  # fmt: skip
+COPY_TOKENIZER = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
 SAMPLE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
@@ -62,10 +63,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
                 f"{checkpoint.folder.name} brings its own modelling code, which layercut does not run",
                 "pass --trust-remote-code if you have read that code and trust it",
             )
-    with _said(
-        f"the config of {checkpoint.name} cannot be read",
-        "check that this version of transformers knows the architecture: pip install -U transformers",
-    ):
+    hint = "check that this version of transformers knows the architecture: pip install -U transformers"
+    with _said(f"the config of {checkpoint.name} cannot be read", hint):
         if checkpoint.gguf:
             config = gguf_config.read_config(checkpoint.file)
         else:
@@ -83,15 +82,11 @@ def _said(what: str, hint: str) -> Iterator[None]:
         raise
     except ImportError as error:
         if "flash" in str(error).lower():
-            raise ModelError(
-                f"the config asks for an attention implementation that is missing here: {first_line(error)}",
-                "take attn_implementation out of config.json: transformers then chooses one",
-            ) from None
+            words = f"the config asks for an attention implementation that is missing here: {first_line(error)}"
+            raise ModelError(words, "take attn_implementation out of config.json: transformers then chooses") from None
         extra = "quantize" if "compressed" in str(error) else "gguf"
-        raise ModelError(
-            f"reading this model needs a package that is missing: {first_line(error)}",
-            f'pip install "layercut[{extra}]"',
-        ) from None
+        words = f"reading this model needs a package that is missing: {first_line(error)}"
+        raise ModelError(words, f'pip install "layercut[{extra}]"') from None
     except Exception as error:
         raise ModelError(f"{what}: {first_line(error)}", hint) from error
 
@@ -100,28 +95,23 @@ def _check_causal(config: Any, name: str, trust_remote_code: bool) -> None:
     """Accept only decoder-only language models, and vision-language models whose text part is one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models",
-            "give a causal language model such as Llama, Qwen or Gemma",
-        )
+    why, hint = "", "give a causal language model such as Llama, Qwen or Gemma"
     classes = set()
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         found = mapping.get(type(config), ())
         classes |= {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not (classes or remote):
-        raise ModelError(
-            f"{name} is not a causal language model (model type {config.model_type!r})",
-            "give a causal language model such as Llama, Qwen or Gemma",
-        )
     heads = getattr(config, "architectures", None) or []
     usual = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if heads and not any(h.endswith(usual) or h in classes for h in heads):
-        raise ModelError(
-            f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
-            "give the checkpoint with the language-modelling head",
-        )
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models"
+    elif not (classes or remote):
+        why = f"is not a causal language model (model type {config.model_type!r})"
+    elif heads and not any(h.endswith(usual) or h in classes for h in heads):
+        why = f"is a checkpoint of {', '.join(heads)}, which is not a causal language model"
+        hint = "give the checkpoint with the language-modelling head"
+    if why:
+        raise ModelError(f"{name} {why}", hint)
 
 
 def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -317,31 +307,27 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
 def _tokenizer_in(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        try:
+    try:
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
             )
             tokenizer(SAMPLE)
-            return tokenizer
-        except BaseException as error:
-            # the library in Rust ends in a kind of its own that is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ModelError(
-                f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
-                "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
-            ) from error
+        return tokenizer
+    except BaseException as error:
+        # the library in Rust ends in a kind of its own that is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}", COPY_TOKENIZER
+        ) from error
 
 
 def _check_tokenizer_files(folder: Path) -> None:
     """Refuse a folder without a tokenizer, or whose tokenizer files are of a kind or size that none has."""
     there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not any(file.is_file() for file in there):
-        raise ModelError(
-            f"{folder} holds no tokenizer",
-            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
-        )
+        raise ModelError(f"{folder} holds no tokenizer", COPY_TOKENIZER)
     for file in there:
         with open_regular(file) as opened:
             size = os.fstat(opened.fileno()).st_size

@@ -41,11 +41,15 @@ CGROUP = Path("/sys/fs/cgroup")
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated: an accelerator's, or the machine's without swapping.
 
-    The machine's within a container's limit: of several processes on it each has an even part, within the limits that
-    the process has by itself (`ulimit -v`, `ulimit -d`).
+    An accelerator's with what torch keeps for reuse. The machine's within a container's limit: of several processes on
+    it each has an even part, within the limits that the process has by itself (`ulimit -v`, `ulimit -d`).
     """
-    if device.type != "cpu" and (free := accelerator_bytes(device)) is not None:
-        return free
+    most = most_bytes()
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):  # some backends do not count
+            used, kept = torch.accelerator.memory_allocated(device), torch.accelerator.memory_reserved(device)
+            free = torch.accelerator.get_memory_info(device)[0] + kept - used
+            return max(0, free if most is None else min(free, most - used))
     info = psutil.virtual_memory(), psutil.Process().memory_info()
     free = info[0].available
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -56,17 +60,7 @@ def available_bytes(device: torch.device) -> int:
     for limit, taken in ((resource.RLIMIT_AS, info[1].vms), (resource.RLIMIT_DATA, getattr(info[1], "data", 0))):
         if (allowed := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
             free = min(free, max(0, allowed - taken))
-    return free if (most := most_bytes()) is None else min(free, max(0, most - resident_bytes()))
-
-
-def accelerator_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated on an accelerator, what torch keeps for reuse counted as free."""
-    try:
-        used, kept = torch.accelerator.memory_allocated(device), torch.accelerator.memory_reserved(device)
-        free = torch.accelerator.get_memory_info(device)[0] + kept - used
-    except (RuntimeError, NotImplementedError, AttributeError):  # some backends do not count
-        return None
-    return max(0, free if (most := most_bytes()) is None else min(free, most - used))
+    return free if most is None else min(free, max(0, most - resident_bytes()))
 
 
 def resident_bytes() -> int:
@@ -104,7 +98,7 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
     """From now on let glibc keep up to so many freed bytes for later allocations.
 
     For work whose steps allocate and free the same again and again: otherwise it returns pages and has each zeroed
-    again, which took 5 % of tuning on a CPU (docs/log.md). `release_freed` still returns all.
+    again, which took 5 % of tuning on a CPU. `release_freed` still returns all.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are
@@ -151,7 +145,7 @@ class Budget:
 
     @classmethod
     def of_cpu(cls, threads: int | None = None) -> Budget:
-        """That of a CPU, by what its caches and the C library's allocator bear, measured (docs/log.md)."""
+        """That of a CPU, by what its caches and the C library's allocator bear, as measured."""
         return cls(
             logits=CHUNK_BYTES, piece=PIECE_BYTES, inner=2**19 * (threads or torch.get_num_threads()),
             streams=512 * 2**20, kept=0, rows=SWEPT_ROWS, swept_tokens=sys.maxsize, tokens=2048,
@@ -164,22 +158,16 @@ class Budget:
 
         A token in a layer is reckoned with 1 MiB: in Llama 3 8B it takes 0.1 MiB. 8,192 tokens fill any of them.
         """
-        share = _power_of_two(free)  # between free / 2 and free
+        share = 1 << (max(1, free).bit_length() - 1)  # a power of two, between free / 2 and free
         tokens = min(8192, max(256, share // 2**20))
         return cls(
             logits=share // 16, piece=share // 32, inner=share // 64, streams=share // 4, kept=share // 4,
             rows=tokens, swept_tokens=tokens, tokens=tokens, pass_tokens=min(PASS_TOKENS, tokens),
         )  # fmt: skip
 
-    def divided(self, by: int, most_rows: int = sys.maxsize) -> Budget:
-        """A smaller one."""
-        return replace(
-            self, **{name: max(1, value // by) for name, value in vars(self).items()} | {"most_rows": most_rows}
-        )
-
     def least(self, other: Budget) -> Budget:
         """The smaller of both, figure by figure."""
-        return replace(self, **{name: min(value, getattr(other, name)) for name, value in vars(self).items()})
+        return Budget(**{name: min(value, getattr(other, name)) for name, value in vars(self).items()})
 
     def logit_rows(self, window: int, vocabulary: int) -> int:
         """Rows whose logits are had at once in float32."""
@@ -216,11 +204,6 @@ class Budget:
         """Rows in one forward and backward pass."""
         tokens = max(self.pass_tokens, min(self.tokens, self.kept // max(1, kept_bytes)))
         return max(1, min(self.most_rows, tokens // window))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest that is not above a number; 1 for what is below it."""
-    return 1 << (max(1, number).bit_length() - 1)
 
 
 def kept_bytes(weights: Sequence[torch.Size], itemsize: int) -> int:
@@ -296,11 +279,14 @@ def budget(device: torch.device, free: int | None = None) -> Budget:
     limits = _limits.get() or _Limits()
     if device.type != "cpu":
         found = Budget.of_accelerator(available_bytes(device) if free is None else free)
+    elif limits.most is not None:
+        found = Budget.of_cpu().least(Budget.of_accelerator(available_bytes(device)))
     else:
         found = Budget.of_cpu()
-        if limits.most is not None:
-            found = found.least(Budget.of_accelerator(available_bytes(device)))
-    return found.divided(2**limits.halvings, limits.most_rows) if limits.halvings else found
+    if not limits.halvings:
+        return found
+    smaller = {name: max(1, value // 2**limits.halvings) for name, value in vars(found).items()}
+    return replace(found, **smaller | {"most_rows": limits.most_rows})
 
 
 def ran_out(error: BaseException) -> bool:

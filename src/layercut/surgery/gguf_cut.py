@@ -126,9 +126,8 @@ def _pattern_can_say(name: str, facts: dict[str, Any]) -> bool:
 
 def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> dict[str, Any]:
     """Metadata that the cut file needs where llama.cpp would derive something else from it."""
-    changes: dict[str, Any] = {
-        default.key: default.value(layers) for default in rules.DEFAULTS.get(name, ()) if default.key not in facts
-    }
+    defaults = rules.DEFAULTS.get(name, {}).items()
+    changes: dict[str, Any] = {key: value(layers) for key, value in defaults if key not in facts}
     full = rules.full_layers(name, facts, layers)
     if full and _pattern_can_say(name, facts) and not isinstance(facts.get(rules.PATTERN), list):
         left = [full[i] for i in kept]
