@@ -137,17 +137,18 @@ def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     found: list[tuple[int, str]] = []
     if _is_number(pattern) and pattern > 1:
-        found.append((pattern, f" ({PATTERN.rpartition('.')[2]})"))
+        found.append((pattern, " differently (sliding_window_pattern)"))
     elif (
         rule
         and not (rule.window_only and "attention.sliding_window" not in facts)
         and not (rule.array and isinstance(pattern, list))
     ):
-        found.append((rule.every, f" of {architecture}"))
-    found += [(every, f" ({key})") for key in PERIOD_KEYS if _is_number(every := facts.get(key)) and every > 1]
+        found.append((rule.every, f" of {architecture} differently"))
+    given = [(facts.get(key), f" differently ({key})") for key in PERIOD_KEYS]
+    found += [(every, how) for every, how in given if _is_number(every) and every > 1]
     if architecture in INTERVAL_OF_4 and "full_attention_interval" not in facts:
-        found.append((4, f" of {architecture}"))
-    return [(every, f"llama.cpp treats every {ordinal(every)} layer differently{of}") for every, of in found]
+        found.append((4, f" of {architecture} differently"))
+    return [(every, f"llama.cpp treats every {ordinal(every)} layer{how}") for every, how in found]
 
 
 def off_period(period: int, kept: Sequence[int]) -> list[int]:

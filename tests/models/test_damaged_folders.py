@@ -23,7 +23,6 @@ from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError, shown
 from layercut.export import checkpoint
 from layercut.files import reading
-from layercut.healing.endpoint_tuning import SCORES, is_scored
 from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
@@ -191,11 +190,6 @@ def test_of_two_layouts_all_take_the_one_that_transformers_takes(folder, tmp_pat
         load_file(tmp_path / "cut" / "model.safetensors")[name],
     ]
     assert all(torch.equal(weight, weights[name]) for weight in found)
-
-
-def test_an_index_of_pickles_that_were_not_fetched_does_not_matter(folder):
-    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
-    checkpoints.check_folder(folder)
 
 
 def test_an_adapter_is_refused(folder):
@@ -372,10 +366,3 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
 
 
 # --- small figures ------------------------------------------------------------------------------------------
-
-
-def test_the_held_out_loss_is_taken_eight_times():
-    for steps in range(1, 200):
-        scored = [step for step in range(1, steps + 1) if is_scored(step, steps)]
-        assert len(scored) == min(SCORES, steps)
-        assert scored[-1] == steps

@@ -229,14 +229,14 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeyp
 
 
 def short_layers(most):
-    """`DecoderRunner._computed` on a device that has no memory for more rows; it notes those of each call."""
-    computed, tried = DecoderRunner._computed, []
+    """`DecoderRunner.plain_layer` on a device that has no memory for more rows; it notes those of each call."""
+    computed, tried = DecoderRunner.plain_layer, []
 
-    def checked(self, functions, i, hidden, calls):
+    def checked(self, i, hidden, calls):
         tried.append(len(hidden))
         if len(hidden) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return computed(self, functions, i, hidden, calls)
+        return computed(self, i, hidden, calls)
 
     return checked, tried
 
@@ -265,7 +265,7 @@ def test_calibration_goes_on_in_halves(monkeypatch, caplog):
     model, tokens = tiny.llama(3), tiny.some_tokens(7)
     plain = quantize(model, tokens, bits=8)
     checked, tried = short_layers(2)
-    monkeypatch.setattr(DecoderRunner, "_computed", checked)
+    monkeypatch.setattr(DecoderRunner, "plain_layer", checked)
     monkeypatch.setattr(DecoderRunner, "_check", lambda self: None)
     found = quantize(model, tokens, bits=8)
     assert tried[:4] == [7, 4, 2, 2], "in halves"
@@ -281,7 +281,7 @@ def test_held_out_rows_are_scored_in_halves_too(monkeypatch):
     plain = tune_(cut_copy(model), model, tokens[:-5], **asked)
     student, whole = DecoderRunner(cut_copy(model)), DecoderRunner(model)
     checked, tried = short_layers(2)
-    monkeypatch.setattr(DecoderRunner, "_computed", checked)
+    monkeypatch.setattr(DecoderRunner, "plain_layer", checked)
     found = tune_(student, whole, tokens[:-5], **asked)
     assert [p["loss"] for p in found.heldout] == pytest.approx([p["loss"] for p in plain.heldout], rel=1e-4)
     assert tried[:3] == [5, 3, 2]
@@ -300,14 +300,6 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
     monkeypatch.setattr(sweep, "sweep", lambda *_: (_ for _ in ()).throw(RuntimeError("size mismatch")))
     with memory_limit(), pytest.raises(RuntimeError, match="size mismatch"):
         segment_costs(stack, tiny.some_tokens(2), all_segments(2, 8), Cost())
-
-
-def test_a_halved_budget_is_half_of_everything():
-    whole, half = Budget.of_cpu(), Budget.of_cpu().divided(2)
-    assert half.logits == whole.logits // 2
-    assert half.rows == whole.rows // 2
-    assert replace(half, rows=1).divided(8).rows == 1
-    assert whole.rows == memory.SWEPT_ROWS
 
 
 def test_a_command_has_gpus_sum_in_float32():
