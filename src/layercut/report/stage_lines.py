@@ -12,10 +12,9 @@ def describe_retention(retained: dict[str, Any]) -> str:
     """One line about the tasks."""
     if retained["mean"] is None:
         return "scored; the dense model has no score on them to retain"
-    kept = f"{percent(retained['mean'])} of the dense model's score retained over {retained['tasks']} tasks"
     above = retained["above_chance"]
     rest = "the dense model is not above chance" if above is None else f"{percent(above)} of the score above chance"
-    return f"{kept}; {rest}"
+    return f"{percent(retained['mean'])} of the dense model's score retained over {retained['tasks']} tasks; {rest}"
 
 
 def describe_shared(common: dict[str, Any]) -> str:
@@ -27,16 +26,16 @@ def describe_shared(common: dict[str, Any]) -> str:
 
 def describe_shortlist(search: dict[str, Any]) -> str:
     """One line about the shortlist."""
-    healed = [one for one in search["shortlist"] if one.get("healed")]
-    longer = ", the closest also after a longer one" if any(one.get("longer") for one in search["shortlist"]) else ""
+    every = search["shortlist"]
+    healed = [one for one in every if one.get("healed")]
+    longer = ", the closest also after a longer one" if any(one.get("longer") for one in every) else ""
     costs = [
-        f"{label(one['segments'])} " + ", ".join(figure(one[key]) for key in ("healed", "longer") if one.get(key))
-        if healed
-        else f"{label(one['segments'])} {figure(one['folded'])}"
-        for one in healed or search["shortlist"][:4]
+        f"{label(one['segments'])} "
+        + ", ".join(figure(one[key]) for key in (("healed", "longer") if healed else ("folded",)) if one.get(key))
+        for one in healed or every[:4]
     ]
     how = f"a short healing{longer}" if healed else "a quick fold"
-    return f"cost in nats per token after {how}: {'; '.join(costs)} ({len(search['shortlist'])} evaluated)"
+    return f"cost in nats per token after {how}: {'; '.join(costs)} ({len(every)} evaluated)"
 
 
 def describe_shares(found: dict[str, Any]) -> str:

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from layercut.errors import ConfigError
-from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
     change,
@@ -262,55 +260,15 @@ def _long_context(run: RunFacts) -> Verdict | None:
 
 def _budgets(run: RunFacts) -> Verdict | None:
     """Whether a measured state is inside both budgets; None of a run without them."""
-    points, (allowed, loss) = frontier_points(run.frontier), budgets(run.frontier)
-    if not points or allowed is None or loss is None:
+    found, chosen = run.frontier, run.frontier.chosen
+    if not list(found.points):
         return None
-    chosen = next((point for point in points if point.chosen), None)
-    small = [point for point in points if point.bytes <= allowed and not math.isnan(point.rise)]
-    best = chosen or min(small or points, key=lambda point: point.rise)
-    words = (
-        f"and perplexity {signed(best.rise)} on held-out text, at most {size(allowed)} and {percent(loss)} were asked"
-    )
+    asked = f"asked: {printable(found.budgets.target_size)}, perplexity up by at most {percent(found.budgets.max_loss)}"
+    if not chosen:
+        return Verdict("Budgets", "bad", "missed", f"no measured state is inside both; {asked}.")
     return Verdict(
-        "Budgets", "good" if chosen else "bad", size(best.bytes), words + ("." if chosen else "; none fits.")
+        "Budgets", "good", size(chosen.bytes), f"perplexity {signed(chosen.rise)} on held-out text; {asked}."
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One measured state of a run with budgets."""
-
-    layers: int
-    bits: int
-    bytes: float
-    rise: float
-    """Of perplexity over the dense model's, as a share; may be inf or nan."""
-    chosen: bool
-    fits: bool
-    """Inside every budget that was given."""
-
-
-def budgets(frontier: Json) -> tuple[float | None, float | None]:
-    """Bytes, and rise of perplexity as a share, that were allowed; None: no such budget."""
-    try:
-        target = printable(frontier.budgets.target_size)
-        allowed = float(parse_bytes("--target-size", target)) if target else None
-    except ConfigError:
-        allowed = None
-    return allowed, finite(frontier.budgets.max_loss)
-
-
-def frontier_points(frontier: Json) -> list[Point]:
-    """Those of frontier.json that have all their numbers."""
-    points, (allowed, loss) = [], budgets(frontier)
-    for row in frontier.points:
-        layers, bits = whole_number(row.layers), whole_number(row.bits)
-        weight, rise = finite(row.bytes), number(row.rise)
-        if layers is not None and bits is not None and weight is not None and rise is not None:
-            fits = (allowed is None or weight <= allowed) and (loss is None or rise <= loss)
-            chosen = frontier.chosen.layers == layers and frontier.chosen.bits == bits
-            points.append(Point(layers=layers, bits=bits, bytes=weight, rise=rise, chosen=chosen, fits=fits))
-    return points
 
 
 # ---- the conclusion --------------------------------------------------------------------------------------------
