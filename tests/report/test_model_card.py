@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import folders
 from layercut.cli.command_line import main
 from layercut.models.source_card import SourceCard, source_card
-from layercut.report.formatting import label
+from layercut.report.formatting import layer_names
 from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, layers_of, model_card
 from report_runs import MODEL, make_run, with_perplexity
 
@@ -179,7 +179,7 @@ def test_the_card_of_a_second_cut_is_of_the_first_model(second, gone, tiny_model
         name = "model.layers.{}.mlp.up_proj.weight"
         assert torch.equal(cut[name.format(place)], dense[name.format(layer)])
     card = (twice / "README.md").read_text()
-    assert f"{tiny_model.name} without layers {label(gone)}," in card
+    assert f"{tiny_model.name} without layers {layer_names(gone)}," in card
     assert json.dumps(kept) in card
     assert main(["quantize", str(once), "--bits=8", "--quantizer=rtn", f"--out={quantized}"]) == 0
     assert from_folder(quantized).segments == [(1, 3)]

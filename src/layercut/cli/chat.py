@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -63,18 +61,6 @@ def chat(run: Path, config: ChatConfig) -> None:
     """Read messages from stdin, print both models' answers."""
     from rich.console import Console
 
-    speakers = _speakers(run, config)
-    console = Console(highlight=False)
-    for message in _messages(console):
-        if message == NEW:
-            for speaker in speakers:
-                speaker.said.clear()
-        elif message:
-            _turn(console, speakers, message, config.max_new_tokens)
-
-
-def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
-    """The two models, loaded."""
     if not is_run(run):
         raise RunError(f"{run} is no run folder", "layercut compress MODEL --out RUN, then layercut chat RUN")
     models, speakers = models_of(run, "chat", allow_pickle=config.load.allow_pickle), []
@@ -86,11 +72,7 @@ def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
         if layers_on_disk(loaded.model):
             raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
         speakers.append(Speaker(name, loaded))
-    return speakers
-
-
-def _messages(console: Console) -> Iterator[str]:
-    """The user's lines, until the input ends."""
+    console = Console(highlight=False)
     while True:
         try:
             line = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
@@ -99,30 +81,39 @@ def _messages(console: Console) -> Iterator[str]:
             return
         except UnicodeError:
             raise ConfigError("what came in is not UTF-8", "messages as UTF-8: iconv -t UTF-8 FILE | …") from None
-        yield line.strip()
+        if line.strip() == NEW:
+            for speaker in speakers:
+                speaker.said.clear()
+        elif line.strip():
+            _turn(console, speakers, line.strip(), config.max_new_tokens)
 
 
 def _turn(console: Console, speakers: list[Speaker], message: str, room: int) -> None:
     """Both answers to a message: in two columns on a terminal, else one below the other."""
     from rich.live import Live
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
 
     texts = dict.fromkeys((speaker.name for speaker in speakers), "")
     speeds = dict.fromkeys(texts, "")
 
-    def heard(name: str, text: str) -> None:
-        texts[name] += text
+    def columns() -> Table:
+        table = Table.grid(expand=True)
+        panels = []
+        for name, text in texts.items():
+            table.add_column(ratio=1)
+            lines = "\n".join(map(printable, text.splitlines()))
+            panels.append(Panel(Text(lines), title=name, subtitle=speeds[name], title_align="left"))
+        table.add_row(*panels)
+        return table
 
-    columns = Live(
-        get_renderable=lambda: _columns(texts, speeds),
-        console=console,
-        refresh_per_second=8,
-        vertical_overflow="visible",
-    )
-    with columns if console.is_terminal else nullcontext():
+    live = Live(get_renderable=columns, console=console, refresh_per_second=8, vertical_overflow="visible")
+    with live if console.is_terminal else nullcontext():
         for speaker in speakers:
             speaker.said.append({"role": "user", "content": message})
             begun = time.perf_counter()
-            tokens = _answer(speaker, room, partial(heard, speaker.name))
+            tokens = _answer(speaker, room, texts)
             speeds[speaker.name] = f"{tokens / (time.perf_counter() - begun):.1f} tokens/s"
             speaker.said.append({"role": "assistant", "content": texts[speaker.name]})
             if not console.is_terminal:
@@ -130,31 +121,16 @@ def _turn(console: Console, speakers: list[Speaker], message: str, room: int) ->
 
 
 @torch.no_grad()
-def _answer(speaker: Speaker, room: int, heard: Callable[[str], None]) -> int:
-    """Write an answer of at most `room` tokens, word by word to `heard`; how many tokens it has."""
+def _answer(speaker: Speaker, room: int, texts: dict[str, str]) -> int:
+    """Write an answer of at most `room` tokens, word by word into `texts`; how many tokens it has."""
     from transformers import TextStreamer
 
     tokenizer = speaker.loaded.tokenizer
 
     class Words(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            heard(text)
+            texts[speaker.name] += text
 
     words = Words(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = greedy(speaker.loaded.model, speaker.prompt(room), room, padding(tokenizer), streamer=words)
     return len(found[0])
-
-
-def _columns(texts: dict[str, str], speeds: dict[str, str]) -> Any:
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(expand=True)
-    for _ in texts:
-        table.add_column(ratio=1)
-    lines = {name: [printable(line) for line in text.splitlines()] for name, text in texts.items()}
-    table.add_row(
-        *(Panel(Text("\n".join(lines[name])), title=name, subtitle=speeds[name], title_align="left") for name in texts)
-    )
-    return table

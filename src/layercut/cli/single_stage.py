@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layercut.config import (
     AskedBits,
     CutConfig,
@@ -24,7 +22,7 @@ from layercut.config import (
 from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
 from layercut.export import engines
-from layercut.export.checkpoint import Exported, save, text_to_check
+from layercut.export.checkpoint import save, text_to_check
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
@@ -35,7 +33,7 @@ from layercut.pipeline.provenance import is_run
 from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
-from layercut.report.formatting import label
+from layercut.report.formatting import layer_names
 from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import kept_layers
@@ -68,24 +66,16 @@ def cut(model: str, config: CutConfig) -> Path:
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     engines.warn_misread("cut", engines.readings(stock, config.segments, written))
-    describe_(config.out, _cut_model(model, config, decoder_stack.count_layers(stock)))
+    source, layers = source_card(model), decoder_stack.count_layers(stock)
+    asked = [(segment.start, segment.stop) for segment in sorted(config.segments)]
+    index = [] if written == "gguf" else kept_layers(config.segments, layers)
+    made = layers_of(source, config.out, asked, index, layers)
+    done = f"{source.name} without layers {layer_names([*map(list, made['segments'])])}, counted from 0. Nothing was "
+    done += "healed or measured: as it is, it writes worse than it could."
+    describe_(config.out, Made(**made, done=done, gguf=config.out.name if written == "gguf" else None))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
-
-
-def _cut_model(model: str, config: CutConfig, layers: int) -> Made:
-    """What the card of a cut says."""
-    source, gguf = source_card(model), config.out.suffix == ".gguf"
-    index = [] if gguf else kept_layers(config.segments, layers)
-    asked = [(segment.start, segment.stop) for segment in sorted(config.segments)]
-    made = layers_of(source, config.out, asked, index, layers)
-    return Made(
-        **made,
-        done=f"{source.name} without layers {label(made['segments'])}, half-open and counted from 0. Nothing was "
-        "healed or measured: as it is, it writes worse than it could.",
-        gguf=config.out.name if gguf else None,
-    )
 
 
 def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
@@ -102,9 +92,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     repo_id = destination(config.hub)
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
-    run = Path(target)
-    of_run = is_run(run) and (run / "summary.json").is_file()
-    source = checkpoints.resolve(str(run / "model") if of_run else target, allow_pickle=config.load.allow_pickle)
+    run = Path(target) if is_run(Path(target)) and (Path(target) / "summary.json").is_file() else None
+    source = checkpoints.resolve(str(run / "model") if run else target, allow_pickle=config.load.allow_pickle)
     check_replaceable(config.out, source.file)
     if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
@@ -114,47 +103,34 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
     if most:
         bit_choice.check_target(loaded.model, config.quantize, most)
-    if most or resolve(config.quantize.quantizer)[1].needs_calibration:
-        own = of_run and config.text == DataConfig()
-        tokens = stored_blocks(run, "calibration") if own else _calibration(loaded, config.text)
+    text, needed = config.text, most or resolve(config.quantize.quantizer)[1].needs_calibration
+    if needed and run and text == DataConfig():
+        tokens = stored_blocks(run, "calibration")
+    elif needed:
+        tokens = load_blocks(
+            text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
+            chat_template=text.chat_template, model=loaded.model,
+        ).tokens  # fmt: skip
+        decoder_stack.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
     with memory.memory_limit(config.load.max_memory):  # in place: old weights leave memory
         found = quantize_(loaded.model, tokens, config.quantize, target=most)
     facts = found.to_dict()
     say("quantize", describe_quantization(facts))
-    unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
+    unseen = text_to_check(stored_blocks(run, "evaluation")) if run else None
     how: dict[str, Any] = {"text": unseen, "overwrite": config.force, "source": None if source.gguf else source.folder}
     exported = save(found, loaded.tokenizer, config.out, **how)
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported.bytes, "check": exported.check})
-    made = _quantized_model(source.file, run if of_run else None, config, exported)
-    describe_(config.out, made, run if of_run else None)
-    if repo_id:
-        upload(config.out, repo_id, private=config.hub.private)
-    return config.out
-
-
-def _quantized_model(source: Path, run: Path | None, config: QuantizeAloneConfig, exported: Exported) -> Made:
-    """What the card of a quantized model says."""
-    plain = of_run(run) if run else from_folder(source)
-    measured = (exported.check or {}).get("perplexity")
-    figures = [perplexity_again(run, measured["value"], measured["tokens"])] if measured and run else []
-    bits = config.quantize.bits
-    what = f"The decoder layers' weights in {bits} bits"
-    if bits == "auto":
-        what = f"Each matrix in its own bits, chosen for {config.target_size}"
-    return replace(
-        plain,
+    again, bits = (exported.check or {}).get("perplexity"), config.quantize.bits
+    chosen = f"Each matrix in its own bits, chosen for {config.target_size}"
+    what = chosen if bits == "auto" else f"The decoder layers' weights in {bits} bits"
+    made = replace(
+        of_run(run) if run else from_folder(source.file),
         done=f"{what} ({config.quantize.quantizer}).",
         number_format=number_format_of(bits),
         packed=True,
-        figures=figures,
+        figures=[perplexity_again(run, again["value"], again["tokens"])] if run and again else [],
     )
-
-
-def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tensor:
-    """Token ids [N, T] of the text that the flags name."""
-    tokens = load_blocks(
-        text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
-        chat_template=text.chat_template, model=loaded.model,
-    ).tokens  # fmt: skip
-    decoder_stack.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
-    return tokens
+    describe_(config.out, made, run)
+    if repo_id:
+        upload(config.out, repo_id, private=config.hub.private)
+    return config.out

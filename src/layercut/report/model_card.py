@@ -19,7 +19,17 @@ from layercut.data.sources import find
 from layercut.errors import LayercutError
 from layercut.models.source_card import SourceCard, source_card
 from layercut.report import sections, verdicts
-from layercut.report.formatting import Json, finite, label, page, printable, source_name, spans, whole_number
+from layercut.report.formatting import (
+    Json,
+    finite,
+    label,
+    layer_names,
+    page,
+    printable,
+    source_name,
+    spans,
+    whole_number,
+)
 from layercut.report.run_facts import RunFacts, last_stage, main_tasks, read_json, read_run, runs_of
 
 HERE = "path/to/this/folder"
@@ -86,7 +96,8 @@ def checkpoint_card(made: Made, run: Path | None = None) -> str:
         made=made,
         done=made.done,
         title=verdicts.title(facts.summary) if facts and not made.done else made.title,
-        segments=label([list(pair) for pair in made.segments]),
+        segments=label([*map(list, made.segments)]),
+        removed=layer_names([*map(list, made.segments)]),
         index=json.dumps([*made.original_layer_index]),
         run=facts,
         conclusion=verdicts.conclusion(facts) if facts else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,26 @@ from layercut.report.formatting import Json, change, figure, finite, number, pla
 FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
          "quantization": "quantize", "export": "export", "frontier": "frontier", "gguf": "gguf",
          "capabilities": "capabilities", "shares": "shares"}  # fmt: skip
-"""Fields of RunFacts, and the JSON files they are read from."""
+"""Names in RunFacts, and the JSON files they are read from."""
 STAGES = ("dense", "cut", "folded", "tuned", "lora", "quantized")
 BOTH = ("dense", "compressed")
 """The two models, as artefacts name them."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """The artefacts of a run folder; one that is missing, or of another run, is empty."""
+    """The artefacts of a run folder by the names of `FILES`; one that is missing, or of another run, is empty."""
 
-    summary: Json = field(default_factory=Json)
-    search: Json = field(default_factory=Json)
-    heal: Json = field(default_factory=Json)
-    evaluation: Json = field(default_factory=Json)
-    env: Json = field(default_factory=Json)
-    quantization: Json = field(default_factory=Json)
-    export: Json = field(default_factory=Json)
-    frontier: Json = field(default_factory=Json)
-    shares: Json = field(default_factory=Json)
-    capabilities: Json = field(default_factory=Json)
-    gguf: Json = field(default_factory=Json)
-    """Of the GGUF file last exported."""
-    evaluations: list[Json] = field(default_factory=list)
-    """Of `layercut evaluate RUN`, in the order of their files."""
-    settings: Json = field(default_factory=Json)
-    """config.yaml."""
-    place: str | None = "RUN"
-    """The folder's name in suggested commands; None for a reader who does not have it, as of a model card."""
+    def __init__(self, *, place: str | None = "RUN", evaluations: Sequence[Json] = (), **files: Json) -> None:
+        """`place`: the folder's name in suggested commands; None for a reader who does not have it, as of a card.
+
+        `evaluations`: what `layercut evaluate RUN` measured, in the order of their files.
+        """
+        self.place, self.evaluations, self._files = place, list(evaluations), files
+
+    def __getattr__(self, name: str) -> Json:
+        if name not in FILES:
+            raise AttributeError(name)
+        return self._files.get(name, Json())
 
     @property
     def speed(self) -> Json:
@@ -73,9 +65,9 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
             f"{folder} has no summary.json, so it is not the folder of a finished run",
             f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
-    found: dict[str, Any] = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
+    found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
     settings, summary = _settings(folder / "config.yaml"), found["summary"]
-    keys = {str(summary.config_hash), _model_key(found["quantization"], summary)}
+    keys = {str(summary.config_hash), str(found["quantization"].config_hash or summary.config_hash)}
     of_this_run = {
         "gguf": str(found["gguf"].run) in keys,
         "shares": settings.bits == "auto"
@@ -88,16 +80,12 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
     }
     found |= {name: Json() for name, same in of_this_run.items() if not same}
     later = [one for file in sorted(folder.glob("evaluations/*.json")) if str((one := read_json(file)).run) in keys]
-    return RunFacts(**found, settings=settings, evaluations=later, place=place)
+    return RunFacts(**found, evaluations=later, place=place)
 
 
 def model_key(folder: Path) -> str:
     """Marks a file made later as of this run's model, whatever else is measured in the run afterwards."""
-    return _model_key(read_json(folder / "quantize.json"), read_json(folder / "summary.json"))
-
-
-def _model_key(quantization: Json, summary: Json) -> str:
-    return str(quantization.config_hash or summary.config_hash)
+    return str(read_json(folder / "quantize.json").config_hash or read_json(folder / "summary.json").config_hash)
 
 
 def _settings(path: Path) -> Json:
