@@ -163,7 +163,7 @@ def test_a_cut_gguf_file_comes_with_a_modelfile_and_a_card(gguf_file, tmp_path):
     card = (tmp_path / "small.README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["base_model"], front["library_name"]) == ("mit", "chatty", "gguf")
-    assert "without layers 2:4" in card
+    assert "without layers 2–3" in card
 
 
 def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
