@@ -457,7 +457,7 @@ def test_the_terminal_shows_each_figure_of_the_two_models_once(tmp_path: Path) -
     assert rows == [
         ["size", "269.1 MB", "226.6 MB", "−15.8%"], ["decoding, tokens/s", "24.10", "28.60", "1.19×"],
         ["prompt, tokens/s", "1,480", "1,804", "1.22×"], ["perplexity", "45.10", "67.40", "1.49×"],
-        ["arc_easy", "0.49", "0.4", "0.82×"], ["piqa", "0.65", "0.55", "0.85×"],
+        ["arc_easy", "0.490", "0.400", "0.82×"], ["piqa", "0.650", "0.550", "0.85×"],
     ]  # fmt: skip
 
 

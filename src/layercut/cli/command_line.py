@@ -489,13 +489,13 @@ def _refusal(message: str, hint: str) -> Outcome:
 def _show(run: Path) -> None:
     """How the run ended, and where everything is."""
     from rich.console import Console
+    from rich.text import Text
 
     from layercut.pipeline.handover import result_of
     from layercut.report.page import closing
 
     console = Console(highlight=False)
-    table, conclusion = closing(run)
-    console.print(table)
-    console.print(conclusion, soft_wrap=not console.is_terminal)
+    for part in closing(run):
+        console.print(part, soft_wrap=not console.is_terminal and isinstance(part, Text))
     for name, file in (("model", result_of(run)), ("report", run / "report.html")):
         console.print(shown(f"{name:<6}  {file}"), soft_wrap=True, markup=False)

@@ -24,12 +24,14 @@ from layercut.report.formatting import (
     number,
     page,
     percent,
+    plus_minus,
     printable,
     short_name,
     size,
     times,
 )
 from layercut.report.run_facts import (
+    BOTH,
     evaluation_rows,
     final_factor,
     hits_of,
@@ -73,7 +75,7 @@ def write_report(run: Path) -> Path:
 # ---- the terminal ----------------------------------------------------------------------------------------------
 
 
-def closing(run: Path) -> tuple[Table, Text]:
+def closing(run: Path) -> tuple[Text, Table, Text]:
     """A run's end in the terminal: the two models side by side, and whether the result is to be shipped."""
     from rich.table import Table
     from rich.text import Text
@@ -89,16 +91,20 @@ def closing(run: Path) -> tuple[Table, Text]:
     rows.append(["perplexity", figure(summary.perplexity.dense), figure(last[1]) if last else NOT_MEASURED, over])
     for task, row in main_tasks(found.scored):
         kept = times(row.retention) if finite(row.retention) is not None else ""
-        rows.append([printable(task), figure(row.dense), figure(row.compressed), kept])
+        rows.append([printable(task), *(plus_minus(row[model], None) for model in BOTH), kept])
     rows += [[printable(f"{name}, {metric}"), *figures] for name, metric, *figures in evaluation_rows(summary)]
-    table = Table(title=Text(printable(title(summary)), style="bold"), title_justify="left")
+    table = Table()
     for heading in ("", "dense", "pruned", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for cells in rows:
         table.add_row(*map(Text, cells))
     last_word = conclusion(found)
     colour = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}[last_word.mark]
-    return table, Text(f"{last_word.sign} {last_word.text}", f"bold {colour}".strip())
+    return (
+        Text(printable(title(summary)), "bold"),
+        table,
+        Text(f"{last_word.sign} {last_word.text}", f"bold {colour}".strip()),
+    )
 
 
 def search_lines(search: Any) -> list[str]:
