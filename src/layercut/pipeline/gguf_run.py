@@ -39,7 +39,7 @@ from layercut.pipeline.handover import say_gguf
 from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.progress import say
-from layercut.quantization.scales import RECIPE
+from layercut.quantization.gptq import RECIPE
 from layercut.registries import criteria
 from layercut.segments import Segment
 

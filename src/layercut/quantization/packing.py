@@ -1,8 +1,8 @@
 """Codes and grids as compressed-tensors stores them, so that stock transformers (and vLLM) can read them.
 
-Linear weights are packed into int32 words ("pack-quantized"), which transformers refuses for embeddings: those are
-stored as plain int8 ("naive-quantized"). What is computed here and what a loader will compute are the same bits:
-`decode` does the loader's arithmetic.
+Linear weights are packed into int32 words ("pack-quantized"), which transformers refuses for embeddings beside weights
+of other bits: those are stored as plain int8 ("naive-quantized"). What is computed here and what a loader will compute
+are the same bits: `decode` does the loader's arithmetic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from layercut.config import QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.model_weights import parameter_bytes
-from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
-from layercut.quantization.grid import Grid
+from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, plan
+from layercut.quantization.grid import Grid, decode
 
 
 def require_library(*, one_width: bool = False) -> None:
@@ -44,34 +44,93 @@ def unpacks_while_loading() -> bool:
     return hasattr(compressed_tensors, "CompressedTensorsDequantize")
 
 
-def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-    """A weight's tensors as they go into the checkpoint."""
+def pack(name: str, codes: torch.Tensor, grid: Grid, form: str = PACKED) -> dict[str, torch.Tensor]:
+    """A module's tensors as they go into the checkpoint."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    stored = {"weight_scale": grid.scale.contiguous()}
-    if target.form == WHOLE_BYTES:
+    codes, zero = codes.cpu(), None if grid.zero is None else grid.zero.cpu()
+    stored = {"weight_scale": grid.scale.cpu().contiguous()}
+    if form == WHOLE_BYTES:
         stored["weight"] = codes
     else:
-        stored["weight_packed"] = pack_to_int32(codes, grid.bits)
-        stored["weight_shape"] = torch.tensor(codes.shape)
-    if grid.zero is not None:
-        stored["weight_zero_point"] = (
-            grid.zero if target.form == WHOLE_BYTES else pack_to_int32(grid.zero, grid.bits, 0)
-        )
-    return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
+        stored |= {"weight_packed": pack_to_int32(codes, grid.bits), "weight_shape": torch.tensor(codes.shape)}
+    if zero is not None:
+        stored["weight_zero_point"] = zero if form == WHOLE_BYTES else pack_to_int32(zero, grid.bits, 0)
+    return {f"{name}.{key}": tensor for key, tensor in stored.items()}
+
+
+def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, Grid]]:
+    """Codes and grids that packed tensors hold: the inverse of `pack`. A head that reads an embedding's is left out."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    found = {}
+    for group in config["config_groups"].values():
+        bits, size = group["weights"]["num_bits"], group["weights"]["group_size"]
+        for name in group["targets"]:
+            scale, zero = packed[f"{name}.weight_scale"], packed.get(f"{name}.weight_zero_point")
+            if f"{name}.weight_packed" in packed:
+                shape = torch.Size(packed[f"{name}.weight_shape"].tolist())
+                codes = unpack_from_int32(packed[f"{name}.weight_packed"], bits, shape)
+                zero = None if zero is None else unpack_from_int32(zero, bits, scale.shape, 0)
+            elif f"{name}.weight" in packed:
+                codes = packed[f"{name}.weight"]
+            else:
+                continue
+            found[name] = codes, Grid(scale, zero, bits, size)
+    return found
+
+
+def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights [O, I] that packed tensors encode, as any loader computes them; with norms that were trained."""
+    require_library()
+    described = {name for group in config["config_groups"].values() for name in group["targets"]}
+    plain = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[0] not in described}
+    return {f"{name}.weight": decode(*found) for name, found in grids(packed, config).items()} | plain
+
+
+def quantization_config(
+    targets: Sequence[Assignment], left: Sequence[str], *, one_width: bool = False
+) -> dict[str, Any]:
+    """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
+
+    left: linear modules that stay as they are; vLLM fails where one is neither in a group nor in `ignore`.
+    """
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    kinds: dict[tuple[int, int, bool, str], list[str]] = {}
+    for target in targets:
+        kinds.setdefault((*target.width, target.form), []).append(target.name)
+    groups = {}
+    for number, (kind, names) in enumerate(sorted(kinds.items())):
+        bits, size, zero_points, form = kind
+        args = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=size, symmetric=not zero_points)
+        groups[f"group_{number}"] = QuantizationScheme(targets=names, weights=args, format=form)
+    forms = {kind[-1] for kind in kinds}
+    described = QuantizationConfig(
+        config_groups=groups, format=forms.pop() if len(forms) == 1 else "mixed-precision",
+        quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left),
+    ).model_dump(mode="json")  # fmt: skip
+    return described | {"dequantize": True} if one_width else described
+
+
+# --- bytes, from shapes alone ---
 
 
 def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each tensor that `pack` will make of a weight."""
     rows, columns = shape
-    groups = columns // target.group_size
+    groups, whole = columns // target.group_size, target.form == WHOLE_BYTES
     parts = {"weight_scale": rows * groups * dtype.itemsize}
-    if target.form == WHOLE_BYTES:
+    if whole:
         parts["weight"] = rows * columns
     else:
         parts |= {"weight_packed": rows * -(-columns * target.bits // 32) * 4, "weight_shape": 2 * 8}
     if target.zero_points:
-        whole = target.form == WHOLE_BYTES
         parts["weight_zero_point"] = rows * groups if whole else -(-rows * target.bits // 32) * 4 * groups
     return {f"{target.name}.{name}": count for name, count in parts.items()}
 
@@ -102,93 +161,3 @@ def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> Saved
         if target.layer is not None:
             layers[target.layer] += change
     return SavedBytes(tuple(layers), total)
-
-
-def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights [O, I] that packed tensors encode, as any loader computes them."""
-    require_library()
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    weights = {}
-    described: set[str] = set()
-    for group in config["config_groups"].values():
-        scheme = QuantizationScheme.model_validate(group)
-        compressor = BaseCompressor.get_value_from_registry(group["format"])
-        for name in group["targets"]:
-            described.add(name)
-            own = {key.removeprefix(f"{name}."): t for key, t in packed.items() if key.startswith(f"{name}.weight")}
-            if "weight" in own or "weight_packed" in own:  # else a head that reads the embedding's codes
-                weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"]
-    plain = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[0] not in described}
-    return weights | plain  # norms, which were trained with the scales
-
-
-def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, Grid]]:
-    """Codes and grids that packed tensors hold: the inverse of `pack`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    found = {}
-    for group in config["config_groups"].values():
-        bits, size = group["weights"]["num_bits"], group["weights"]["group_size"]
-        for name in group["targets"]:
-            scale, zero = packed[f"{name}.weight_scale"], packed.get(f"{name}.weight_zero_point")
-            if f"{name}.weight_packed" in packed:
-                shape = torch.Size(packed[f"{name}.weight_shape"].tolist())
-                codes = unpack_from_int32(packed[f"{name}.weight_packed"], bits, shape)
-                zero = None if zero is None else unpack_from_int32(zero, bits, scale.shape, 0)
-            elif f"{name}.weight" in packed:
-                codes = packed[f"{name}.weight"]
-            else:
-                continue
-            found[name] = codes, Grid(scale, zero, bits, size)
-    return found
-
-
-def repacked(
-    packed: Mapping[str, torch.Tensor], changed: Mapping[str, tuple[torch.Tensor, Grid]]
-) -> dict[str, torch.Tensor]:
-    """The tensors of packed weights with other codes and scales."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    found: dict[str, torch.Tensor] = {}
-    for name, (codes, grid) in changed.items():
-        form = "weight_packed" if f"{name}.weight_packed" in packed else "weight"
-        stored = pack_to_int32(codes.cpu(), grid.bits) if form == "weight_packed" else codes.cpu()
-        found |= {f"{name}.{form}": stored, f"{name}.weight_scale": grid.scale.cpu().contiguous()}
-    return found
-
-
-def quantization_config(
-    targets: Sequence[Assignment], left: Sequence[str], *, one_width: bool = False
-) -> dict[str, Any]:
-    """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
-
-    vLLM fails where it finds a linear module that is neither in a group nor in `ignore`.
-    """
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-    )
-
-    groups: dict[str, Any] = {}
-    for kind in sorted({_kind(target) for target in targets}):
-        bits, group_size, zero_points, form = kind
-        args = QuantizationArgs(
-            num_bits=bits, type="int", strategy="group", group_size=group_size, symmetric=not zero_points
-        )
-        names = [target.name for target in targets if _kind(target) == kind]
-        groups[f"group_{len(groups)}"] = QuantizationScheme(targets=names, weights=args, format=form)
-    forms = {target.form for target in targets}
-    form = forms.pop() if len(forms) == 1 else "mixed-precision"
-    config = QuantizationConfig(
-        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
-    )
-    described = config.model_dump(mode="json")
-    return described | {"dequantize": True} if one_width else described
-
-
-def _kind(target: Assignment) -> tuple[int, int, bool, str]:
-    return *target.width, target.form

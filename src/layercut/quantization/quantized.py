@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from html import escape
 from typing import Any
 
 import torch
@@ -30,8 +28,7 @@ class QuantizedWeight:
     weight_error: float
     """||W - Q||² / ||W||²"""
     output_error: float | None
-    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated. Of a tied
-    head with the share of ||W - Q||² that stands for the embedding."""
+    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated."""
     rtn_output_error: float | None
     """The same of rounding to nearest."""
 
@@ -54,7 +51,7 @@ class Quantized:
     """All weights as saved, tied ones counted once."""
     bytes_after: int
     settings: Mapping[str, Any]
-    """What was asked: bits, quantizer, group_size, embedding_bits; and whether there are zero_points."""
+    """What was asked: bits, quantizer, group_size, embedding_bits, bits_allowed; and whether there are zero_points."""
     mixture: Mapping[str, Any] | None = field(default=None, repr=False)
     """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
 
@@ -71,16 +68,7 @@ class Quantized:
 
     @classmethod
     def restored(cls, model: Any, packed: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Quantized:
-        """What was kept as packed tensors and `to_dict`.
-
-        Args:
-            model: the model before it was rounded, changed in place.
-            packed: the stored tensors by name.
-            facts: of `to_dict`.
-
-        Returns:
-            The same, with its model.
-        """
+        """From packed tensors and `to_dict`; `model`, as it was before it was rounded, is changed in place."""
         own = dict(facts)
         mixture, weights, left, size, config = (
             own.pop(name) for name in ("mixture", "layers", "left", "bytes", "quantization_config")
@@ -88,18 +76,3 @@ class Quantized:
         replace_parameters_(model, quantized_weights(packed, config))
         rows = tuple(QuantizedWeight(**row) for row in weights)
         return cls(model, packed, config, rows, tuple(left), size["before"], size["after"], own, mixture)
-
-    def _repr_html_(self) -> str:
-        """A row for each kind of weight, for notebooks."""
-        counts = Counter((row.bits, row.method) for row in self.weights)
-        rows = []
-        for bits, method in sorted(counts):
-            these = [row for row in self.weights if (row.bits, row.method) == (bits, method)]
-            errors = [row.output_error for row in these if row.output_error is not None]
-            worst = f"{max(errors):.2g}" if errors else ""
-            cells = (bits, escape(method), len(these), f"{sum(row.bytes for row in these):,}", worst)
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        heads = ("bits", "quantizer", "weights", "bytes", "largest output error")
-        head = "<tr>" + "".join(f"<th>{name}</th>" for name in heads) + "</tr>"
-        size = f"<p>{self.bytes_before:,} bytes before, {self.bytes_after:,} after</p>"
-        return f"<table>{head}{''.join(rows)}</table>{size}"

@@ -12,10 +12,8 @@ A quantizer is a function, or a class without arguments whose instances can be c
                 scaled = scaled + grid.zero.float().repeat_interleave(grid.group_size, 1)
             return scaled.floor().clamp(grid.lowest, grid.highest)
 
-With `fits_scales = True` beside `needs_calibration = True`, below 8 bits scales are fitted to its codes and it is asked
-again (`scales.py`), or its method `again(weight, hessian, grid, codes)` is, with the codes there are. Everything around
-it is layercut's: which weights, the grid of points that a weight may take (`grid.py`), the Hessians, packing, the
-errors of the report. The codes are stored as compressed-tensors stores them, so stock loaders read them.
+Everything around it is layercut's: which weights, the grid of points that a weight may take (`grid.py`), the Hessians,
+packing, the errors of the report. The codes are stored as compressed-tensors stores them, so stock loaders read them.
 """
 
 from __future__ import annotations
@@ -26,48 +24,35 @@ from typing import Any, Protocol
 import torch
 
 from layercut.errors import ConfigError
-from layercut.quantization.coordinate_descent import descended
 from layercut.quantization.gptq import gptq
 from layercut.quantization.grid import Grid, encode
 from layercut.registries import quantizers
 
 
 class Quantizer(Protocol):
-    """Chooses the codes of one weight, after its grid is fitted and before it is packed.
-
-    It may have `fits_scales` and `again` besides, as said above.
-    """
+    """Chooses the codes of one weight, after its grid is fitted and before it is packed."""
 
     needs_calibration: bool
     """Whether it asks for the Hessian. True: calibration tokens must be given, the model is run on them layer by
-    layer, and a weight without one (embeddings that are no head, an expert to which no token was sent) is rounded to
-    nearest."""
+    layer, and a weight without one (of 8 bits, embeddings that are no head, an expert to which no token was sent) is
+    rounded to nearest."""
 
-    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        """The codes of a weight."""
+    def __call__(
+        self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid
+    ) -> torch.Tensor | tuple[Grid, torch.Tensor]:
+        """The codes of a weight; or another grid of the same kind, and the codes on that."""
         ...
 
 
 class Gptq:
-    """GPTQ: column by column; the columns not yet rounded compensate each error (Frantar et al., 2210.17323).
-
-    Below 8 bits by turns with fitted scales, its codes exchanged for better ones by coordinate descent.
-    """
+    """Codes and scales that make the outputs on calibration text nearest: `gptq.py`."""
 
     needs_calibration = True
-    fits_scales = True
 
-    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        """Codes by GPTQ; as of `Quantizer.__call__`."""
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> tuple[Grid, torch.Tensor]:
+        """As of `Quantizer`."""
         assert hessian is not None
         return gptq(weight, hessian, grid)
-
-    def again(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid, codes: torch.Tensor
-    ) -> torch.Tensor:
-        """Codes from those [O, I] that there are; else as of `Quantizer.__call__`."""
-        assert hessian is not None
-        return descended(weight, hessian, grid, codes)
 
 
 class RoundToNearest:
@@ -76,7 +61,7 @@ class RoundToNearest:
     needs_calibration = False
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        """Codes of the nearest grid points; as of `Quantizer.__call__`."""
+        """As of `Quantizer`."""
         return encode(weight, grid)
 
 
@@ -95,17 +80,14 @@ def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quant
     return name, found
 
 
-def codes(
-    name: str,
-    quantizer: Quantizer,
-    weight: torch.Tensor,
-    hessian: torch.Tensor | None,
-    grid: Grid,
-    before: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What a quantizer makes of a weight, checked."""
-    again = None if before is None else getattr(quantizer, "again", None)
-    found = again(weight, hessian, grid, before) if again else quantizer(weight, hessian, grid)
+def quantized(
+    name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid
+) -> tuple[Grid, torch.Tensor]:
+    """The grid and codes that a quantizer makes of a weight, checked; to nearest where it lacks a Hessian."""
+    if hessian is None and quantizer.needs_calibration:
+        return grid, encode(weight, grid)
+    found: Any = quantizer(weight, hessian, grid)
+    grid, found = found if isinstance(found, tuple) else (grid, found)
     wanted = f"wanted are whole numbers {list(weight.shape)} from {grid.lowest} to {grid.highest}"
     hint = "correct the quantizer, or use --quantizer gptq"
     if not isinstance(found, torch.Tensor) or found.shape != weight.shape:
@@ -115,4 +97,4 @@ def codes(
     whole = found.to(torch.int8)
     if not grid.lowest <= low <= high <= grid.highest or not torch.equal(whole.to(found.dtype), found):
         raise ConfigError(f"the quantizer {name} gave codes from {low:g} to {high:g}; {wanted}", hint)
-    return whole
+    return grid, whole

@@ -29,7 +29,7 @@ from layercut.models.decoder_stack import find_decoder
 from layercut.models.memory import slices
 from layercut.models.model_weights import replace_parameters_, stored_dtype, weight_as_stored
 from layercut.quantization.grid import Grid, decode, encode
-from layercut.quantization.packing import grids, repacked
+from layercut.quantization.packing import grids, pack
 from layercut.quantization.quantized import Quantized
 
 RATE, ROUNDING_RATE = 5e-3, 2e-3
@@ -311,9 +311,9 @@ class Trainable:
         for name, plain in self.places.items():
             model.set_submodule(name, plain)
         for name, (codes, grid) in changed.items():
+            packed |= pack(name, codes, grid)
             weight = decode(codes, grid).to(self.modules[name].scale.dtype)
             replace_parameters_(model, {f"{name}.weight": nn.Parameter(weight, requires_grad=False)})
-        packed.update(repacked(packed, changed))
         for name, parameter in self.norms.items():
             weights[name] = packed[name] = parameter.detach().to(stored).cpu().clone()
         replace_parameters_(model, {n: nn.Parameter(w.to(self.norms[n].dtype), False) for n, w in weights.items()})

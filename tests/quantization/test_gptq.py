@@ -1,0 +1,275 @@
+"""The grid, and GPTQ's steps against direct references."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from layercut.quantization import gptq as module
+from layercut.quantization import grid as grid_module
+from layercut.quantization.gptq import (
+    DAMPING,
+    compensated,
+    damped,
+    descended,
+    factored,
+    fitted_scales,
+    gptq,
+    gram,
+    output_errors,
+    with_ridge,
+)
+from layercut.quantization.grid import Grid, decode, encode, fit_grid
+
+both = pytest.mark.parametrize("zeros", [False, True])
+
+
+def problem(outputs: int, inputs: int, seed: int = 0, samples: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [O, I] and the Hessian 2 X'X of correlated inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=draw)
+    mixing = torch.randn(inputs, inputs, generator=draw)
+    x = torch.randn(samples, inputs, generator=draw) @ mixing * torch.rand(inputs, generator=draw)
+    return weight, gram(x[: samples // 2]).double() + gram(x[samples // 2 :])
+
+
+def grid_of(weight: torch.Tensor, bits: int, size: int, zeros: bool = False, **more: torch.Tensor) -> Grid:
+    return fit_grid(weight, bits, size, asymmetric=zeros, dtype=weight.dtype, **more)
+
+
+def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return compensated(weight, grid, *factored(hessian))
+
+
+def errors(weight: torch.Tensor, hessian: torch.Tensor, *found: tuple[Grid, torch.Tensor]) -> list[torch.Tensor]:
+    return [output_errors(weight, decode(codes, grid), hessian) for grid, codes in found]
+
+
+# --- the grid ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@both
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grid_is_that_of_compressed_tensors(bits, zeros, dtype):
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = problem(8, 64)[0].to(dtype)
+    weight[:, 3] += 1
+    args = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=32, symmetric=not zeros)
+    grouped = weight.float().unflatten(1, (-1, 32))
+    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    grid = grid_of(weight, bits, 32, zeros)
+    assert torch.equal(grid.scale, scale.to(dtype))
+    codes = encode(weight, grid)
+    if dtype == torch.float32:
+        assert grid.zero is None or torch.equal(grid.zero, zero)
+        assert torch.equal(codes, quantize(weight, scale, zero, args, dtype=torch.int8))
+    assert torch.equal(decode(codes, grid), dequantize(codes, grid.scale, grid.zero, args))
+
+
+def test_a_group_of_zeros_stays_zero():
+    weight = torch.zeros(2, 32)
+    grid = grid_of(weight, 4, 32)
+    assert torch.equal(decode(encode(weight, grid), grid), weight)
+
+
+@both
+@pytest.mark.parametrize("bits", [2, 3])
+def test_few_bits_take_the_range_of_least_error(bits, zeros, monkeypatch):
+    weight = problem(16, 64)[0]
+    weight[:, ::32] *= 4  # an outlier in each group, which a covering grid spends its points on
+    grid = grid_of(weight, bits, 32, zeros)
+    monkeypatch.setattr(grid_module, "SEARCHED_BITS", 0)
+    covering = grid_of(weight, bits, 32, zeros)
+    found = [(decode(encode(weight, g), g) - weight).unflatten(1, (-1, 32)).square().sum(-1) for g in (grid, covering)]
+    assert (found[0] <= found[1]).all()
+    assert found[0].sum() < 0.95 * found[1].sum()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_range_by_what_columns_count_is_better_where_they_differ(bits):
+    weight, counts = problem(64, 64)[0], torch.ones(64)
+    weight[:, ::32] *= 4  # an outlier in each group, in a column that counts nothing
+    counts[::32] = 0
+    grids = [grid_of(weight, bits, 32), grid_of(weight, bits, 32, counts=counts)]
+    alike, counted = errors(weight, torch.diag(counts).double(), *((each, encode(weight, each)) for each in grids))
+    assert counted.sum() < 0.5 * alike.sum()
+    assert torch.isfinite(grid_of(weight, bits, 32, counts=torch.zeros(64)).scale).all()
+
+
+# --- codes column by column ---
+
+
+def direct(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The paper's step as it is derived: round a column, correct the open ones by H^-1 of the open ones."""
+    damp = hessian.clone()
+    damp.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    w, codes = weight.double().clone(), torch.zeros_like(weight, dtype=torch.int8)
+    rest = hessian.diagonal().argsort(descending=True).tolist()
+    while rest:
+        column, inverse = rest[0], torch.linalg.inv(damp[rest][:, rest])
+        codes[:, column] = encode(w.float(), grid)[:, column]
+        error = (w[:, column] - decode(codes, grid)[:, column].double()) / inverse[0, 0]
+        w[:, rest] -= error[:, None] * inverse[0]
+        rest = rest[1:]
+    return codes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@both
+def test_codes_are_those_of_the_direct_computation(seed, zeros):
+    weight, hessian = problem(16, 160, seed)  # more columns than a block
+    grid = grid_of(weight, 4, 32, zeros)
+    ours, reference = plain_gptq(weight, hessian, grid), direct(weight, hessian, grid)
+    # float32 against float64: a column within rounding of a half may fall either way, and then shifts its row
+    found = errors(weight, hessian, (grid, ours), (grid, reference))
+    assert (ours == reference).all(1).float().mean() >= 0.8
+    assert found[0].sum() <= 1.02 * found[1].sum()
+
+
+def test_independent_columns_are_brute_force():
+    weight = problem(6, 3)[0]
+    hessian = torch.diag(torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    grid = grid_of(weight, 4, 3)
+    every = torch.tensor(list(itertools.product(range(-8, 8), repeat=3)), dtype=torch.int8)
+    best = torch.stack([output_errors(weight, decode(codes.expand(6, 3), grid), hessian) for codes in every]).argmin(0)
+    assert torch.equal(plain_gptq(weight, hessian, grid), every[best])
+
+
+@both
+def test_a_weight_on_the_grid_is_kept_exactly(zeros):
+    hessian = problem(8, 64)[1]
+    codes = torch.randint(-7, 8, (8, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes[:, ::32], codes[:, 1::32] = -8, 7  # the whole range is used, so that a fit finds the same grid
+    grid = Grid(torch.full((8, 2), 0.25), torch.ones(8, 2, dtype=torch.int8) if zeros else None, 4, 32)
+    weight = decode(codes, grid)
+    assert torch.equal(decode(plain_gptq(weight, hessian, grid), grid), weight)
+
+
+def test_output_errors_are_those_at_the_output():
+    weight, other, x = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 7, 8)
+    expected = ((weight - other) @ x.flatten(0, 1).T).square().sum(1)
+    assert torch.allclose(output_errors(weight, other, gram(x).double()).float(), expected, rtol=1e-5)
+
+
+# --- codes exchanged ---
+
+
+def step_by_step(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    """Every single code tried in its place, by the whole error, column after column."""
+    codes = codes.clone()
+    for column in hessian.diagonal().argsort(descending=True).tolist():
+        tried = []
+        for code in range(grid.lowest, grid.highest + 1):
+            other = codes.clone()
+            other[:, column] = code
+            tried.append(output_errors(weight.double(), decode(other, grid).double(), hessian))
+        codes[:, column] = (torch.stack(tried).argmin(0) + grid.lowest).to(torch.int8)
+    return codes
+
+
+@both
+def test_each_code_becomes_the_best_one_while_the_others_stay(zeros, monkeypatch):
+    monkeypatch.setattr(module, "PASSES", 1)
+    weight, hessian = problem(8, 160)  # more columns than a block
+    grid = grid_of(weight, 3, 32, zeros)
+    first = plain_gptq(weight, hessian, grid)
+    found, expected = descended(weight, hessian, grid, first), step_by_step(weight, damped(hessian), grid, first)
+    assert (found == expected).all(1).float().mean() >= 0.7  # float32 against float64, as of GPTQ above
+    each = [one.sum() for one in errors(weight, damped(hessian), *((grid, codes) for codes in (first, found, expected)))]
+    assert each[1] < 0.995 * each[0]
+    assert each[1] <= 1.005 * each[2]
+
+
+# --- scales ---
+
+
+@both
+def test_scales_are_the_least_squares_for_their_codes(zeros, monkeypatch):
+    monkeypatch.setattr(module, "SCALE_DAMPING", 0.0)
+    monkeypatch.setattr(module, "TINY", 1e-30)
+    weight, hessian = problem(8, 64)
+    grid = grid_of(weight, 3, 16, zeros)
+    codes = plain_gptq(weight, hessian, grid)
+    found = fitted_scales(weight, hessian, grid, codes)
+    root = torch.linalg.cholesky(hessian).T  # ||(w - q) X'||^2 = ||root (w - q)||^2 / 2
+    steps = codes.double().view(8, 4, 16) - (0 if grid.zero is None else grid.zero.double().unsqueeze(-1))
+    for o in range(8):
+        columns = torch.block_diag(*(group.unsqueeze(1) for group in steps[o]))  # [64, 4]
+        expected = torch.linalg.lstsq(root @ columns, (root @ weight[o].double()).unsqueeze(-1)).solution[:, 0]
+        assert torch.allclose(found.scale[o].double(), expected, rtol=1e-3)
+    before, after = errors(weight, hessian, (grid, codes), (found, codes))
+    assert (after < before).all()
+
+
+def test_a_group_without_a_code_keeps_its_scale():
+    weight, hessian = problem(4, 64)
+    weight[:, :32] = 0
+    grid = grid_of(weight, 3, 32)
+    found = fitted_scales(weight, hessian, grid, encode(weight, grid))
+    assert torch.equal(found.scale[:, 0], grid.scale[:, 0])
+    assert torch.isfinite(found.scale).all()
+
+
+# --- all of it ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("samples", [8, 256])  # 8 inputs for 64 columns: H has no inverse before it is damped
+def test_no_row_is_worse_than_rounded_to_nearest(seed, samples):
+    weight, hessian = problem(32, 64, seed, samples)
+    hessian[5], hessian[:, 5] = 0, 0  # an input that never occurs
+    plain = grid_of(weight, 3, 32)
+    ours, nearest = errors(weight, hessian, gptq(weight, hessian, plain), (plain, encode(weight, plain)))
+    assert (ours <= 1.001 * nearest).all()
+    assert ours.sum() < 0.7 * nearest.sum()
+
+
+@pytest.mark.parametrize("left_out", [("TURNS", 0), ("PASSES", 0), ("compensated", lambda w, g, *_: encode(w, g))])
+def test_each_step_lowers_the_error(left_out, monkeypatch):
+    weight, hessian = problem(64, 64)
+    plain = grid_of(weight, 3, 32)
+    (whole,) = errors(weight, hessian, gptq(weight, hessian, plain))
+    monkeypatch.setattr(module, *left_out)
+    (less,) = errors(weight, hessian, gptq(weight, hessian, plain))
+    assert whole.sum() < 0.99 * less.sum()
+
+
+def test_of_two_ranges_each_row_takes_the_better(monkeypatch):
+    monkeypatch.setattr(module, "TURNS", 0)
+    monkeypatch.setattr(module, "PASSES", 0)
+    weight, hessian = problem(64, 64)
+    rise = torch.linspace(0.1, 3, 64).double()
+    hessian = hessian * rise[:, None] * rise
+    (found,) = errors(weight, hessian, gptq(weight, hessian, grid_of(weight, 3, 32)))
+    ranges = [grid_of(weight, 3, 32, counts=counts) for counts in (torch.ones(64), hessian.diagonal())]
+    each = torch.stack(errors(weight, hessian, *((one, plain_gptq(weight, hessian, one)) for one in ranges)))
+    assert (found <= each.amin(0) * 1.0001).all()
+    assert set(each.argmin(0).tolist()) == {0, 1}
+
+
+def test_a_ridge_is_nearer_on_inputs_that_were_not_seen():
+    """Of 96 inputs for 64 columns the Hessian is theirs more than their distribution's; the more, the less so."""
+    weight = problem(64, 64)[0]
+    draw = torch.Generator().manual_seed(1)
+    mixing = torch.randn(64, 64, generator=draw)
+    seen, other = (gram(torch.randn(n, 64, generator=draw) @ mixing).double() for n in (96, 4096))
+    found = [gptq(weight, h, grid_of(weight, 3, 32)) for h in (with_ridge(seen), seen)]
+    with_it, without = errors(weight, other, *found)
+    assert with_it.sum() < 0.97 * without.sum()
+
+
+@both
+def test_the_rows_of_a_head_are_rounded_in_parts(zeros, monkeypatch):
+    weight, hessian = problem(48, 64)
+    whole = gptq(weight, hessian, grid_of(weight, 3, 32, zeros))
+    for each in (grid_module, module):
+        monkeypatch.setattr(each, "ROWS", 7)
+    parts = gptq(weight, hessian, grid_of(weight, 3, 32, zeros))
+    assert (parts[1] == whole[1]).all(1).float().mean() > 0.9
+    assert torch.allclose(*(each.sum() for each in errors(weight, hessian, whole, parts)), rtol=1e-2)
