@@ -32,7 +32,7 @@ from layercut.pipeline.handover import describe_, destination, export, upload
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_
-from layercut.quantization.quantizers import resolve
+from layercut.quantization.quantizers import calibrated
 from layercut.report.formatting import layer_names
 from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
 from layercut.report.stage_lines import describe_quantization
@@ -103,7 +103,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
     if most:
         bit_choice.check_target(loaded.model, config.quantize, most)
-    text, needed = config.text, most or resolve(config.quantize.quantizer)[1].needs_calibration
+    text, needed = config.text, most or calibrated(config.quantize)
     if needed and run and text == DataConfig():
         tokens = stored_blocks(run, "calibration")
     elif needed:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from layercut.config import QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.quantization.gptq import gptq
 from layercut.quantization.grid import Grid, encode
@@ -78,6 +79,11 @@ def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quant
             "the protocol is in layercut/quantization/quantizers.py",
         )
     return name, found
+
+
+def calibrated(config: QuantizeConfig) -> bool:
+    """Whether weights are rounded on text: below 8 bits, by a quantizer that asks for it."""
+    return config.small and resolve(config.quantizer)[1].needs_calibration
 
 
 def quantized(

@@ -21,7 +21,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.search import TEXT_ROWS_PER_TEST
 from layercut.progress import say
-from layercut.quantization.quantizers import resolve as quantizer_of
+from layercut.quantization.quantizers import calibrated
 from layercut.registries import quantizers
 from layercut.report.stage_lines import describe_quantization, describe_quantized_tuning
 from layercut.segments import Segment
@@ -36,10 +36,9 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         return gguf_run.quantize(work, segments)
     config = work.config.quantize
     chosen = [work.config.search.target_size] if config.bits == "auto" else []
-    read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
-    calibrated = work.text["calibration"] if read else None
+    read = bool(chosen) or calibrated(config)
     how = [*(how_rounded(work.config, config) if read else []), *quantizers.edition(config.quantizer)]
-    rounds = [config, calibrated, *chosen, *how]
+    rounds = [config, work.text["calibration"] if read else None, *chosen, *how]
     inputs = [*rounds, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
@@ -84,8 +83,7 @@ def how_rounded(config: CompressConfig, asked: QuantizeConfig) -> list[Any]:
 
 def capabilities_read(config: CompressConfig, asked: QuantizeConfig) -> Sequence[str]:
     """The capabilities on whose tests weights are rounded beside the text."""
-    needs_rows = asked.small and quantizer_of(asked.quantizer)[1].needs_calibration
-    return () if not needs_rows or has(config.text.data, TESTS) else capability_names(config.search.preserve)
+    return () if not calibrated(asked) or has(config.text.data, TESTS) else capability_names(config.search.preserve)
 
 
 def rows_of_tests(text: DataConfig) -> int:
