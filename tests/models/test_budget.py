@@ -263,11 +263,11 @@ def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
 
 def test_calibration_goes_on_in_halves(monkeypatch, caplog):
     model, tokens = tiny.llama(3), tiny.some_tokens(7)
-    plain = quantize(model, tokens, bits=8)
+    plain = quantize(model, tokens, bits=4)
     checked, tried = short_layers(2)
     monkeypatch.setattr(DecoderRunner, "plain_layer", checked)
     monkeypatch.setattr(DecoderRunner, "_check", lambda self: None)
-    found = quantize(model, tokens, bits=8)
+    found = quantize(model, tokens, bits=4)
     assert tried[:4] == [7, 4, 2, 2], "in halves"
     assert max(tried[4:]) <= 3, "later layers begin with those"
     errors = [[row.output_error for row in one.weights] for one in (found, plain)]

@@ -181,7 +181,7 @@ def test_each_code_becomes_the_best_one_while_the_others_stay(zeros, monkeypatch
     first = plain_gptq(weight, hessian, grid)
     found, expected = descended(weight, hessian, grid, first), step_by_step(weight, damped(hessian), grid, first)
     assert (found == expected).all(1).float().mean() >= 0.7  # float32 against float64, as of GPTQ above
-    each = [one.sum() for one in errors(weight, damped(hessian), *((grid, codes) for codes in (first, found, expected)))]
+    each = [one.sum() for one in errors(weight, damped(hessian), (grid, first), (grid, found), (grid, expected))]
     assert each[1] < 0.995 * each[0]
     assert each[1] <= 1.005 * each[2]
 

@@ -90,7 +90,7 @@ def test_sizes_are_those_of_what_is_packed(bits, form, zeros):
     weight = torch.randn(6, 96).bfloat16()
     target = Assignment("some.module", 0, bits, 32, form, zeros)
     grid = fit_grid(weight, bits, 32, asymmetric=zeros, dtype=torch.bfloat16)
-    packed = pack(target, encode(weight, grid), grid)
+    packed = pack(target.name, encode(weight, grid), grid, form)
     assert {name: tensor.nbytes for name, tensor in packed.items()} == stored_bytes(target, (6, 96), torch.bfloat16)
 
 

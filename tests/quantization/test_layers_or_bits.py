@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_bits_by_budget import SIZES, half
 
 import folders
 import quick
@@ -22,7 +23,6 @@ from layercut.pipeline.stages import layers_or_bits, trial, tune_quantized
 from layercut.quantization import bit_choice
 from layercut.segments import Segment
 from layercut.surgery import cut
-from test_bits_by_budget import SIZES, half
 
 LAYERS = 6
 AUTO = QuantizeConfig(bits="auto")
