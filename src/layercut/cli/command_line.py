@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -314,13 +314,9 @@ def _one_of_several(arguments: list[str]) -> int:
         try:
             processes.start()
             with nullcontext() if processes.is_main() else redirect_stdout(nowhere):
+                refused = f"several processes were started, and layercut {command} works in one"
                 code, lines = (
-                    _run(arguments)
-                    if not alone
-                    else _refusal(
-                        f"several processes were started, and layercut {command} works in one",
-                        "run it without torchrun or accelerate launch",
-                    )
+                    _refusal(refused, "run it without torchrun or accelerate launch") if alone else _run(arguments)
                 )
         except LayercutError as error:
             code, lines = _refusal(error.message, error.hint)
@@ -340,7 +336,10 @@ def _run(arguments: list[str]) -> Outcome:
     try:
         _take_config(arguments)
         command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-        with _logged(given.arguments.get("log")) if "log" in given.signature.parameters else nullcontext():
+        from layercut import progress  # not for --help: it loads rich
+
+        log = asdict(given.arguments.get("log") or LogConfig())
+        with progress.shown(**log) if "log" in given.signature.parameters else nullcontext():
             command(*given.args, **given.kwargs)
         sys.stdout.flush()
     except LayercutError as error:
@@ -378,13 +377,6 @@ def _reader_gone() -> int:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
     return 128 + signal.SIGPIPE
-
-
-def _logged(log: Log) -> AbstractContextManager[None]:
-    """Messages on stderr and in the log file while a command runs."""
-    from layercut import progress
-
-    return progress.shown(**asdict(log or LogConfig()))
 
 
 def _words(error: cyclopts.CycloptsError) -> str:
