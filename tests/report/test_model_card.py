@@ -135,17 +135,19 @@ def test_names_of_files_are_quoted_in_what_is_to_be_run():
     assert front(card)["base_model_relation" if "base_model" in front(card) else "library_name"] == "gguf"
 
 
-def test_a_figure_that_is_no_number_is_left_out():
-    figures = [Figure(metric="perplexity", value=float("inf"), dataset="c4")]
-    assert "model-index" not in front(checkpoint_card(Made(source=SourceCard(name="x"), done="", figures=figures)))
-
-
-def test_tags_and_relation_say_what_kind_of_file_it_is():
-    quantized = Made(source=SourceCard(name="n", hub_id="o/n"), done="", number_format="int4", packed=True)
-    found = front(checkpoint_card(quantized))
-    assert (found["base_model_relation"], found["tags"]) == ("quantized", ["layercut", "compressed-tensors"])
-    gguf = front(checkpoint_card(Made(source=SourceCard(name="n", hub_id="o/n"), done="", gguf="n.gguf")))
-    assert (gguf["library_name"], gguf["tags"]) == ("gguf", ["layercut", "gguf"])
+@pytest.mark.parametrize(
+    ("made", "relation", "library", "tags"),
+    [
+        ({"number_format": "int4", "packed": True}, "quantized", "transformers", ["compressed-tensors"]),
+        ({"gguf": "n.gguf"}, "finetune", "gguf", ["gguf"]),
+        ({"figures": [Figure(metric="perplexity", value=float("inf"), dataset="c4")]}, "finetune", "transformers", []),
+    ],
+)
+def test_tags_and_relation_say_what_kind_of_file_it_is(made, relation, library, tags):
+    found = front(checkpoint_card(Made(source=SourceCard(name="n", hub_id="o/n"), done="", **made)))
+    assert (found["base_model_relation"], found["library_name"]) == (relation, library)
+    assert found["tags"] == ["layercut", *tags]
+    assert "model-index" not in found, "a figure that is no number is none"
 
 
 def test_a_gguf_file_says_its_licence_itself(tmp_path):
