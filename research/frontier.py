@@ -100,7 +100,7 @@ def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
         gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="fisher", preserve="none", num_segments="1",
-        score="auto", window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
+        window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
         train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, cuts=[""],
         work=Path("runs/frontier"), **ASKED,
     )  # fmt: skip
@@ -109,7 +109,7 @@ def main() -> None:
     gguf = opened.checkpoint.file if opened.checkpoint.gguf else None
     dithered = args.dither == "yes" or (args.dither == "auto" and gguf is not None)
     sources = dict(item.split("=", 1) for item in args.report)
-    asked = ("data", "method", "preserve", "num_segments", "score", "window", "seed", "search_tokens", "tune_tokens",
+    asked = ("data", "method", "preserve", "num_segments", "window", "seed", "search_tokens", "tune_tokens",
              "quantize_tokens", "eval_tokens", "longest")  # fmt: skip
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
     facts |= {"trained_towards": TOWARDS, "tests_in": ROWS} | {name: getattr(args, name) for name in asked}
@@ -190,7 +190,7 @@ class Kept:
 def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, HealConfig]:
     """How a ratio is searched, where its layers are not given, and healed."""
     segments = args.num_segments if args.num_segments == "auto" else int(args.num_segments)
-    how = {"ratio": ratio, "num_segments": segments, "method": args.method, "score": args.score}
+    how = {"ratio": ratio, "num_segments": segments, "method": args.method}
     if cut := cuts_of(args).get(f"{ratio:g}"):
         how = {"segment": tuple(cut.split("+"))}
     return (

@@ -217,10 +217,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--ratio=0.2", "--segment=1:2"],
         ["both --ratio and --segment", "one of them"],
     ),
-    "a trial by another objective": (
-        ["--ratio=0.3", "--score=folded", "--search-objective=hidden"],
-        ["--score folded", "--search-objective hidden", "priced by KL"],
-    ),
     "groups of nothing": (["--ratio=0.3", "--group-size=32"], ["--group-size is given, but nothing is quantized"]),
     "rounding of nothing": (["--ratio=0.3", "--group-size=64"], ["--group-size is given, but nothing is quantized"]),
     "bits to choose among": (["--ratio=0.3", "--bits=4", "--bits-allowed=8"], ["--bits-allowed", "--bits auto"]),
@@ -290,7 +286,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--ratio=0.2", "--tune-data={heldout}"],
         ["evaluation.txt", "tuned on", "--eval-data"],
     ),
-    "tests that count infinitely": (["--ratio=0.2", "--preserve-weight=inf"], ["--preserve-weight is inf", "default"]),
     "context of one token": (["--ratio=0.2", "--long-context=1"], ["--long-context 1", "2 and more"]),
     "size beyond numbers": (["--target-size=" + "9" * 400], ["is no size", "MB"]),
     "no config file": (["--config={tmp}/nowhere.yaml"], ["nowhere.yaml", "cannot be read", "No such file"]),

@@ -153,7 +153,7 @@ def test_words_that_are_not_read_are_refused(fronts, word):
 def test_layers_of_a_ratio_are_searched_or_given(fronts):
     frontier = import_module("frontier")
     args = Namespace(
-        cuts=["0.2=6:7+10:14"], ratios=[0.1, 0.2], method="fisher", score="auto", preserve="all", num_segments="auto",
+        cuts=["0.2=6:7+10:14"], ratios=[0.1, 0.2], method="fisher", preserve="all", num_segments="auto",
         data="c4", search_tokens=64, window=16, seed=0, tune_tokens=64,
     )  # fmt: skip
     given, searched = (frontier.stages(args, ratio)[0] for ratio in (0.2, 0.1))

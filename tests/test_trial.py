@@ -17,7 +17,7 @@ from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, from_flat
 from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
-from layercut.errors import ConfigError, SurgeryError
+from layercut.errors import SurgeryError
 from layercut.healing import fold_, fold_prices, tune_
 from layercut.healing.fold_prices import RIDGES, FoldPrices
 from layercut.healing.least_squares import HELD_OUT
@@ -38,14 +38,25 @@ from layercut.models import checkpoints, loading
 from layercut.models.objectives import KL
 from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
+from layercut.pipeline import resolve_options
 from layercut.pipeline.known_prices import KnownPrices
-from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
+from layercut.pipeline.resolve_options import resolve, shortlists
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
+
+ENOUGH = 4096
+
+
+@pytest.fixture(autouse=True, scope="module")
+def candidates_are_healed_with_few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve_options, "ENOUGH_TOKENS", ENOUGH)
+        yield
+
 
 FIT = 16
 
@@ -117,38 +128,16 @@ def test_states_beyond_memory_are_in_files_that_vanish(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_it_takes_is_planned(tiny_model, texts, tmp_path, capsys):
-    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", "--preserve=sums"]
-    flags.append("--score=folded")
-    assert main(["plan", *flags, "--json", "--no-calibrate"]) == 0
-    planned = json.loads(capsys.readouterr().out)["stages"]["search"]["layer_forwards"]
-    assert main(["search", *flags, f"--out={tmp_path / 'run'}"]) == 0
-    taken = json.loads((tmp_path / "run" / "search.json").read_text())["cost"]["layer_forwards"]
-    assert planned["least"] <= taken <= planned["most"]
-    assert planned["expected"] / 3 < taken < 3 * planned["expected"]
-
-
-def test_healing_on_trial_is_planned(tiny_model, capsys):
-    flags = [str(tiny_model), "--tokens=1024", "--window=128", "--ratio=0.25", "--tune-tokens=16384", "--json"]
-    told = {}
-    for score in ("folded", "healed"):
-        assert main(["plan", *flags, "--no-calibrate", f"--score={score}"]) == 0
-        told[score] = json.loads(capsys.readouterr().out)["stages"]
-    assert told["healed"]["search"]["flops"] > told["folded"]["search"]["flops"] + told["folded"]["tune"]["flops"] / 16
-    assert main(["plan", *flags, "--no-calibrate", "--score=healed", "--stream=on"]) == 2
-
-
 def test_a_trial_depends_on_what_its_healing_depends_on():
-    def inputs_of(score, **heal):
+    def inputs_of(shortlist=True, **heal):
         kept = {"text": {"heldout": "held", "tuning": "tuned"}, "held_out_text": tiny.some_tokens(2)}
-        return trial.inputs(SimpleNamespace(score=score, config=SimpleNamespace(heal=HealConfig(**heal)), **kept))
+        return trial.inputs(
+            SimpleNamespace(shortlist=shortlist, config=SimpleNamespace(heal=HealConfig(**heal)), **kept)
+        )
 
-    assert inputs_of("raw") == []
-    assert inputs_of("folded") == ["folded", fingerprint(tiny.some_tokens(2))]
-    healed = inputs_of("healed")
-    assert {"tuned", "held"} <= {each for each in healed if isinstance(each, str)}
-    assert healed != inputs_of("healed", learning_rate=1e-3)
-    assert inputs_of("folded") == inputs_of("folded", learning_rate=1e-3)
+    assert inputs_of(shortlist=False) == []
+    assert {"tuned", "held", fingerprint(tiny.some_tokens(2))} <= {x for x in inputs_of() if isinstance(x, str)}
+    assert inputs_of() != inputs_of(learning_rate=1e-3)
 
 
 def plain_prices():
@@ -300,48 +289,34 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
 
 
 @pytest.mark.parametrize(
-    ("flags", "heals", "score"),
+    ("flags", "heals"),
     [
-        ({}, True, "healed"),
-        ({}, False, "raw"),
-        ({"seeds": 2}, True, "healed"),
-        ({"tune_tokens": ENOUGH_TOKENS - 1}, True, "raw"),
-        ({"fold": False}, True, "raw"),
-        ({"preserve": "none"}, True, "raw"),
-        ({"method": "cosine"}, True, "raw"),
-        ({"ratio": None, "segment": ("1:2",)}, True, "raw"),
-        ({"ratio": None, "max_loss": 0.1}, True, "raw"),
-        ({"search_objective": "next-token"}, True, "raw"),
-        ({"score": "folded"}, True, "folded"),
+        ({}, True),
+        ({"tune_tokens": ENOUGH - 1}, False),
+        ({"fold": False}, False),
+        ({"preserve": "none"}, False),
+        ({"method": "cosine"}, False),
+        ({"ratio": None, "segment": ("1:2",)}, False),
+        ({"ratio": None, "max_loss": 0.1}, False),
     ],
 )
-def test_cuts_are_healed_on_trial_where_tests_are_weighed_and_enough_is_tuned_on(flags, heals, score):
-    assert score_of(from_flat({"ratio": 0.25} | flags), heals=heals) == score
+def test_cuts_are_healed_on_trial_where_tests_are_weighed_and_enough_is_tuned_on(flags, heals):
+    assert shortlists(from_flat({"ratio": 0.25} | flags)) is heals
 
 
 def test_auto_is_no_trial_where_the_layers_are_on_disk_and_what_was_found_stays(tiny_model):
     flags = {"ratio": 0.25, "window": 128}
     whole, streamed = (resolve(str(tiny_model), from_flat(flags | {"stream": s}), "report") for s in ("off", "on"))
-    assert (whole.score, whole.score_now) == ("healed", "healed")
-    assert (streamed.score, streamed.score_now) == ("healed", "raw")
-    assert whole.config.search.score == "auto", "what the run folder says can be given to other commands"
-    with pytest.raises(ConfigError, match="--score healed needs the model in memory"):
-        resolve(str(tiny_model), from_flat(flags | {"stream": "on", "score": "healed"}), "report")
-
-
-def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys):
-    flags = [str(tiny_model), f"--data={texts[0]}", "--ratio=0.25", "--window=128", f"--out={tmp_path}"]
-    flags.append("--score=healed")
-    assert main(["search", *flags]) == 2
-    assert main(["tune", *flags, "--tune-tokens=0"]) == 2
-    assert capsys.readouterr().err.count("--score folded") == 2
+    assert (whole.shortlist, whole.shortlist_now) == (True, True)
+    assert (streamed.shortlist, streamed.shortlist_now) == (True, False)
+    assert not resolve(str(tiny_model), from_flat(flags), "search").shortlist
 
 
 def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(on_trial, "CLOSE", 9.0)
     monkeypatch.setattr(heal, "FOLD_TOKENS", 1024 + 4 * 128)  # beside the calibration text 4 rows, as a run folds
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
-    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", str(tiny_model), *flags]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
     healed = [one for one in found["shortlist"] if "longer" in one]
@@ -403,7 +378,7 @@ def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
 def of_trial(tiny_model, texts):
     """The words of a run that has cuts on trial, but for its folder."""
     flags = ["tune", str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
-    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--learning-rate=3e-3", "--probe-share=0"]
     return flags
 
 
@@ -492,7 +467,7 @@ def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, text
     plain = json.loads((tmp_path / "search.json").read_text())
     assert not plain["shortlist"]
     monkeypatch.setattr(layer_search, "search", None)
-    assert main(["tune", *flags, "--tune-tokens=4096", "--score=folded", "--probe-share=0"]) == 0
+    assert main(["tune", *flags, "--tune-tokens=4096", "--probe-share=0"]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
     assert found["shortlist"]
     assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["shortlist"]]

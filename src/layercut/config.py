@@ -58,8 +58,6 @@ TAKE_TESTS = ("auto", "fisher", "clp", "race", "exhaustive")
 """Criteria of layercut that take generated tests, several segments and other objectives."""
 OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
 """Options whose value is names, or numbers, separated by commas."""
-Score = Literal["raw", "folded", "healed"]
-"""What cuts are chosen by in the end."""
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -199,11 +197,8 @@ class SearchConfig:
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB. With
-    --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio, --segment or
-    --target-speedup says it."""
-    target_speedup: Annotated[float | None, Parameter(group=WHAT)] = None
-    """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
-    removed). That is the ideal; what is reached is a little less."""
+    --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio or --segment
+    says it."""
     max_loss: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
@@ -216,9 +211,6 @@ class SearchConfig:
     (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
     format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text. Where
     weights of a checkpoint folder get fewer than 8 bits, they are rounded on such tests too."""
-    preserve_weight: Annotated[float, rare] = 1.0
-    """What a nat of damage per answer token, mean over what is preserved, counts beside a nat of KL per token of
-    text."""
     method: Annotated[
         str,
         one_of(
@@ -229,21 +221,6 @@ class SearchConfig:
             "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),
     ] = "auto"
-    search_objective: Annotated[
-        str,
-        one_of(
-            objectives,
-            "What makes a cut good, for fisher, race and exhaustive. kl: it predicts as the dense model. "
-            "next-token: it predicts the text.",
-            RARE,
-        ),
-    ] = "kl"
-    score: Annotated[Literal["auto"] | Score, rare] = "auto"
-    """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
-    held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
-    tuning text each, those that stay close on a quarter, and take the one that is best then. auto: healed
-    where the search heeds tests, by KL and for a given size, and 65,536 tokens or more are folded and tuned on in one
-    round, with the model whole and in memory; else raw."""
     consumers: Consumers = ""
 
     def __post_init__(self) -> None:
@@ -252,17 +229,12 @@ class SearchConfig:
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         _ = self.target_bytes
-        if self.target_speedup is not None and not 1 < self.target_speedup < math.inf:
-            raise ConfigError(f"--target-speedup {self.target_speedup:g} is not above 1", "try 1.25")
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise ConfigError(
                 f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
             )
         if self.num_segments != "auto":
             at_least("num_segments", self.num_segments, 1)
-        at_least("preserve_weight", self.preserve_weight, 0)
-        if self.preserve_weight == math.inf:
-            raise ConfigError("--preserve-weight is inf", "a number: the default is 1")
         consumer_names(self.consumers)
         self._check_method()
         _ = self.segments
@@ -270,10 +242,8 @@ class SearchConfig:
     def _check_method(self) -> None:
         """Refuse a name that is unknown, and options that a method would ignore."""
         criteria.check(self.method, "--method")
-        objectives.check(self.search_objective, "--search-objective")
         asked = {
             "--num-segments": self.num_segments not in (1, "auto"),
-            "--search-objective": self.search_objective != "kl",
             "--preserve": self.preserve not in ("all", "none"),
         }
         for flag, is_asked in asked.items():
@@ -282,23 +252,6 @@ class SearchConfig:
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or --method")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
-        if self.segment and self.goes_on:
-            raise ConfigError(f"--score {self.score} is for a search, and --segment is given", "leave out one of them")
-        if self.search_objective != "kl" and self.goes_on:
-            raise ConfigError(
-                f"--score {self.score} is given with --search-objective {self.search_objective}, and what is left of a "
-                "cut is priced by KL",
-                "leave out one of them",
-            )
-        if self.max_loss is not None and self.goes_on:
-            raise ConfigError(
-                f"--score {self.score} is given with --max-loss, which goes by plain cuts", "leave out one"
-            )
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the search goes on from plain cuts; of --score auto that is not known yet."""
-        return self.score in ("folded", "healed")
 
     @property
     def target_bytes(self) -> int:
@@ -310,14 +263,14 @@ class SearchConfig:
         """The flags among those that say what to remove; one of them is needed, and no more."""
         values = {
             "--ratio": self.ratio, "--segment": self.segment or None, "--target-size": self.target_size,
-            "--target-speedup": self.target_speedup, "--max-loss": self.max_loss,
+            "--max-loss": self.max_loss,
         }  # fmt: skip
         return [flag for flag, value in values.items() if value is not None]
 
     @property
     def removing(self) -> list[str]:
         """Those of `given` that say how many layers go, where --bits auto makes the size."""
-        return [flag for flag in self.given if flag in ("--ratio", "--segment", "--target-speedup")]
+        return [flag for flag in self.given if flag in ("--ratio", "--segment")]
 
     @property
     def two_budgets(self) -> bool:

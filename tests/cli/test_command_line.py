@@ -333,7 +333,7 @@ def test_help_is_grouped_by_stage_with_the_few_first(command, capsys):
     boxes = re.findall(r"╭─ (.+?) ─", text)
     assert boxes[:3] == ["Parameters", "What to remove", "Run"]
     assert boxes[-1] == "Rarely needed"
-    assert text.index("--ratio") < text.index("--data") < text.index("--dtype") < text.index("--preserve-weight")
+    assert text.index("--ratio") < text.index("--data") < text.index("--dtype") < text.index("--shard")
     assert ("Healing" in boxes) == (command != "search")
     assert ("Measuring" in boxes) == (command == "compress")
 

@@ -15,12 +15,11 @@ from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, split_rows
-from layercut.layer_search.budgets import length_for_size, length_for_speedup
+from layercut.layer_search.budgets import length_for_size
 from layercut.layer_search.result import Candidate, Cost
 from layercut.models import checkpoints, decoder_stack, loading, model_weights
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.resolve_options import wanted_length
 from layercut.quantization.packing import saved_bytes
 from layercut.report import formatting
 from layercut.segments import Segment
@@ -59,20 +58,6 @@ def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
         length_for_size(weights, total, total)
 
 
-def test_a_speedup_is_met_by_as_few_layers_as_can():
-    assert length_for_speedup(8, 1 + 1e-10) == 1
-    for layers in (8, 30, 80):
-        for speedup in (1.01, 1.25, 1.3, 2.0, 4.0):
-            n = length_for_speedup(layers, speedup)
-            assert layers / (layers - n) >= speedup - 1e-9
-            assert n == 1 or layers / (layers - n + 1) < speedup
-    assert wanted_length(SearchConfig(target_speedup=1.25), 30) == 6
-    assert wanted_length(SearchConfig(ratio=0.2), 30) == 6
-    assert wanted_length(SearchConfig(target_size="1GB"), 30) is None
-    with pytest.raises(ConfigError, match="no cut meets --target-speedup 9"):
-        length_for_speedup(8, 9)
-
-
 def test_the_rise_of_perplexity_is_that_of_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
     student = model_weights.share(model)
@@ -108,16 +93,10 @@ def test_rows_that_verify_are_not_searched_on():
 
 
 REFUSED = {
-    "two budgets": ({"target_speedup": 1.2, "max_loss": 0.1}, "both --target-speedup and --max-loss"),
-    "ratio and a budget": ({"ratio": 0.2, "target_speedup": 1.2}, "both --ratio and --target-speedup"),
-    "no faster": ({"target_speedup": 1.0}, "--target-speedup 1 is not above 1"),
     "no loss at all": ({"max_loss": 0.0}, "--max-loss 0 is not above 0"),
     "loss nan": ({"max_loss": math.nan}, "--max-loss nan"),
     "no segments": ({"ratio": 0.2, "num_segments": 0}, "--num-segments 0 is too small"),
     "several by a baseline": ({"ratio": 0.2, "num_segments": 2, "method": "cosine"}, "not for --method cosine"),
-    "objective of a baseline": ({"ratio": 0.2, "search_objective": "next-token", "method": "sleb"}, "--method sleb"),
-    "loss scored": ({"max_loss": 0.1, "score": "folded"}, "--score folded is given with --max-loss"),
-    "segment scored": ({"segment": ("1:2",), "score": "folded"}, "--score folded is for a search"),
 }
 
 
@@ -161,14 +140,9 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     assert config["num_hidden_layers"] == 8
     dense = loading.load(checkpoints.resolve(str(tiny_model))).model
     target = model_weights.parameter_bytes(dense) - 2 * model_weights.parameter_bytes(DecoderRunner(dense).layers[0])
-    _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
+    _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}")
     assert sum(stop - start for start, stop in found["segments"]) == 2
-    scores = [candidate["score"] for candidate in found["candidates"]]
-    assert scores == sorted(scores)
     assert found["segments"] == found["candidates"][0]["segments"]
-
-    _, found = search(tiny_model, texts, tmp_path / "speed", "--target-speedup=1.6")
-    assert sum(stop - start for start, stop in found["segments"]) == 3
 
     _, found = search(tiny_model, texts, tmp_path / "loss", "--max-loss=0.5")
     assert found["budget"]["rise"] <= 0.5

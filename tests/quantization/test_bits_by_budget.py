@@ -225,7 +225,7 @@ def test_only_what_is_allowed_is_chosen():
 def test_what_does_not_go_together_is_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         from_flat({"bits": "auto", **given}).check()
-    for removed in ({}, {"ratio": 0.0}, {"segment": ["2:3"]}, {"target_speedup": 1.2}):
+    for removed in ({}, {"ratio": 0.0}, {"segment": ["2:3"]}):
         from_flat({"bits": "auto", "target_size": "1MB", **removed}).check()
 
 

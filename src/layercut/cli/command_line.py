@@ -87,7 +87,7 @@ def compress(
 
 @app.command
 def search(model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
-    """Find the segment to remove by plain cuts, and stop there; compress --score raw --out as here goes on.
+    """Find the segment to remove by plain cuts, and stop there; compress with the same --out goes on.
 
     For example:
 

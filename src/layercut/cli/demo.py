@@ -38,13 +38,13 @@ def demo(run: RunConfig) -> Path:
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
-        search=SearchConfig(ratio=0.2, score="raw"),
+        search=SearchConfig(ratio=0.2),
         heal=HealConfig(tune_tokens=65536),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
         output=OutputConfig(format="safetensors"),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
-    return compress(str(fetch_model()), config, own_process=True)
+    return compress(str(fetch_model()), config, own_process=True, shortlist=False)
 
 
 def cache_folder() -> Path:

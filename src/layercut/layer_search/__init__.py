@@ -16,7 +16,6 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.layer_search.budgets import (
     length_for_size,
-    length_for_speedup,
     longest_within,
     perplexity_rise,
     split_rows,
@@ -37,7 +36,7 @@ from layercut.segments import as_segments, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
-    "length_for_size", "length_for_speedup", "longest_within", "numbers_of_segments", "perplexity_rise",
+    "length_for_size", "longest_within", "numbers_of_segments", "perplexity_rise",
     "search", "split_rows",
 ]  # fmt: skip
 

@@ -53,17 +53,6 @@ def length_for_size(
     return n
 
 
-def length_for_speedup(layers: int, speedup: float) -> int:
-    """The fewest layers n for which the ideal speedup is reached: 1 / (1 - n / L)."""
-    n = max(1, math.ceil(layers * (1 - 1 / speedup) - 1e-9))
-    if n >= layers:
-        raise ConfigError(
-            f"no cut meets --target-speedup {speedup:g}: with one layer of {layers} left it is {layers:g} at the most",
-            f"allowed is up to --target-speedup {layers:g}, and little beyond 2 leaves a model that can be healed",
-        )
-    return n
-
-
 def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split calibration rows [N, T] into those to search on and those that verify what was found."""
     unseen = max(1, len(tokens) // UNSEEN_SHARE)

@@ -42,7 +42,9 @@ from layercut.report.page import write_report
 from layercut.segments import Segment
 
 
-def compress(model: str, config: CompressConfig, *, until: Stage = "report", own_process: bool = False) -> Path:
+def compress(
+    model: str, config: CompressConfig, *, until: Stage = "report", own_process: bool = False, shortlist: bool = True
+) -> Path:
     """Search, cut, heal, measure and export `model`; a run that was stopped is resumed.
 
     Args:
@@ -51,6 +53,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
         own_process: whether this process is the command's own, so that SIGINT and SIGTERM may be caught while tuning,
             to keep its state first, and the C library set to keep freed memory. A library call changes neither.
+        shortlist: whether candidates may be healed for a while before one is chosen.
 
     Returns:
         The run folder. Several processes that a launcher started do it together (`distributed/processes.py`).
@@ -61,14 +64,14 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     processes.start()
     if own_process:
         sum_in_float32_()
-    asked = resolve(model, config, until)
+    asked = resolve(model, config, until, shortlist=shortlist)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
     folder = gguf_run.run_folder(asked.config.run) or default_folder(model)
     with memory.memory_limit(config.load.max_memory), Run(folder, force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)}, asked.checkpoint)
         work = RunContext(
-            asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process, score=asked.score,
-            score_now=asked.score_now,
+            asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process,
+            shortlist=asked.shortlist, shortlist_now=asked.shortlist_now,
         )  # fmt: skip
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
         length = stages.layers_or_bits.number_of_layers(work) if asked.config.shares_size else asked.length

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 
 from layercut import evaluation
-from layercut.config import CompressConfig, Score, SearchConfig, consumer_names
+from layercut.config import CompressConfig, SearchConfig, consumer_names
 from layercut.data.probes import capability_names
 from layercut.data.sources import MADE_ANEW, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.export import engines
-from layercut.layer_search import length_for_size, length_for_speedup
+from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import names
 from layercut.models import checkpoints, decoder_stack, devices, loading, placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
@@ -54,13 +54,13 @@ class ResolvedRun:
     """Layers to remove; None where that depends on the weights or on the loss."""
     spread: bool
     """Whether the weights are sharded over several processes."""
-    score: Score
-    """What --score auto means with these options: what is found depends on it."""
-    score_now: Score
-    """The same, or raw where auto would try cuts and the model is not whole in memory this time."""
+    shortlist: bool
+    """Whether candidates are healed for a while before one is chosen: what is found depends on it."""
+    shortlist_now: bool
+    """The same; not where the model is not whole in memory this time."""
 
 
-def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
+def resolve(model: str, config: CompressConfig, until: Stage, *, shortlist: bool = True) -> ResolvedRun:
     """Check a configuration against a model's config and headers."""
     config.check()
     capability_names(config.search.preserve)
@@ -81,8 +81,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     devices.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
     on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
-    score = score_of(config, heals=until != "search")
-    in_parts = config.search.score == "auto" and (spread or on_disk)
+    shortlist = shortlist and until != "search" and shortlists(config)
     if spread:
         check_spread(config)
     if until != "search" and on_disk:
@@ -93,30 +92,23 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(
         model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread,
-        score=score, score_now="raw" if in_parts else score,
+        shortlist=shortlist, shortlist_now=shortlist and not (spread or on_disk),
     )  # fmt: skip
 
 
-def score_of(config: CompressConfig, *, heals: bool) -> Score:
-    """What --score auto means for a run: healed where the search weighs tests and enough is tuned on to spare some."""
+def shortlists(config: CompressConfig) -> bool:
+    """Whether a run heals candidates for a while: where the search weighs probes and enough is tuned on to spare."""
     search, heal = config.search, config.heal
-    heals = heals and heal.fold and heal.tune_tokens > 0
-    if search.score == "healed" and not heals:
-        raise ConfigError("--score healed is given, and this run does not fold and tune", "give --score folded")
-    if search.score != "auto":
-        return search.score
-    if search.search_objective != "kl":  # what is left of a cut is priced by KL, so that the objective would not decide
-        return "raw"
-    weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
-    plain = search.segment or search.max_loss is not None
-    return "healed" if heals and heal.tune_tokens >= ENOUGH_TOKENS and weighs and not plain else "raw"
+    weighs = search.preserve != "none" and names(criteria.get(search.method), "probes")
+    enough = heal.fold and heal.tune_tokens >= ENOUGH_TOKENS
+    return bool(enough and weighs and not search.segment and search.max_loss is None)
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:
     """How many layers the user wants removed."""
-    if search.ratio is not None:
-        return layers_to_remove(search.ratio, layers) if search.ratio else 0
-    return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
+    if search.ratio is None:
+        return None
+    return layers_to_remove(search.ratio, layers) if search.ratio else 0
 
 
 def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
@@ -185,7 +177,6 @@ def check_spread(config: CompressConfig) -> None:
         "--target-size with --max-loss": config.search.two_budgets,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
-        f"--score {config.search.score}": config.search.goes_on,
     }
     for flag, is_asked in refused.items():
         if is_asked:
@@ -197,7 +188,7 @@ def check_spread(config: CompressConfig) -> None:
 
 def check_streamed(config: CompressConfig, spread: bool) -> None:
     """Refuse what a run cannot do whose layers are left on disk; before anything long is run."""
-    for flag in [*needing_memory(config), *(["--score healed"] if config.search.score == "healed" else [])]:
+    for flag in needing_memory(config):
         raise needs_memory(flag)
     if processes.world() > 1 and not spread:
         raise ConfigError(
@@ -207,10 +198,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
 
 
 def needing_memory(config: CompressConfig) -> list[str]:
-    """The flags that are given and need the model in memory; --score aside, which may be auto's.
-
-    config: every option.
-    """
+    """The flags that are given and need the model in memory."""
     asked = {
         "--bits": config.quantize.rounds,
         "--tasks": bool(config.tasks.names),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
-from layercut.config import CompressConfig, Score, ShardMode
+from layercut.config import CompressConfig, ShardMode
 from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
@@ -60,10 +60,10 @@ class RunContext:
     """Whether the weights are sharded over several processes."""
     own_process: bool = False
     """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
-    score: Score = "raw"
-    """What cuts are chosen by, by the options: what the search's result is filed under."""
-    score_now: Score = "raw"
-    """What they are chosen by where the search is made now."""
+    shortlist: bool = False
+    """Whether candidates are healed before one is chosen, by the options: what the search is filed under."""
+    shortlist_now: bool = False
+    """The same where the search is made now."""
     text: dict[str, TextFacts] = field(default_factory=dict)
     """Where what the text stage has drawn comes from, by use."""
     blocks: dict[str, torch.Tensor] = field(default_factory=dict)

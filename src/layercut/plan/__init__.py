@@ -37,7 +37,7 @@ from layercut.pipeline.resolve_options import (
     check_window,
     length_for_saved_size,
     needing_memory,
-    score_of,
+    shortlists,
     wanted_length,
     with_windows,
 )
@@ -182,7 +182,7 @@ class Planner:
                 config=config, shape=shape, tuned=self.shape(config.heal.tune_window or window, on_cpu),
                 reported=self.shape(config.evaluate.eval_window or window, on_cpu), segments=self.segments,
                 after=self.after, tests=planned_search_tests(config), budget=budget, libraries=base,
-                shortlisted=not on_disk and score_of(config, heals=True) == "healed",
+                shortlisted=not on_disk and shortlists(config),
             )
         )  # fmt: skip
         gguf, folder = self.checkpoint.gguf, self.checkpoint.folder

@@ -72,7 +72,7 @@ def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
         "gguf": str(found["gguf"].run) in keys,
         "shares": settings.bits == "auto"
         and number(settings.ratio) is None
-        and not (settings.segment or settings.target_speedup)
+        and not settings.segment
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
         "capabilities": bool(summary.capabilities),
         "frontier": bool(found["frontier"].budgets)

@@ -63,13 +63,12 @@ def number_of_layers(work: RunContext) -> int:
 def inputs(work: RunContext) -> list[Any]:
     """All that the prices depend on; not what only measures more."""
     config = work.config
-    search = replace(config.search, score="raw")
     return [
         work.source,
         work.text["calibration"],
         fingerprint(work.held_out_text),
         config.text.seed,
-        search,
+        config.search,
         config.quantize,
         *bit_choice.CHOSEN_AMONG,
         *edition(config.search),

@@ -33,7 +33,7 @@ from layercut.pipeline.resolve_options import length_for_saved_size
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import trial
 from layercut.progress import say
-from layercut.registries import criteria, objectives
+from layercut.registries import criteria
 from layercut.report.stage_lines import describe_shortlist
 from layercut.segments import Segment
 
@@ -70,7 +70,7 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
                         result = layer_search.search(stack, tokens, **how, seed=seed)
                         plain.found = recorded(result, work)
                 result = plain.artefact
-                if work.score_now != "raw":
+                if work.shortlist_now:
                     result = gone_on_from(work, result, tokens, how)
             stage.found = replace(recorded(result, work), tests=tests.facts() if tests else None)
     found = stage.artefact
@@ -94,14 +94,14 @@ def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, h
 
 def plain_inputs(work: RunContext, how: dict[str, Any]) -> list[Any]:
     """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder."""
-    config = replace(work.config.search, score="raw")
+    config = work.config.search
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
 
 
 def edition(config: SearchConfig) -> list[Any]:
-    """Of the tests that a search sees, and of a criterion and an objective that are another package's."""
+    """Of the tests that a search sees, and of a criterion that is another package's."""
     tests = [] if config.preserve == "none" else [EDITION]
-    return [*tests, *criteria.edition(config.method), *objectives.edition(config.search_objective)]
+    return [*tests, *criteria.edition(config.method)]
 
 
 def recorded(result: SearchResult, work: RunContext) -> SearchArtefact:
@@ -118,7 +118,7 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
         return None
     made = probe_rows(
         work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted,
-        seed=text.seed, weight=config.preserve_weight,
+        seed=text.seed,
     )  # fmt: skip
     left = made.left_out
     if left and config.preserve != "all":
@@ -151,7 +151,6 @@ def search_options(work: RunContext, length: int, tests: ProbeRows | None) -> di
         "n_layers": length,
         "num_segments": config.num_segments,
         "method": config.method,
-        "objective": config.search_objective,
         "probes": tests,
     }
 

@@ -45,7 +45,7 @@ USED: tuple[Use, ...] = ("calibration", "heldout", "tuning")
 def uses(config: CompressConfig, until: str) -> list[Use]:
     """What text a run needs, in the order in which it is drawn."""
     heal, heals = config.heal, until != "search"
-    judged = config.search.score == "folded" or config.shares_size
+    judged = config.shares_size
     wanted: dict[Use, bool] = {
         "evaluation": until == "report",
         "calibration": True,

@@ -48,10 +48,7 @@ TUNED_SHARE = LONGER**2
 
 def inputs(work: RunContext) -> list[Any]:
     """All that a trial depends on beside what the search does; nothing where there is none."""
-    if work.score == "raw":
-        return []
-    judged_by = fingerprint(work.held_out_text)
-    return [work.score, judged_by, *(healing_inputs(work) if work.score == "healed" else [])]
+    return [fingerprint(work.held_out_text), *healing_inputs(work)] if work.shortlist else []
 
 
 def healing_inputs(work: RunContext) -> list[Any]:
@@ -70,7 +67,7 @@ def go_on(
 ) -> SearchResult:
     """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen."""
     tests = how["probes"]
-    if work.score_now == "raw":
+    if not work.shortlist_now:
         return result
     left_of = Left(work.stack, unseen_rows(work, tests))
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
@@ -98,8 +95,7 @@ def go_on(
             say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
             return sum(left)
 
-        healed = healed_price if work.score_now == "healed" else None
-        found = tried(result, prices, fold_price, limits, count, healed=healed)
+        found = tried(result, prices, fold_price, limits, count, healed=healed_price)
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
