@@ -17,9 +17,9 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
-from layercut.pipeline.artefacts import ShareRecord
+from layercut.layer_search import search
 from layercut.pipeline.run_store import Run
-from layercut.pipeline.stages import layers_or_bits, trial, tune_quantized
+from layercut.pipeline.stages import layers_or_bits, tune_quantized
 from layercut.quantization import bit_choice
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -37,15 +37,14 @@ def model_whose_layers(weigh: float) -> Any:
     return half(model)
 
 
-def compressed(folder: Path, model: Any, texts: Any, size: int, code: int = 0, flags: Any = ()) -> dict[str, Any]:
+def compressed(folder: Path, model: Any, texts: Any, size: int, code: int = 0) -> dict[str, Any]:
     """What a run by --bits auto and --target-size leaves in its folder."""
     if model is not None:
         model.save_pretrained(folder / "model")
         folders.tokenizer().save_pretrained(folder / "model")
     argv = ["tune", str(folder / "model"), "--bits=auto", "--bits-allowed=8,4,2", "--tokens=512", "--window=32"]
-    argv += ["--quantizer=rtn", "--preserve=none", f"--data={texts[0]}"]
-    flags = flags if any(flag.startswith("--tune-tokens") for flag in flags) else [*flags, "--tune-tokens=512"]
-    assert main([*argv, f"--out={folder / 'run'}", f"--target-size={size}", *flags]) == code
+    argv += ["--quantizer=rtn", "--preserve=none", f"--data={texts[0]}", "--tune-tokens=0"]
+    assert main([*argv, f"--out={folder / 'run'}", f"--target-size={size}"]) == code
     names = ("shares", "quantize", "cut", "export") if code == 0 else ()
     return {name: json.loads((folder / "run" / f"{name}.json").read_text()) for name in names}
 
@@ -58,90 +57,33 @@ def test_layers_go_where_they_are_cheaper_than_bits(weigh, size, go, texts, tmp_
     assert [point["layers"] for point in points] == sorted({point["layers"] for point in points})
     assert all(point["bytes"] <= size for point in points)
     assert run["export"]["bytes"] <= size
-    tried = {point["layers"]: point["left"] for point in points if "left" in point}
-    assert 0 in tried, "bits alone are always on trial"
-    assert LAYERS - after == run["shares"]["layers"] == min(tried, key=lambda n: tried[n])
+    best = min(points, key=lambda point: point["folded"] + point["rounded"])
+    assert LAYERS - after == run["shares"]["layers"] == best["layers"]
     assert (after < LAYERS) == go
-    (chosen,) = [point for point in points if point["layers"] == run["shares"]["layers"]]
-    assert run["quantize"]["mixture"]["mean_bits"] == pytest.approx(chosen["mean_bits"], rel=0.1)
+    assert run["quantize"]["mixture"]["mean_bits"] == pytest.approx(best["mean_bits"], rel=0.1)
     assert run["quantize"]["mixture"]["bytes"] <= size
 
 
-def test_a_trial_that_is_stopped_goes_on_with_the_next_number(texts, tmp_path, monkeypatch):
+def test_a_number_that_no_cut_can_have_is_passed_over_and_a_stopped_one_goes_on(texts, tmp_path, monkeypatch):
     quick.leave_out(monkeypatch)
-    tried, left_after = [], layers_or_bits.left_after
+    asked = []
 
-    def stopped(this, cuts, unseen):
-        if tried:
+    def searched(*args, n_layers, **more):
+        asked.append(n_layers)
+        if n_layers == 1:
+            raise ConfigError("a cut of one layer breaks its pattern", "take another number")
+        if n_layers == 3 and asked.count(3) == 1:
             raise KeyboardInterrupt
-        tried.append(cuts)
-        return left_after(this, cuts, unseen)
+        return search(*args, n_layers=n_layers, **more)
 
-    monkeypatch.setattr(layers_or_bits, "left_after", stopped)
+    monkeypatch.setattr(layers_or_bits.layer_search, "search", searched)
     compressed(tmp_path, model_whose_layers(0.0), texts, 110_000, code=130)
-    again = []
-    monkeypatch.setattr(layers_or_bits, "left_after", lambda this, cuts, unseen: again.append(cuts) or 0.0)
     run = compressed(tmp_path, None, texts, 110_000)
-    known = [point["left"] for point in run["shares"]["points"] if "left" in point]
-    assert tried == [[]]
-    assert [] not in again
-    assert known == [known[0]] + [0.0] * len(again)
+    assert asked[:5] == [1, 2, 3, 1, 3], "what was found is kept, what was refused asked again"
+    assert [point["layers"] for point in run["shares"]["points"]] == [0, 2, 3]
     assert not (tmp_path / "run" / "shares-prices.json").exists()
     Run(tmp_path / "run", force=True)
     assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
-
-
-def test_a_search_of_numbers_that_is_stopped_goes_on_with_the_next(texts, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
-    searched, asked = layers_or_bits.searched, []
-
-    def stopped(this, tokens, number, tests):
-        asked.append(number)
-        if asked.count(2) == 1 and number == 2:
-            raise KeyboardInterrupt
-        return searched(this, tokens, number, tests)
-
-    monkeypatch.setattr(layers_or_bits, "searched", stopped)
-    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [1])
-    model = model_whose_layers(0.0)
-    compressed(tmp_path, model, texts, 110_000, code=130)
-    told = capsys.readouterr().err
-    assert [told.count(f"{number} layers removed: ") for number in (0, 1, 2)] == [1, 1, 0]
-    run = compressed(tmp_path, None, texts, 110_000)
-    assert asked == [0, 1, 2, 2, 3]
-    assert not list((tmp_path / "run").glob("shares*-prices.json"))
-    (tmp_path / "once").mkdir()
-    at_once = compressed(tmp_path / "once", model, texts, 110_000)
-    assert run["shares"]["points"] == at_once["shares"]["points"]
-
-
-def test_a_number_of_layers_that_no_cut_can_have_is_passed_over(texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
-    searched, asked = layers_or_bits.searched, []
-
-    def refused(this, tokens, number, tests):
-        asked.append(number)
-        if number == 1:
-            raise ConfigError("a cut of one layer breaks its pattern", "take another number")
-        return searched(this, tokens, number, tests)
-
-    monkeypatch.setattr(layers_or_bits, "searched", refused)
-    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [0])
-    run = compressed(tmp_path, model_whose_layers(0.0), texts, 110_000)
-    assert 1 in asked
-    assert [point["layers"] for point in run["shares"]["points"]] == [number for number in asked if number != 1]
-
-
-@pytest.mark.parametrize(
-    ("prices", "places"),
-    [([1.0], [0]), ([1.0, 2.0, 3.0], [0]), ([3.0, 1.0, 2.0], [0, 1]), ([5.0, 4.0, 3.0, 2.0, 1.0, 9.0], [0, 2, 4])],
-)
-def test_the_fewest_the_cheapest_and_the_one_halfway_go_on_trial(prices, places):
-    points = [
-        ShareRecord(layers=i, segments=[], folded=price / 2, rounded=price / 2, mean_bits=4, bytes=1)
-        for i, price in enumerate(prices)
-    ]
-    assert layers_or_bits.on_trial(points) == places
 
 
 def test_numbers_are_a_tenth_of_the_stack_apart_and_half_of_it_at_most():
@@ -160,8 +102,7 @@ def test_numbers_left_open_are_those_that_a_choice_of_bits_is_not_refused_for():
             except ConfigError:
                 continue
             open_.append(number)
-        assert bit_choice.numbers_left_open(model, AUTO, target) == open_
-        assert open_
+        assert bit_choice.numbers_left_open(model, AUTO, target) == open_ != []
     for target, words in ((1_000, "one layer in the fewest bits leaves"), (10_000_000, "needs no quantization")):
         with pytest.raises(ConfigError, match=words):
             bit_choice.numbers_left_open(model, AUTO, target)
@@ -174,27 +115,19 @@ def test_costs_follow_the_layers_that_stay():
     by_weight = {id(model.get_submodule(name).weight): name for name in reversed(names)}
     costs = {name: {(4, 64): float(i)} for i, name in enumerate(names)}
     after = bit_choice.costs_after(costs, model, small, {1, 2}, AUTO)
-    assert after
     for name, each in after.items():
         before = by_weight[id(small.get_submodule(name).weight)]
         assert each == costs[before] or before == "model.embed_tokens"
     assert len(after) == len(names) - 2 * 7
 
 
-def test_what_would_be_ignored_is_refused():
-    with pytest.raises(ConfigError, match="--rounds is given"):
-        from_flat({"bits": "auto", "target_size": "1MB", "rounds": 2}).check()
-
-
 def test_it_is_planned(tmp_path, capsys):
-    model = model_whose_layers(1.0)
-    model.save_pretrained(tmp_path)
-    argv = ["plan", str(tmp_path), "--bits=auto", "--target-size=110kB", "--no-calibrate", "--window=32", "--json"]
+    model_whose_layers(1.0).save_pretrained(tmp_path)
+    argv = ["plan", str(tmp_path), "--bits=auto", "--target-size=110kB", "--window=32", "--json"]
     assert main(argv) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["stages"]["shares"]["flops"] is None, "which numbers go on trial is not known"
+    assert "shares" in told["stages"]
     assert told["layers"] == {"before": LAYERS, "after": LAYERS}
-    assert "chosen by the run" in told["segments_are"]
 
 
 # --- what trains the rounding by itself ---
@@ -223,19 +156,4 @@ def test_the_rounding_is_trained_by_itself_where_bits_are_few_and_memory_is_not(
     config = from_flat({"ratio": 0.2, "bits": bits, "tune_quantized": asked})
     work: Any = SimpleNamespace(config=config, dense=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr("layercut.models.memory.whole_bytes", lambda _: room)
-    said: list[str] = []
-    monkeypatch.setattr(tune_quantized, "say", lambda _, words: said.append(words))
     assert tune_quantized.learns_rounding(work, Weights(bits)) == learns
-    unasked = asked == "auto" and bits == 3 and not learns
-    assert ["scales and norms alone are trained" in words for words in said] == [True] * unasked
-
-
-@pytest.mark.parametrize("flags", [["--no-fold"], ["--tune-tokens=0"], ["--no-fold", "--tune-tokens=0"]], ids=" ".join)
-def test_it_takes_as_much_healing_as_the_run_has(flags, texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
-    healed: list[Any] = []
-    monkeypatch.setattr(trial, "fold_", lambda *_, **__: healed.append("fold"))
-    monkeypatch.setattr(trial, "tune_", lambda *_, **__: healed.append("tune"))
-    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [1])
-    compressed(tmp_path, model_whose_layers(0.0), texts, 110_000, flags=flags)
-    assert ("fold" in healed, "tune" in healed) == ("--no-fold" not in flags, "--tune-tokens=0" not in flags)

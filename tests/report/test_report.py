@@ -269,12 +269,11 @@ def test_layers_or_bits_are_shown_of_this_run_alone(tmp_path: Path) -> None:
             "rounded": 5.41,
             "mean_bits": 3.1,
             "bytes": 53_400_000,
-            "left": 0.912,
         }
     ]
     run = make_run(tmp_path, search={"segments": []}, shares={"layers": 0, "points": points})
     (run / "config.yaml").write_text("bits: auto\ntarget_size: 53.8MB\nratio: null\n")
-    assert table_of(run, "shares") == [["0", "none", "3.10", "53.4 MB", "0", "5.41", "0.912"]]
+    assert table_of(run, "shares") == [["0", "none", "3.10", "53.4 MB", "0", "5.41"]]
     for settings in (
         "bits: auto\nratio: 0.2\n",
         "bits: 4\nratio: null\n",

@@ -191,21 +191,12 @@ class ShareRecord:
     """That go."""
     segments: list[Bounds]
     folded: float
-    """The price of that cut after a quick fold, nats per token."""
+    """The cost of that cut after a quick fold, nats per token."""
     rounded: float
     """What the bits cost by estimate, untrained, nats per token."""
     mean_bits: float
     bytes: int
     """Of the checkpoint's weights, at most."""
-    left: float | None = field(default=None, metadata=OPTIONAL)
-    """Of those on trial: what is left after a short healing, rounding and training, nats per token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PricedArtefact(Artefact):
-    """shares-priced.json: every number of layers that was priced, before any went on trial."""
-
-    points: list[ShareRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +204,7 @@ class SharesArtefact(Artefact):
     """shares.json: what layers take of a size, and what bits."""
 
     layers: int
-    """That go: of the points on trial the one of which most is left."""
+    """That go: those of the point of least cost."""
     points: list[ShareRecord]
 
 

@@ -158,9 +158,9 @@ def frontier(run: RunFacts) -> Section:
 def shares(run: RunFacts) -> Section:
     """How layers and bits share a target size."""
     rows = [[whole(p.layers), layer_names(p.segments), figure(p.mean_bits), size(p.bytes), figure(p.folded),
-             figure(p.rounded), dash(p.left)] for p in run.shares.points]  # fmt: skip
-    heads = ["removed", "layers", "bits a weight", "size", "cost of the cut", "cost of the bits", "healed and rounded"]
-    note = "The target size by removing layers or by fewer bits: estimated costs and those healed, nats per token."
+             figure(p.rounded)] for p in run.shares.points]  # fmt: skip
+    heads = ["removed", "layers", "bits a weight", "size", "cost of the cut", "cost of the bits"]
+    note = "The target size by removing layers or by fewer bits: estimated costs in nats per token."
     return Section("shares", "Layers or bits", note, [Table(heads, rows, strong=whole(run.shares.layers))])
 
 

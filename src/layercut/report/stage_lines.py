@@ -42,10 +42,9 @@ def describe_shares(found: dict[str, Any]) -> str:
     """One line about how layers and bits share a size."""
     points = [
         f"{one['layers']} layers and {one['mean_bits']:.1f} bits {figure(one['folded'] + one['rounded'])}"
-        + (f" estimated, {figure(one['left'])} after a short healing" if one["left"] is not None else " estimated")
         for one in found["points"]
     ]
-    return f"{found['layers']} layers are removed; cost in nats per token: {'; '.join(points)}"
+    return f"{found['layers']} layers are removed; estimated cost in nats per token: {'; '.join(points)}"
 
 
 def describe_fold(outcome: dict[str, Any]) -> str:

@@ -94,11 +94,6 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     return found, work.trained("quantize", report)
 
 
-def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
-    """The same on some rows, once, with nothing kept on disk: for a model on trial."""
-    return _trained(work, found, before, rows, treated, settings_of(work.config.heal), TuningFiles())[0]
-
-
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
     """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory
     is not.
