@@ -147,7 +147,7 @@ def test_compare_has_a_page_of_its_own(finished, texts):
     for row in comparison["methods"]:
         assert f'<th scope="row">{row["method"]}</th>' in html
         value, error = row["perplexity"]["tuned"], row["standard_error"]["tuned"]
-        assert f"<td>{formatting.short(value)}</td><td>{formatting.deviation(value * error)}</td>" in html
+        assert f"<td>{formatting.figure(value)}</td><td>{formatting.deviation(value * error)}</td>" in html
     assert "<svg" in html
     assert "<script" not in html
     assert "://" not in html

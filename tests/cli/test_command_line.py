@@ -155,7 +155,7 @@ def resolved(monkeypatch, capsys):
     monkeypatch.setattr(
         "layercut.pipeline.journey.compress", lambda model, config, **_: taken.append(config) or Path("run")
     )
-    monkeypatch.setattr("layercut.cli.command_line._show", lambda run: None)
+    monkeypatch.setattr("layercut.cli.command_line._show", lambda *_: None)
 
     def settings(*flags: str, command: str = "compress") -> dict[str, Any]:
         assert main([command, "model", "--ratio=0.2", *flags]) == 0, capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_methods_are_sorted_by_kl_with_their_perplexities_and_error(lora: dict[s
     assert shown["method"] == ["clp:all", "block-influence"]
     assert shown["removed"] == ["13–18", "13–18"]
     assert shown["ppl cut"] == ["refused", "99,999"]
-    assert (shown["±"][0], shown["over dense"][0], shown["forwards"][0]) == ("1,000", "3.00× ± 0.03", "123,456")
+    assert (shown["±"][0], shown["over dense"][0], shown["forwards"][0]) == ("1000.0", "3.00× ± 0.03", "123,456")
     console = Console(width=80, file=io.StringIO())
     console.print(*printed(found))
     assert console.file.getvalue().count("99,999") == 2 * len(values) - 1, "eighty columns hold them all"  # type: ignore[attr-defined]

@@ -82,7 +82,8 @@ def compress(
     """
     from layercut.pipeline.journey import compress
 
-    _show(compress(model, config or CompressConfig(), own_process=True))
+    config = config or CompressConfig()
+    _show(compress(model, config, own_process=True), config.run.out)
 
 
 @app.command
@@ -478,8 +479,8 @@ def _refusal(message: str, hint: str) -> Outcome:
     return 2, [f"error: {message}", *([f"hint: {hint}"] if hint else [])]
 
 
-def _show(run: Path) -> None:
-    """How the run ended, and where everything is."""
+def _show(run: Path, out: Path | None = None) -> None:
+    """How the run ended, and the file that was asked for."""
     from rich.console import Console
     from rich.text import Text
 
@@ -489,5 +490,6 @@ def _show(run: Path) -> None:
     console = Console(highlight=False)
     for part in closing(run):
         console.print(part, soft_wrap=not console.is_terminal and isinstance(part, Text))
-    for name, file in (("model", result_of(run)), ("report", run / "report.html")):
+    model = out if out and out.suffix == ".gguf" else result_of(run)
+    for name, file in (("model", model), ("report", run / "report.html")):
         console.print(shown(f"{name:<6}  {file}"), soft_wrap=True, markup=False)

@@ -19,7 +19,6 @@ from layercut.report.formatting import (
     page,
     percent,
     printable,
-    short,
     short_name,
     source_name,
     spans,
@@ -77,7 +76,7 @@ def sections_of(found: Json) -> list[Section]:
     if len(texts) > 1:
         states = [("dense", "–", found.dense.texts)]
         states += [(printable(row.method), state, of) for row in by_kl(found) for state, of in row.texts.entries()]
-        rows = [[method, state, *(short(of[text]) for text in texts)] for method, state, of in states]
+        rows = [[method, state, *(figure(of[text]) for text in texts)] for method, state, of in states]
         table = Table(["method", "state", *map(source_name, texts)], rows)
         made.append(Section("texts", "Perplexity of each text alone", "", [table]))
     judged = [("dense", "", found.judged_dense)] if found.judged_dense else []
@@ -95,7 +94,7 @@ def _methods(found: Json) -> Section:
     states = ["cut", "folded", *(["tuned"] if found.tuning else []), *(["lora"] if lora else [])]
     rows, dense = [], finite(found.dense.perplexity)
     for row in by_kl(found):
-        cells = [dash(row.perplexity[state], short) for state in states]
+        cells = [dash(row.perplexity[state]) for state in states]
         cells = ["refused", *cells[1:]] if row.refused else cells
         last = last_stage(row)
         error = finite(row.standard_error[last[0]]) if last else None

@@ -133,6 +133,8 @@ def figure(value: Any) -> str:
         return NOT_MEASURED
     if not math.isfinite(found):
         return "not finite"
+    if abs(found) >= 1e5:
+        return count(found)
     if abs(found) >= 1000:
         return f"{found:,.0f}"
     return f"{found:.1f}" if abs(found) >= 100 else f"{found:.2f}" if abs(found) >= 1 else f"{found:.4g}"
@@ -143,15 +145,9 @@ def dash(value: Any, show: Callable[[Any], str] | None = None) -> str:
     return "–" if number(value) is None else (show or figure)(value)
 
 
-def short(perplexity: Any) -> str:
-    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
-    found = finite(perplexity)
-    return count(found) if found is not None and found >= 1e5 else figure(perplexity)
-
-
 def deviation(error: float) -> str:
-    """A standard error to two digits, from 100 on to a whole one: 0.7111 -> 0.71, 115.2 -> 115."""
-    return f"{error:.2g}" if error < 99.5 else f"{error:,.0f}" if error < 1e5 else short(error)
+    """A standard error to two digits: 0.7111 -> 0.71."""
+    return f"{error:.2g}" if error < 99.5 else figure(error)
 
 
 def plus_minus(score: Any, error: Any) -> str:
