@@ -172,11 +172,6 @@ class ProbeShare:
     """KL(dense || pruned) over the answers' tokens, in nats per token."""
 
     @property
-    def known(self) -> bool:
-        """Whether both models' shares are."""
-        return self.dense is not None and self.pruned is not None
-
-    @property
     def interval(self) -> tuple[float, float] | None:
         """Of the pruned model's share, at 95 % (Wilson)."""
         if self.pruned is None or not self.items:

@@ -309,40 +309,32 @@ def title(summary: Json) -> str:
 
 def conclusion(run: RunFacts) -> Verdict:
     """Whether the result is to be shipped: no, or where it is usable and what to look at first."""
-    mark, text = _conclusion(run)
-    return Verdict("Conclusion", mark, "", text)
-
-
-def _conclusion(run: RunFacts) -> tuple[str, str]:
     summary, factor, exported, place = run.summary, final_factor(run.summary), smaller_file(run), run.place
     found = {verdict.name: verdict for verdict in verdicts(run)}
     marks = {name: verdict.mark for name, verdict in found.items()}
     ruined = broken(summary, run.scored)
     if not ruined and marks.get("Generation") == "bad":
         ruined = f"Generation did not survive: {found['Generation'].figure} {found['Generation'].text}"
+    rise, why = f"perplexity is {times(factor)} the dense model's", "Do not ship this: "
     if ruined:
-        return "bad", f"Do not ship this. {ruined}"
-    if factor is None and last_stage(summary) and summary.perplexity.dense:
-        return "open", "The dense model's own perplexity is not finite: there is nothing to compare with it."
+        return Verdict("Conclusion", "bad", "", f"Do not ship this. {ruined}")
     if factor is None:
-        return "open", "Do not ship this before its perplexity is measured" + (
-            f": layercut evaluate {place}." if place else "."
-        )
-    rise = f"perplexity is {times(factor)} the dense model's"
+        text = f"Do not ship this before its perplexity is measured{f': layercut evaluate {place}' if place else ''}."
+        if last_stage(summary) and summary.perplexity.dense:
+            text = "The dense model's own perplexity is not finite: there is nothing to compare with it."
+        return Verdict("Conclusion", "open", "", text)
     if marks.get("Size") == "bad" and exported is None and factor > 1:
-        both = f"{size(source_bytes(summary))} → {size(summary.bytes.after)}"
-        return "bad", f"Do not ship this: larger than the source ({both}), and {rise}. {better_way(run)}".rstrip()
+        why += f"larger than the source ({size(source_bytes(summary))} → {size(summary.bytes.after)}), and {rise}. "
+        return Verdict("Conclusion", "bad", "", f"{why}{better_way(run)}".rstrip())
     if factor > FAIR:
         states = {name: value for name, value in perplexities(summary).items() if name != "quantized"}
         before, advice = final_factor(Json({"perplexity": states})), "Heal on more tokens, or remove fewer layers."
         if "quantized" in perplexities(summary) and before is not None and before <= FAIR:
             advice = f"Quantization did that ({times(before)} before): give it more bits."
-        return "bad", f"Do not ship this: {rise}. {advice}"
+        return Verdict("Conclusion", "bad", "", f"{why}{rise}. {advice}")
     if marks.get("Tasks") == "bad":
-        return (
-            "bad",
-            f"Do not ship this: it keeps {percent(run.scored.retention.above_chance)} of the task score above chance.",
-        )
+        why += f"it keeps {percent(run.scored.retention.above_chance)} of the task score above chance."
+        return Verdict("Conclusion", "bad", "", why)
     counted = {name: mark for name, mark in marks.items() if name != "Quality" and (name != "Size" or exported is None)}
     failed, weak = ([name for name, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
     text = f"The exported GGUF file ({size(exported)}) is usable" if exported else "Usable"
@@ -352,4 +344,5 @@ def _conclusion(run: RunFacts) -> tuple[str, str]:
     text += f"; with caution: {', '.join(weak)}" if weak else ""
     if not main_tasks(run.scored):
         text += ". No task was measured" + (f": layercut evaluate {place} --tasks NAMES" if place else "")
-    return "good" if factor <= CLOSE and not failed and not weak else "fair", f"{text}."
+    mark = "good" if factor <= CLOSE and not failed and not weak else "fair"
+    return Verdict("Conclusion", mark, "", f"{text}.")
