@@ -242,11 +242,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "no tokens": (["--ratio=0.2", "--tokens=0"], ["--tokens 0 is too small", "1 or more"]),
     "window of nothing": (["--ratio=0.2", "--window=2"], ["--window 2 is too small", "8 or more"]),
     "negative tuning": (["--ratio=0.2", "--tune-tokens=-1"], ["--tune-tokens -1 is too small"]),
-    "mix": (["--ratio=0.2", "--mix=1.5"], ["--mix 1.5 is outside 0 to 1", "--mix 0.1"]),
-    "mix without KL": (
-        ["--ratio=0.2", "--objective=next-token", "--mix=0.1"],
-        ["--mix 0.1 is given with --objective next-token", "leave out --mix"],
-    ),
     "learning rate": (["--ratio=0.2", "--learning-rate=7"], ["--learning-rate 7 is outside 0 to 1", "1e-4"]),
     "unknown method": (["--ratio=0.2", "--method=guess"], ["--method", "guess", "fisher", "exhaustive"]),
     "unknown objective": (["--ratio=0.2", "--objective=mse"], ["--objective", "mse", "next-token"]),

@@ -319,9 +319,6 @@ class HealConfig:
     """Tokens in one optimizer step."""
     radius: Annotated[int, rare] = 1
     """Layers tuned on each side of a cut. With more of them perplexity gets lower, and fewer keys are kept."""
-    mix: Annotated[float | None, rare] = None
-    """Share of the next-token loss in the objective kl, 0 to 1. Not given: 0.3 while layers are tuned, 0 after
-    rounding."""
 
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
@@ -331,13 +328,6 @@ class HealConfig:
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
-        if self.mix is not None and not 0 <= self.mix <= 1:
-            raise ConfigError(f"--mix {self.mix:g} is outside 0 to 1", "a tenth of the next-token loss: --mix 0.1")
-        if self.mix and self.objective in objectives.own and self.objective != "kl":
-            raise ConfigError(
-                f"--mix {self.mix:g} is given with --objective {self.objective}",
-                "it belongs to --objective kl; leave out --mix",
-            )
         at_least("batch_tokens", self.batch_tokens, 1)
         at_least("radius", self.radius, 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
@@ -613,14 +603,6 @@ class LogConfig:
 
     quiet: Annotated[bool, Parameter(negative="")] = False
     """Log nothing but warnings and errors."""
-    verbose: Annotated[bool, Parameter(negative="")] = False
-    """Log as well what is reused from an earlier command."""
-    log_file: Path | None = None
-    """Append all of it to this file too, with times, and progress every 30 s."""
-
-    def __post_init__(self) -> None:
-        if self.quiet and self.verbose:
-            raise ConfigError("both --quiet and --verbose are given", "give one of them")
 
 
 @flat

@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layercut import errors
-from layercut.files.writing import writing
 
 log = logging.getLogger("layercut")
 log.addHandler(logging.NullHandler())
@@ -45,11 +43,6 @@ def say(stage: str, words: str) -> None:
 def warn(stage: str, words: str) -> None:
     """Log one line that is shown also with --quiet."""
     _say(logging.WARNING, stage, words)
-
-
-def debug(stage: str, words: str) -> None:
-    """Log one line that is shown with --verbose and in the log file."""
-    _say(logging.DEBUG, stage, words)
 
 
 def _say(level: int, stage: str, words: str, *, progress: bool = False) -> None:
@@ -191,10 +184,6 @@ class _Lines(_Failing, logging.StreamHandler):
     """One line for each message, with its time."""
 
 
-class _File(_Failing, logging.FileHandler):
-    """The same, in a file."""
-
-
 class _OneLine(logging.Formatter):
     """Time, stage, message; on one line, without what a terminal would obey."""
 
@@ -204,26 +193,20 @@ class _OneLine(logging.Formatter):
 
 
 @contextmanager
-def shown(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> Iterator[None]:
-    """While open, messages are written to stderr and appended to a file; the command calls this once."""
+def shown(*, quiet: bool = False) -> Iterator[None]:
+    """While open, messages are written to stderr; the command calls this once."""
     global _bars
     terminal = console.is_terminal
-    handlers: list[logging.Handler] = [_Terminal() if terminal else _Lines(console.file)]
-    handlers[0].setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    if log_file is not None:
-        with writing(log_file):
-            handlers.append(_File(log_file, mode="a", encoding="utf-8"))
+    handler: logging.Handler = _Terminal() if terminal else _Lines(console.file)
     before = log.level, log.propagate, _bars
-    for handler in handlers:
-        handler.setFormatter(_OneLine())
-        log.addHandler(handler)
-    log.setLevel(min(handler.level or logging.DEBUG for handler in handlers))
+    handler.setFormatter(_OneLine())
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate, _bars = False, terminal and not quiet
     try:
         yield
     finally:
         log.setLevel(before[0])
         log.propagate, _bars = before[1:]
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
+        log.removeHandler(handler)
+        handler.close()

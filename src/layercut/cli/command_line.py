@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
+from attrs import evolve
 from cyclopts import Parameter
+from cyclopts.help import DefaultFormatter
 
 from layercut import __version__
 from layercut.config import (
@@ -45,8 +47,40 @@ from layercut.config import (
 from layercut.errors import ConfigError, LayercutError, shown
 from layercut.files.writing import disk_refusal
 
+FEW = {
+    "--ratio", "--segment", "--target-size", "--max-loss", "--preserve", "--bits", "--for", "--data", "--tune-data",
+    "--tune-tokens", "--eval-data", "--tasks", "--preset", "--out", "--config",
+}  # fmt: skip
+"""Options of compress that --help shows; --help-all shows every one."""
+
+
+class ShortHelp(DefaultFormatter):
+    """Boxes without the options that are not among FEW, each option by its first sentence."""
+
+    full = False
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        """Print a box, unless nothing of it is left."""
+        if panel.format == "parameter":
+            every = {name for argument in app["compress"].assemble_argument_collection() for name in argument.names}
+            names = [{*one.positive_names} for one in panel.entries]
+            shown = [
+                one for one, own in zip(panel.entries, names, strict=True) if self.full or own & FEW or not own & every
+            ]
+            for entry in shown:
+                words = " ".join(entry.description.primary_renderable.plain.split())
+                first = words if self.full else re.split(r"(?<=[\w)]{2})[.;] |\.$", words)[0]
+                entry.description.primary_renderable.plain = first
+            panel = evolve(panel, entries=shown)
+        if panel.entries:
+            super().__call__(console, options, panel)
+
+
 app = cyclopts.App(
     name="layercut",
+    help_format="plaintext",
+    help_formatter=ShortHelp(),
+    help_epilogue="layercut COMMAND --help-all lists every option.",
     help="Make a large language model smaller: find the layers it can best do without, cut, heal, prove.",
     version=__version__,
     result_action="return_value",
@@ -76,9 +110,12 @@ def compress(
 ) -> None:
     """The whole journey: search, cut, heal, measure, export, report.
 
-    For example, a fifth of the layers out, healed, in 4 bits:
+    For example, a fifth of the layers out; in 4 bits too; layers and bits for a size; a file for llama.cpp:
 
+        layercut compress MODEL --ratio 0.2
         layercut compress MODEL --ratio 0.2 --bits 4 --out runs/small
+        layercut compress MODEL --bits auto --target-size 60MB
+        layercut compress MODEL.gguf --ratio 0.2 --out small.gguf
     """
     from layercut.pipeline.journey import compress
 
@@ -288,6 +325,8 @@ Outcome = tuple[int, list[str]]
 def main(argv: list[str] | None = None) -> int:
     """Run a command, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    ShortHelp.full = "--help-all" in arguments
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while another process has their core slow small products tenfold; read when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

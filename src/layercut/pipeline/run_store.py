@@ -47,7 +47,7 @@ from layercut.files.writing import disk_refusal, write_atomically, writing
 from layercut.models import checkpoints, memory
 from layercut.pipeline import provenance
 from layercut.pipeline.artefacts import Artefact
-from layercut.progress import debug, say, warn
+from layercut.progress import say, warn
 
 Kind = TypeVar("Kind", bound=Artefact)
 TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
@@ -192,7 +192,6 @@ class Run:
         """The stage's artefact where it is whole; else the folder is prepared for it."""
         content = self.read(name)
         if content is not None and (finished := self._whole(kind, name, content)) is not None:
-            debug(name, "is whole and of the same inputs: not run again")
             return finished
         if content is not None and self._is_kept(name, content):
             self._refuse(f"code that its {name}.json was made with is another by now")

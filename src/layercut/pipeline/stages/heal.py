@@ -178,15 +178,9 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
 
 def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
-    return replace(heal, tune_data=None, chat_share=0.0, mix=mix_of(heal))  # the text's name has its share
-
-
-def mix_of(heal: HealConfig) -> float:
-    """What the next-token loss counts in the objective."""
-    return heal.mix if heal.mix is not None else DEFAULT_MIX if heal.objective == "kl" else 0.0
+    return replace(heal, tune_data=None, chat_share=0.0)  # the text's name has its share
 
 
 def objective(heal: HealConfig) -> Objective:
     """What tuning minimises."""
-    mix = mix_of(heal)
-    return objective_of(heal.objective, **({"mix": mix} if mix else {}))
+    return objective_of(heal.objective, **({"mix": DEFAULT_MIX} if heal.objective == "kl" else {}))

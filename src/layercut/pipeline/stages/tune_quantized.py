@@ -21,10 +21,9 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_par
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile
 from layercut.models import memory, model_weights
-from layercut.models.objectives import KL
+from layercut.models.objectives import KL, objective_of
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.stages.heal import objective
 from layercut.pipeline.stages.text import ANSWER_WEIGHT, Treatment, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
@@ -57,14 +56,14 @@ def inputs(work: RunContext) -> list[Any]:
         return []
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
-    trained = [heal.objective, heal.mix, heal.batch_tokens]
+    trained = [heal.objective, heal.batch_tokens]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT, RISE, ROUNDING_RISE]
     return [*few, TOWARDS, ROWS, ANSWER_WEIGHT, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
     """How it is trained; the rate is that of what is trained."""
-    return TuneSettings(objective=objective(replace(heal, mix=heal.mix or 0.0)), batch_tokens=heal.batch_tokens)
+    return TuneSettings(objective=objective_of(heal.objective), batch_tokens=heal.batch_tokens)
 
 
 def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], Quantized]) -> Quantized:
