@@ -192,19 +192,17 @@ def skills(judged: Json) -> list[ProbeShare]:
 
 def found_in_context(name: str, dense: Json, pruned: Json) -> list[ProbeShare]:
     """Hidden keys or list values that each model finds, by the length of the prompt."""
-    cells: dict[tuple[float, float], list[tuple[float, float]]] = {}
-    for grid in (dense, pruned):
-        for cell in grid:
-            length, depth, found, trials = (finite(cell[key]) for key in ("length", "depth", "found", "trials"))
-            if length is not None and depth is not None and found is not None and trials and trials > 0:
-                cells.setdefault((length, depth), []).append((found, trials))
-    known: dict[float, list[float]] = {}
-    for (length, _), both in cells.items():
-        if len(both) == 2:
-            row = known.setdefault(length, [0, 0, 0])
-            row[:] = row[0] + both[0][0], row[1] + both[1][0], row[2] + both[0][1]
+    grids = [
+        {(finite(cell.length), finite(cell.depth)): (found, trials) for cell in grid
+         if (found := finite(cell.found)) is not None and (trials := finite(cell.trials) or 0) > 0}
+        for grid in (dense, pruned)
+    ]  # fmt: skip
+    totals: dict[float, list[float]] = {}
+    for place in (place for place in grids[0] if place in grids[1] and None not in place):
+        row = totals.setdefault(place[0] or 0.0, [0, 0, 0])
+        row[:] = row[0] + grids[0][place][0], row[1] + grids[1][place][0], row[2] + grids[0][place][1]
     return [ProbeShare(name=f"{name}, {length:,.0f} tokens", items=int(n), dense=first / n, pruned=second / n)
-            for length, (first, second, n) in sorted(known.items())]  # fmt: skip
+            for length, (first, second, n) in sorted(totals.items())]  # fmt: skip
 
 
 def recall(summary: Json) -> list[ProbeShare]:
