@@ -2,16 +2,16 @@
 
     mixture = choose(model, tokens, config, target=60_000_000)     # .targets: what to quantize, and to how many bits
 
-What can be loaded decides what can be mixed (docs/log.md): in the linear modules any widths beside each other,
-embeddings then in 16 bits or as whole bytes; or all in one width with embeddings packed as well, with zero points or
-without, and what is left out of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of
-`sensitivity.py`; the cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
+What can be loaded decides what can be mixed: in the linear modules any widths beside each other, embeddings then in 16
+bits or as whole bytes; or all in one width with embeddings packed as well, with zero points or without, and what is
+left out of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of `sensitivity.py`; the
+cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -40,37 +40,8 @@ TENSOR_HEADER = 120
 """Bytes of a tensor in the header of a safetensors file, beside its name: dtype, shape, place, punctuation. At most."""
 Costs = Mapping[str, Mapping[Width, float]]
 """Of each weight at each width, nats per token: the rise of KL when it alone is rounded."""
-
-
-@dataclass(frozen=True)
-class Storable:
-    """A weight that can be stored in several ways."""
-
-    targets: tuple[Assignment, ...]
-    """Its module; of tied embeddings and head both."""
-    shape: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """Of the first module."""
-        return self.targets[0].name
-
-    def stored(self, way: Assignment | None, dtype: torch.dtype) -> int:
-        """Bytes in the file, its tensors' entries in the header included."""
-        if way is None:
-            return self.shape[0] * self.shape[1] * dtype.itemsize + TENSOR_HEADER + len(self.name)
-        parts = stored_bytes(way, self.shape, dtype)
-        if len(self.targets) > 1 and way.form == WHOLE_BYTES:
-            parts |= {f"{self.targets[1].name}.weight_scale": parts[f"{self.name}.weight_scale"]}
-        return sum(count + TENSOR_HEADER + len(name) for name, count in parts.items())
-
-
-@dataclass(frozen=True)
-class StoredFormat:
-    """What can be mixed in one checkpoint: of each candidate the ways to store it; None: as it is, in 16 bits."""
-
-    ways: tuple[tuple[Assignment | None, ...], ...]
-    one_width: bool
+Ways = tuple[Assignment | None, ...]
+"""To store a weight; None: as it is, in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +74,123 @@ class Mixture:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Storable:
+    """A weight that can be stored in several ways."""
+
+    targets: tuple[Assignment, ...]
+    """Its module; of tied embeddings and head both."""
+    shape: tuple[int, int]
+
+    def stored(self, way: Assignment | None, dtype: torch.dtype) -> int:
+        """Bytes in the file, its tensors' entries in the header included."""
+        name = self.targets[0].name
+        if way is None:
+            return self.shape[0] * self.shape[1] * dtype.itemsize + TENSOR_HEADER + len(name)
+        parts = stored_bytes(way, self.shape, dtype)
+        if len(self.targets) > 1 and way.form == WHOLE_BYTES:
+            parts |= {f"{self.targets[1].name}.weight_scale": parts[f"{name}.weight_scale"]}
+        return sum(count + TENSOR_HEADER + len(name) for name, count in parts.items())
+
+
+class _Choice:
+    """What there is to choose for a model: its weights, and the formats that stock transformers can load."""
+
+    def __init__(self, model: Any, config: QuantizeConfig) -> None:
+        self.dtype = model_weights.stored_dtype(model)
+        together: dict[int, list[Assignment]] = {}
+        for target in plan(model, replace(config, bits=8, embedding_bits=config.embedding_bits or 8)):
+            module = model.get_submodule(target.name)
+            if isinstance(module, nn.Linear) and id(module.weight) not in together:
+                target = replace(target, form=PACKED)  # a head of its own is packed as any linear module
+            together.setdefault(id(module.weight), []).append(target)
+        self.weights = [
+            _Storable(tuple(each), tuple(model.get_submodule(each[0].name).weight.shape)) for each in together.values()
+        ]
+        left = [(name, p) for name, p in model.named_parameters() if id(p) not in together]
+        self.rest = TENSOR_HEADER * len(list(model.buffers())) + sum(
+            p.numel() * min(self.dtype.itemsize, p.itemsize) + TENSOR_HEADER + len(name) for name, p in left
+        )
+        """Bytes of all that stays as it is, with its part of the header."""
+        plain: tuple[None, ...] = (None,) if 16 in config.allowed else ()
+        allowed = [bits for bits in config.allowed if bits < 16]
+        self.formats: list[tuple[list[Ways], bool]] = [([_mixed(each, config) for each in self.weights], False)]
+        """The ways to store each weight, and whether all that are rounded must have one width."""
+        if any(each.targets[0].form == WHOLE_BYTES for each in self.weights) and unpacks_while_loading():
+            shared = gcd(*(each.shape[1] for each in self.weights))
+            sizes = [config.group_size] if config.group_size else range(LARGEST_GROUP, 0, -GROUP_STEP)
+            sizes = [each for each in sizes if shared % each == 0]
+            for bits in allowed:
+                few = bits <= SEARCHED_GROUPS
+                for zeros in (False, True) if few else (False,):
+                    for group in sizes if few else sizes[:1]:
+                        width: dict[str, Any] = {
+                            "bits": bits,
+                            "group_size": group,
+                            "form": PACKED,
+                            "zero_points": zeros,
+                        }
+                        ways = [(*plain, replace(each.targets[0], **width)) for each in self.weights]
+                        self.formats.append((ways, True))
+
+    def cheapest(self, ways: Sequence[Ways], one_width: bool, costs: Costs, target: int) -> Mixture | None:
+        """The cheapest mixture of one format; None where none is small enough."""
+        sizes = [[each.stored(way, self.dtype) for way in of] for each, of in zip(self.weights, ways, strict=True)]
+        kl = [  # infinite where that was not measured, as of groups that only a cut model has
+            [sum(costs[part.name].get(way.width, math.inf) for part in each.targets) if way else 0.0 for way in of]
+            for each, of in zip(self.weights, ways, strict=True)
+        ]
+        picked = cheapest(kl, sizes, target - self.rest)
+        if picked is None:
+            return None
+        chosen = [of[i] for of, i in zip(ways, picked, strict=True)]
+        order = [part.name for each in self.weights for part in each.targets]
+        targets = [
+            replace(way, name=part.name, layer=part.layer)
+            for each, way in zip(self.weights, chosen, strict=True)
+            if way
+            for part in each.targets
+        ]
+        counts = [each.shape[0] * each.shape[1] for each in self.weights]
+        bits = [way.bits if way else 8 * self.dtype.itemsize for way in chosen]
+        return Mixture(
+            tuple(sorted(targets, key=lambda target: order.index(target.name))),
+            one_width,
+            sum(row[i] for row, i in zip(kl, picked, strict=True)),
+            self.rest + sum(row[i] for row, i in zip(sizes, picked, strict=True)),
+            sum(count * each for count, each in zip(counts, bits, strict=True)) / sum(counts),
+            costs,
+        )
+
+    def sizes(self, without: float) -> tuple[int, int]:
+        """The least bytes that a choice can make, and the bytes without any, less a share of the layers."""
+        shares = [1.0 if each.targets[0].layer is None else 1 - without for each in self.weights]
+
+        def of(ways: Sequence[Ways]) -> int:
+            least = (min(each.stored(way, self.dtype) for way in w) for each, w in zip(self.weights, ways, strict=True))
+            return self.rest + round(sum(n * s for n, s in zip(least, shares, strict=True)))
+
+        return min(of(ways) for ways, _ in self.formats), of([(None,)] * len(self.weights))
+
+
+def _mixed(weight: _Storable, config: QuantizeConfig) -> Ways:
+    """The ways to store a weight beside others of any bits."""
+    first, columns = weight.targets[0], weight.shape[1]
+    if first.form == WHOLE_BYTES:
+        eight = 8 in config.allowed
+        return (*((None,) if 16 in config.allowed or not eight else ()), *((first,) if eight else ()))
+    sizes = [config.group_size] if config.group_size else [each for each in GROUP_SIZES if columns % each == 0]
+    return (
+        *((None,) if 16 in config.allowed else ()),
+        *(
+            replace(first, bits=bits, group_size=group)
+            for bits in config.allowed
+            if bits < 16
+            for group in (sizes or [first.group_size])[: None if bits <= SEARCHED_GROUPS else 1]
+        ),
+    )
+
+
 def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int) -> Mixture:
     """For each weight the width that, all together, cost least KL within a size."""
     check_target(model, config, target)
@@ -113,35 +201,32 @@ def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int
 
 def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
     """What each weight costs in each way to store it that the config allows."""
-    candidates = _candidates(model, config)
-    formats = _formats(candidates, config)
+    choice = _Choice(model, config)
     widths = {
-        part.name: sorted({way.width for each in formats for way in each.ways[i] if way})
-        for i, candidate in enumerate(candidates)
-        for part in candidate.targets
+        part.name: sorted({way.width for ways, _ in choice.formats for way in ways[i] if way})
+        for i, weight in enumerate(choice.weights)
+        for part in weight.targets
     }
-    return sensitivity.measure(model, tokens, widths, dtype=model_weights.stored_dtype(model))
+    return sensitivity.measure(model, tokens, widths, dtype=choice.dtype)
 
 
 def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> Mixture | None:
     """The mixture of least cost within a size, from costs that are known. Needs no weights."""
-    dtype, candidates = model_weights.stored_dtype(model), _candidates(model, config)
-    rest = _rest(model, candidates, dtype)
-    every = (_within(each, candidates, costs, target - rest, dtype) for each in _formats(candidates, config))
-    best = min((each for each in every if each), key=lambda each: each.cost, default=None)
-    return replace(best, bytes=best.bytes + rest) if best else None
+    choice = _Choice(model, config)
+    every = [choice.cheapest(ways, one_width, costs, target) for ways, one_width in choice.formats]
+    return min((each for each in every if each), key=lambda each: each.cost, default=None)
 
 
 def costs_after(costs: Costs, model: Any, cut: Any, removed: Container[int], config: QuantizeConfig) -> Costs:
     """Costs by the names that the weights have once layers are removed: those that stay keep their order."""
-    before, after = ([part for each in _candidates(m, config) for part in each.targets] for m in (model, cut))
+    before, after = ([part for each in _Choice(m, config).weights for part in each.targets] for m in (model, cut))
     stay = [part for part in before if part.layer is None or part.layer not in removed]
     return {now.name: costs[then.name] for now, then in zip(after, stay, strict=True)}
 
 
 def check_target(model: Any, config: QuantizeConfig, target: int, *, without: int = 0) -> None:
     """Refuse a size that no choice of bits meets, or that the model has already. Needs no weights."""
-    least, has = _sizes_between(model, config)(without)
+    least, has = _Choice(model, config).sizes(without / len(decoder_stack.find_decoder(model)))
     if least > target:
         more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
         raise ConfigError(
@@ -155,28 +240,10 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
         )
 
 
-def _sizes_between(model: Any, config: QuantizeConfig) -> Callable[[int], tuple[int, int]]:
-    """The least bytes that a choice of bits can make, and the bytes without any, by how many layers are removed."""
-    dtype, candidates = model_weights.stored_dtype(model), _candidates(model, config)
-    rest, layers = _rest(model, candidates, dtype), len(decoder_stack.find_decoder(model))
-    every: list[Sequence[Sequence[Assignment | None]]] = [each.ways for each in _formats(candidates, config)]
-    sizes = [
-        [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
-        for ways in (*every, [[None]] * len(candidates))
-    ]
-
-    def between(without: int) -> tuple[int, int]:
-        shares = [1.0 if each.targets[0].layer is None else 1 - without / layers for each in candidates]
-        *least, whole = (rest + round(sum(n * s for n, s in zip(each, shares, strict=True))) for each in sizes)
-        return min(least), whole
-
-    return between
-
-
 def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:
     """Numbers of layers that leave something to choose: with some bits they meet the size, and without they do not."""
-    layers = len(decoder_stack.find_decoder(model))
-    ends = list(map(_sizes_between(model, config), range(layers)))
+    choice, layers = _Choice(model, config), len(decoder_stack.find_decoder(model))
+    ends = [choice.sizes(n / layers) for n in range(layers)]
     found = [n for n, (least, whole) in enumerate(ends) if least <= target < whole]
     if not found and target < (least := ends[-1][0]):
         raise ConfigError(
@@ -187,124 +254,6 @@ def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[i
     if not found:
         check_target(model, config, target)
     return found
-
-
-def _candidates(model: Any, config: QuantizeConfig) -> list[Storable]:
-    """The weights among which bytes are shared out."""
-    as_bytes = replace(config, bits=8, embedding_bits=config.embedding_bits or 8)
-    together: dict[int, list[Assignment]] = {}
-    for target in plan(model, as_bytes):
-        module = model.get_submodule(target.name)
-        if isinstance(module, nn.Linear) and id(module.weight) not in together:
-            target = replace(target, form=PACKED)  # a head of its own is packed as any linear module
-        together.setdefault(id(module.weight), []).append(target)
-    shapes = [tuple(model.get_submodule(each[0].name).weight.shape) for each in together.values()]
-    return [Storable(tuple(each), shape) for each, shape in zip(together.values(), shapes, strict=True)]
-
-
-def _rest(model: Any, candidates: Sequence[Storable], dtype: torch.dtype) -> int:
-    """Bytes of all that stays as it is, with its part of the header."""
-    chosen = {id(model.get_submodule(part.name).weight) for each in candidates for part in each.targets}
-    left = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in chosen}
-    buffers = TENSOR_HEADER * len(list(model.buffers()))
-    return buffers + sum(
-        p.numel() * min(dtype.itemsize, p.itemsize) + TENSOR_HEADER + len(name) for name, p in left.values()
-    )
-
-
-def _formats(candidates: Sequence[Storable], config: QuantizeConfig) -> list[StoredFormat]:
-    """All that stock transformers can load, of which one has to be taken."""
-    plain: tuple[None, ...] = (None,) if 16 in config.allowed else ()
-    allowed = [bits for bits in config.allowed if bits < 16]
-    mixed = []
-    for candidate in candidates:
-        first, columns = candidate.targets[0], candidate.shape[1]
-        whole = first.form == WHOLE_BYTES
-        packed = _sizes(columns, config, first.group_size)
-        widths = [(8, first.group_size)] if whole else [(b, g) for b in allowed for g in packed[: _tried(b, packed)]]
-        ways = [replace(first, bits=bits, group_size=group) for bits, group in widths if bits in allowed]
-        mixed.append((*(plain or ((None,) if whole and not ways else ())), *ways))
-    formats = [StoredFormat(tuple(mixed), one_width=False)]
-    if any(candidate.targets[0].form == WHOLE_BYTES for candidate in candidates) and unpacks_while_loading():
-        for bits, group, zeros in _common_widths(candidates, config, allowed):
-            ways = [
-                replace(each.targets[0], bits=bits, group_size=group, form=PACKED, zero_points=zeros)
-                for each in candidates
-            ]
-            formats.append(StoredFormat(tuple((*plain, way) for way in ways), one_width=True))
-    return formats
-
-
-def _common_widths(candidates: Sequence[Storable], config: QuantizeConfig, allowed: Sequence[int]) -> list[Width]:
-    """What all weights may have alike; zero points, which no loader takes beside other widths, up to a few bits."""
-    sizes, zeros = _common_sizes(candidates, config), (False, True)
-    return [
-        (bits, group, zero)
-        for bits in allowed
-        for zero in zeros[: 1 + (bits <= SEARCHED_GROUPS)]
-        for group in sizes[: _tried(bits, sizes)]
-    ]
-
-
-def _tried(bits: int, sizes: Sequence[int]) -> int:
-    """How many of these group sizes, the coarsest first, are tried at so many bits."""
-    return len(sizes) if bits <= SEARCHED_GROUPS else 1
-
-
-def _sizes(columns: int, config: QuantizeConfig, default: int) -> list[int]:
-    """Group sizes of one weight, the coarsest first."""
-    if config.group_size:
-        return [config.group_size]
-    return [each for each in GROUP_SIZES if columns % each == 0] or [default]
-
-
-def _common_sizes(candidates: Sequence[Storable], config: QuantizeConfig) -> list[int]:
-    """Group sizes that divide the columns of all, the coarsest first."""
-    shared = gcd(*(candidate.shape[1] for candidate in candidates))
-    if config.group_size:
-        return [config.group_size] if shared % config.group_size == 0 else []
-    return [each for each in range(LARGEST_GROUP, 0, -GROUP_STEP) if shared % each == 0]
-
-
-def _within(
-    form: StoredFormat,
-    candidates: Sequence[Storable],
-    costs: Costs,
-    budget: int,
-    dtype: torch.dtype,
-) -> Mixture | None:
-    """The cheapest mixture of one format; None where none is small enough."""
-    sizes = [[each.stored(way, dtype) for way in ways] for each, ways in zip(candidates, form.ways, strict=True)]
-    kl = [
-        [sum(_cost(costs, part.name, way) for part in each.targets) if way else 0.0 for way in ways]
-        for each, ways in zip(candidates, form.ways, strict=True)
-    ]
-    picked = cheapest(kl, sizes, budget)
-    if picked is None:
-        return None
-    chosen = [ways[i] for ways, i in zip(form.ways, picked, strict=True)]
-    targets = [
-        replace(way, name=part.name, layer=part.layer)
-        for each, way in zip(candidates, chosen, strict=True)
-        if way
-        for part in each.targets
-    ]
-    order = [part.name for each in candidates for part in each.targets]
-    numbers = [each.shape[0] * each.shape[1] for each in candidates]
-    bits = sum(count * (way.bits if way else 8 * dtype.itemsize) for count, way in zip(numbers, chosen, strict=True))
-    return Mixture(
-        tuple(sorted(targets, key=lambda target: order.index(target.name))),
-        form.one_width,
-        sum(row[i] for row, i in zip(kl, picked, strict=True)),
-        sum(row[i] for row, i in zip(sizes, picked, strict=True)),
-        bits / sum(numbers),
-        costs,
-    )
-
-
-def _cost(costs: Costs, name: str, way: Assignment) -> float:
-    """Of a weight stored in one way; infinite where that was not measured, as of groups that only a cut model has."""
-    return costs[name].get(way.width, math.inf)
 
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:
