@@ -147,7 +147,9 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
     dense = half(tiny.llama(2, tie_word_embeddings=True)).float()
     gradients, counts, calls = [], list[int](), list[int]()
     rounds = Rounded.forward
-    monkeypatch.setattr(Rounded, "forward", lambda self: calls.append(len(self.latent)) or rounds(self))
+    monkeypatch.setattr(
+        Rounded, "forward", lambda self, *rows: calls.extend([] if rows else [len(self.latent)]) or rounds(self, *rows)
+    )
     for piece in (2**30, 4 * dense.config.vocab_size * 5):  # five tokens
         parts = Trainable.of_(rounded(dense, bits=3, embedding_bits=3), dense)
         monkeypatch.setattr(DecoderRunner, "budget", replace(Budget.of_cpu(), piece=piece))
@@ -328,11 +330,6 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         "it is trained towards the healed model"
     )
     assert tuning["label"] == "KL to what was rounded"
-    cards = {way: (tmp_path / way / "model" / "README.md").read_text() for way in runs}
-    assert f"- After rounding: {tuning['trained_parameters']:,} parameters" in cards["auto"]
-    assert "no other layer were trained before rounding." in cards["auto"]
-    assert "After rounding" not in cards["none"]
-    assert "no other layer were trained." in cards["none"]
     assert tuning["heldout"][0]["loss"] < 0.8 * from_dense, "which is another figure than from the dense one"
     exported = runs["auto"]["export"]
     assert exported["check"]["logits"] == "equal to the bit"

@@ -38,6 +38,11 @@ class Grid:
         zero = None if self.zero is None else self.zero[chosen]
         return Grid(self.scale[chosen], zero, self.bits, self.group_size)
 
+    def to(self, device: torch.device) -> Grid:
+        """The same on a device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return Grid(self.scale.to(device), zero, self.bits, self.group_size)
+
     def where(self, chosen: torch.Tensor, other: Grid) -> Grid:
         """This grid where `chosen` (broadcast over [O, G]), else the other."""
         zero = None if self.zero is None or other.zero is None else torch.where(chosen, self.zero, other.zero)

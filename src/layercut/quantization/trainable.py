@@ -15,7 +15,6 @@ rounding among those that round to the codes chosen, so that nothing changes bef
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,74 +33,51 @@ from layercut.quantization.quantized import Quantized
 
 RATE, ROUNDING_RATE = 5e-3, 2e-3
 """Peak rate of AdamW as a share of each unit, the mean scale or the mean entry of a norm: where codes are frozen, and
-the highest where the rounding is trained too (docs/log.md)."""
+the highest where the rounding is trained too."""
 RATE_PER_NAT = 8e-4
 """That for each nat per token of KL that rounding left. 0.2 % was right where it left 2.6; where it left 1.3 or 0.5 it
-first ruined what there was (docs/log.md)."""
+first ruined what there was."""
 RISE, ROUNDING_RISE = 0.01, 0.1
 """Rise of the held-out loss, as a share of it, that is no setback the first time: of scales and norms, where one of a
 tenth does not pass by itself, and where the rounding is trained too. There the codes that lay near an edge fall over
-it in the first steps, at any rate, and what that costs is won back (docs/log.md)."""
+it in the first steps, at any rate, and what that costs is won back."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
 BLOCK = 2**16
 """Weights that are rounded at once on a CPU."""
 Shares = list[tuple[nn.Parameter, float]]
 """Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
+ALL = slice(None)
 
 
-class WeightOnGrid(nn.Module, ABC):
-    """A weight [O, I] that is computed from what is trained: of all, a scale for each group of columns."""
+class Scaled(nn.Module):
+    """A weight [O, I] that is computed from frozen codes and a trainable scale for each group of columns."""
 
-    def __init__(self, plain: Any, grid: Grid, stored: torch.dtype) -> None:
+    def __init__(self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
         super().__init__()
-        self.grid, self.stored = grid, stored
+        self.codes, self.grid, self.stored = codes, grid, stored
         self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
 
-    @abstractmethod
-    def forward(self) -> torch.Tensor:
-        """W [O, I], as a loader will compute it."""
+    def forward(self, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+        """W [O, I] as a loader will compute it, or some rows of it."""
+        return _Decoded.apply(self.scale[rows], self.codes[rows], self.grid.rows(rows), self.stored)
 
-    @abstractmethod
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Some rows of W [n, I]; the others are not computed."""
-
-    @abstractmethod
     def current(self) -> tuple[torch.Tensor, Grid]:
         """Codes and grid as they are now."""
+        return self.codes, _with_scale(self.grid, self.scale, self.stored)
 
     def units(self) -> Shares:
         """What is trained, and its mean size."""
         return [(self.scale, self.scale.detach().abs().mean().item())]
 
 
-class Scaled(WeightOnGrid):
-    """From frozen codes."""
-
-    def __init__(self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
-        super().__init__(plain, grid, stored)
-        self.codes = codes
-
-    def forward(self) -> torch.Tensor:
-        """W [O, I], as a loader will compute it."""
-        return _Decoded.apply(self.scale, self.codes, self.grid, self.stored)
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Some rows of W [n, I]; the others are not computed."""
-        return _Decoded.apply(self.scale[ids], self.codes[ids], self.grid.rows(ids), self.stored)
-
-    def current(self) -> tuple[torch.Tensor, Grid]:
-        """Codes and grid as they are now."""
-        return self.codes, _with_scale(self.grid, self.scale, self.stored)
-
-
-class Rounded(WeightOnGrid):
-    """From a trainable weight that is rounded in every pass."""
+class Rounded(Scaled):
+    """The same from a trainable weight that is rounded in every pass."""
 
     def __init__(
         self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype, original: torch.Tensor
     ) -> None:
-        super().__init__(plain, grid, stored)
+        super().__init__(plain, codes[:0], grid, stored)
         zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
         step = grid.scale.float().unsqueeze(-1)
         middle = codes.float().unflatten(1, (-1, grid.group_size))
@@ -110,13 +86,9 @@ class Rounded(WeightOnGrid):
         moved = encode(start, grid) != codes  # the format's own rounding took it over the edge: the code's middle then
         self.latent = nn.Parameter(torch.where(moved, decode(codes, grid), start).to(plain.weight.dtype))
 
-    def forward(self) -> torch.Tensor:
-        """W [O, I], as a loader will compute it."""
-        return _Rounded.apply(self.latent, self.scale, self.grid, self.stored)
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Some rows of W [n, I]; the others are not computed."""
-        return _Rounded.apply(self.latent[ids], self.scale[ids], self.grid.rows(ids), self.stored)
+    def forward(self, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+        """W [O, I] as a loader will compute it, or some rows of it."""
+        return _Rounded.apply(self.latent[rows], self.scale[rows], self.grid.rows(rows), self.stored)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
         """Codes and grid as they are now."""
@@ -132,7 +104,7 @@ class Rounded(WeightOnGrid):
 class QuantizedModule(nn.Module):
     """A linear module or an embedding that reads its weight from where it is trained; a tied head reads the same."""
 
-    def __init__(self, plain: Any, source: WeightOnGrid) -> None:
+    def __init__(self, plain: Any, source: Scaled) -> None:
         super().__init__()
         self.source, self.plain = source, [plain]  # in a list: no part of the model
         self.bias = getattr(plain, "bias", None)
@@ -165,7 +137,7 @@ class QuantizedModule(nn.Module):
         if isinstance(plain, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         ids, places = x.unique(return_inverse=True)
-        return F.embedding(places, self.source.rows(ids))  # a plain one: others are not quantized
+        return F.embedding(places, self.source(ids))  # a plain one: others are not quantized
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[slice]:
@@ -175,8 +147,13 @@ def _blocks(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _with_scale(grid: Grid, scale: torch.Tensor, stored: torch.dtype) -> Grid:
-    """The grid with another scale, in the format it is saved in; never 0 or below, where nothing could be rounded."""
-    return replace(grid, scale=scale.detach().to(stored).clamp_min(_smallest(stored)))
+    """The grid with another scale, in the format it is saved in; never 0 or below, where nothing could be rounded.
+
+    The least of float16 is below its normal numbers, among which scales of 8 bits may be.
+    """
+    kind = torch.finfo(stored)
+    least = max(kind.tiny * kind.eps, torch.finfo(torch.float32).tiny)
+    return replace(grid, scale=scale.detach().to(stored).clamp_min(least))
 
 
 class _Decoded(torch.autograd.Function):
@@ -232,7 +209,7 @@ class Trainable:
     """A quantized model taken apart: what can be trained, and how it is put together again."""
 
     found: Quantized
-    modules: dict[str, WeightOnGrid]
+    modules: dict[str, Scaled]
     """By dotted name of the module that they are the weight of."""
     places: dict[str, nn.Module]
     """The plain modules, without a weight, in whose places the model has others now, by dotted name; a tied head's
@@ -245,19 +222,18 @@ class Trainable:
     def of_(cls, found: Quantized, before: Any = None) -> Trainable:
         """Have the model of `found` compute from codes and scales; tensors that another model shares stay."""
         model, stored = found.model, stored_dtype(found.model)
-        modules: dict[str, WeightOnGrid] = {}
+        modules: dict[str, Scaled] = {}
         places: dict[str, Any] = {}
-        kinds = (nn.Linear, nn.Embedding)
         by_weight: dict[int, list[str]] = {}
         for name, module in model.named_modules():
-            if isinstance(module, kinds):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 by_weight.setdefault(id(module.weight), []).append(name)
         for name, (codes, grid) in grids(found.packed, found.config).items():
             if f"{name}.weight_packed" not in found.packed:
                 continue  # embeddings in whole bytes: near enough, and a tied head has scales of its own
             plain = model.get_submodule(name)
             device = plain.weight.device
-            codes, grid = codes.to(device), _moved(grid, device)
+            codes, grid = codes.to(device), grid.to(device)
             if before is None:
                 modules[name] = Scaled(plain, codes, grid, stored)
             else:
@@ -320,12 +296,6 @@ class Trainable:
         return replace(self.found, packed=packed)
 
 
-def _smallest(stored: torch.dtype) -> float:
-    """The least scale: of float16 below its normal numbers, among which scales of 8 bits may be."""
-    kind = torch.finfo(stored)
-    return max(kind.tiny * kind.eps, torch.finfo(torch.float32).tiny)
-
-
 def _norms(model: nn.Module, stored: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights and biases of the text model's norms that are saved in one dtype: of modules that have vectors alone.
 
@@ -339,8 +309,3 @@ def _norms(model: nn.Module, stored: torch.dtype) -> dict[str, torch.Tensor]:
         for name, parameter in module.named_parameters(recurse=False)
         if name in ("weight", "bias") and weight_as_stored(parameter.detach(), stored).dtype == stored
     }
-
-
-def _moved(grid: Grid, device: torch.device) -> Grid:
-    zero = None if grid.zero is None else grid.zero.to(device)
-    return replace(grid, scale=grid.scale.to(device), zero=zero)
