@@ -12,10 +12,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +23,8 @@ from cyclopts import Parameter
 from cyclopts.help import DefaultFormatter
 
 from layercut import __version__
+from layercut.cli.config_file import take_config
 from layercut.config import (
-    PRESETS,
     RUN,
     ChatConfig,
     CompareConfig,
@@ -42,9 +40,8 @@ from layercut.config import (
     QuantizeAloneConfig,
     RunConfig,
     TuneConfig,
-    joined_names,
 )
-from layercut.errors import ConfigError, LayercutError, shown
+from layercut.errors import LayercutError, shown
 from layercut.files.writing import disk_refusal
 
 FEW = {
@@ -99,7 +96,7 @@ PresetName = Annotated[
         "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072.",
     ),
 ]
-"""Not used in a command: `_take_config` has filled the config's flags before."""
+"""Not used in a command: `take_config` has filled the config's flags before."""
 Log = LogConfig | None
 """Not used in a command: `_run` has set up the messages before."""
 
@@ -374,7 +371,7 @@ def _one_of_several(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> Outcome:
     """Run a command."""
     try:
-        _take_config(arguments)
+        take_config(app, arguments)
         command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         from layercut import progress  # not for --help: it loads rich
 
@@ -428,90 +425,6 @@ def _words(error: cyclopts.CycloptsError) -> str:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         return f"{error.token.source} has an unknown key {key!r}{meant}"
     return " ".join(str(error).split())
-
-
-def _take_config(arguments: list[str]) -> None:
-    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open."""
-    app.config = ()
-    given: dict[str, Any] = {}
-    file, preset = _value(arguments, "--config"), _value(arguments, "--preset")
-    if file is not None:
-        if not file or file.startswith("-"):
-            raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
-        given = _for_command(_yaml(Path(file)), arguments[0])
-        app.config = (_source(given, file),)
-    # a preset that does not exist is refused with the flags
-    filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
-    # `plan` takes some of the flags of `compress`, not all
-    app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
-
-
-def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
-    """Without the keys of a compress run's file that this command does not take, so that the file fits all of them.
-
-    A key that no compress run has either is left, and refused with the flags.
-    """
-    if command.startswith("-") or command not in app:
-        return given
-    first, own = _keys_of(command)
-    of_compress, all_of_compress = _keys_of("compress")
-    own -= of_compress - first  # another name here of what is something else there: --window of evaluate
-    return {key: value for key, value in given.items() if key in own or key not in all_of_compress}
-
-
-def _keys_of(command: str) -> tuple[set[str], set[str]]:
-    """The keys of a command's flags in a file: by their first names, and by all."""
-    arguments = app[command].assemble_argument_collection()
-    named = [[name.strip("-").replace("-", "_") for name in argument.names] for argument in arguments]
-    return {names[0] for names in named if names}, {name for names in named for name in names}
-
-
-def _value(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag; None where it is not given."""
-    found = None
-    for argument, following in pairwise([*arguments, ""]):
-        if argument == flag:
-            found = following
-        elif argument.startswith(f"{flag}="):
-            found = argument.partition("=")[2]
-    return found
-
-
-def _source(values: dict[str, Any], name: str, *, allow_unknown: bool = False) -> Callable[..., Any]:
-    """Values that fill the flags not given yet."""
-    return cyclopts.config.Dict(values, source=name, use_commands_as_keys=False, allow_unknown=allow_unknown)
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """The keys of a --config file."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 without its numbers of base 60 and its words for true and false but these two.
-
-        Else 13:19 would be read as 799, and `stream: off` would be none of its choices.
-        """
-
-    Loader.yaml_implicit_resolvers = {
-        first: [
-            (tag, form) for tag, form in known
-            if not (tag.endswith(":int") and first in "123456789") and not tag.endswith(":bool")
-        ]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }  # fmt: skip
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?i:true|false)$"), list("tTfF"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[1-9][0-9_]*$"), list("123456789"))
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"--config {path} is not YAML: {words}", "correct the file") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
-    # a resolved config.yaml also lists what was left at None
-    return {key: joined_names(key, value) for key, value in content.items() if value is not None}
 
 
 def _refusal(message: str, hint: str) -> Outcome:

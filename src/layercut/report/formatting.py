@@ -276,5 +276,5 @@ def _environment(*, escape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {function.__name__: function for function in (change, code, figure, prose, source_name, whole)}
+    env.filters |= {function.__name__: function for function in (code, figure, prose, source_name)}
     return env
