@@ -55,7 +55,7 @@ FINE = (*CONVERTED, "q8_0")
 """GGML types that are so fine that the importance of columns changes nothing worth measuring."""
 SAME, FINER = "same", "finer"
 """--gguf-type: healed tensors in the number format that they came in, or in the next finer one. Those that were left
-alone lie on the grid of theirs; healed ones do not, and lose most (docs/log.md)."""
+alone lie on the grid of theirs; healed ones do not, and lose most."""
 AS_THEY_CAME = (SAME, FINER)
 NEXT_FINER = {
     "q4_0": "q5_0", "q4_1": "q5_1", "q5_0": "q8_0", "q5_1": "q8_0", "iq4_nl": "q5_0", "q2_k": "q3_k", "q3_k": "q4_k",

@@ -25,7 +25,7 @@ FLOATS = {"F32", "F16", "BF16"}
 LARGEST_JUMP = ((8.0, 1.05), (5.0, 1.3), (4.0, 2.0), (0.0, 10.0))
 """Bits a weight; how many times the model's perplexity a file may have whose coarsest tensors have at least so many.
 
-Seen on SmolLM2-135M, which suffers more than larger models (docs/log.md): Q8_0 1.01, Q4_K_M 1.05, Q4_0 1.4 times.
+Seen on SmolLM2-135M, which suffers more than larger models: Q8_0 1.01, Q4_K_M 1.05, Q4_0 1.4 times.
 Beyond these the file is not what rounding makes of the model."""
 
 

@@ -39,7 +39,6 @@ from layercut.pipeline.handover import say_gguf
 from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.progress import say
-from layercut.quantization.gptq import RECIPE
 from layercut.registries import criteria
 from layercut.segments import Segment
 
@@ -111,7 +110,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
 def type_of_healed(config: CompressConfig) -> str:
     """What --gguf-type means: where it is not given, one step finer, but where bytes are short.
 
-    Of a --target-size the bytes are better spent on a layer more (docs/log.md).
+    Of a --target-size the bytes are better spent on a layer more.
     """
     return config.output.gguf_type or (SAME if config.search.target_size else FINER)
 
@@ -173,7 +172,7 @@ def cut_of(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     """The .gguf file of the healed student, its tensors rounded as they will be in the result."""
     kind = type_of_healed(work.config)
-    inputs = [kind, work.text["calibration"], RECIPE]
+    inputs = [kind, work.text["calibration"]]
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open:
             file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")

@@ -10,7 +10,7 @@ the diagonal of E[d d'] (K-FAC, 1503.05671), so that one backward pass serves al
     KL = 1/2 sum_o E[d_o^2] E[(dW_o x)^2]
 
 The sum over the rows o of W is estimated from `ROWS` of them, drawn with probability E[d_o^2]. Of embeddings the rows
-of the tokens that occur are taken, and (d, dW_t)^2 as it is. How well this ranks weights is in docs/log.md.
+of the tokens that occur are taken, and (d, dW_t)^2 as it is.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def measure(
     tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
     sums = {name: dict.fromkeys(each, 0.0) for name, each in widths.items()}
 
-    def costs(name: str, x: torch.Tensor | None, slope: torch.Tensor) -> list[float]:
-        assert x is not None
+    def costs(name: str, x: torch.Tensor, slope: torch.Tensor) -> list[float]:
         return rise(model.get_submodule(name), x, slope, widths[name], dtype=dtype, draw=draw)
 
     for _, called in _slopes(model, tokens, list(widths), costs, draw, title="what each width costs"):
@@ -67,11 +66,11 @@ def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, see
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
-    def each_token(_: str, x: torch.Tensor | None, slope: torch.Tensor) -> torch.Tensor:
+    def each_token(_: str, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         return slope.float().square().mean(-1).sqrt().flatten()
 
     draw = torch.Generator().manual_seed(seed)
-    for batch, called in _slopes(model, tokens, names, each_token, draw, title="what each token counts", inputs=False):
+    for batch, called in _slopes(model, tokens, names, each_token, draw, title="what each token counts"):
         calls = Counter(name for name, _ in called)
         for name, weights in called:
             if calls[name] == 1 and weights.numel() == batch.numel():
@@ -81,18 +80,12 @@ def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, see
 
 
 def _slopes(
-    model: Any,
-    tokens: torch.Tensor,
-    names: Sequence[str],
-    watch: Callable[[str, torch.Tensor | None, torch.Tensor], Result],
-    draw: torch.Generator,
-    *,
-    title: str,
-    inputs: bool = True,
-) -> Iterator[tuple[torch.Tensor, list[tuple[str, Result]]]]:
+    model: Any, tokens: torch.Tensor, names: Sequence[str],
+    watch: Callable[[str, torch.Tensor, torch.Tensor], Result], draw: torch.Generator, *, title: str,
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, Result]]]]:  # fmt: skip
     """Forwards and backwards, batch by batch of tokens [N, T]: a batch [B, T], and what its calls of modules gave.
 
-    watch: told the name, what went in [..., I] where `inputs` are kept, and d [..., O] at what came out.
+    watch: told the name, what went in [..., I], and d [..., O] at what came out.
     """
     stack, window = DecoderRunner(model), tokens.shape[1]
     modules, weights = [model.get_submodule(name) for name in names], list(model.parameters())
@@ -105,8 +98,8 @@ def _slopes(
         output = run(x, *args, **kwargs)
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
-        read = x.detach() if inputs else None
-        output.register_hook(lambda slope: called.append((names[which], watch(names[which], read, slope))))
+        read, name = x.detach(), names[which]
+        output.register_hook(lambda slope: called.append((name, watch(name, read, slope))))
         return output.clone()  # which a model may write into, as one that clips its queries does
 
     batches = stack.parts("quantize", stack.place(tokens).split(rows))
@@ -132,14 +125,9 @@ def _drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:
 
 @torch.no_grad()
 def rise(
-    module: Any,
-    x: torch.Tensor,
-    slope: torch.Tensor,
-    widths: Sequence[Width],
-    *,
-    dtype: torch.dtype,
+    module: Any, x: torch.Tensor, slope: torch.Tensor, widths: Sequence[Width], *, dtype: torch.dtype,
     draw: torch.Generator,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """1/2 <dW, F dW> of one module, summed over tokens."""
     d: torch.Tensor = slope.flatten(0, -2).float()  # [N, O]
     if isinstance(module, nn.Embedding):

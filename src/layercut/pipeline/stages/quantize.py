@@ -94,7 +94,7 @@ def rows_of_tests(text: DataConfig) -> int:
 def tests_to_round_on(work: RunContext, asked: QuantizeConfig) -> ProbeRows | None:
     """Generated tests of the family that is tuned on, and none of those that are, nor of those that judge it.
 
-    On text alone, how much of recall is left after rounding to 3 bits is a matter of chance (docs/log.md).
+    On text alone, how much of recall is left after rounding to 3 bits is a matter of chance.
     """
     text, wanted = work.config.text, capabilities_read(work.config, asked)
     if not wanted:

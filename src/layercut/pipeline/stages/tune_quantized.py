@@ -1,7 +1,7 @@
 """Stage, with quantization: a rounded model is trained towards what it was before, in the same stock format.
 
 Of a cut model that is the healed one: towards the dense model it would lose what healing gave it beside KL, the text's
-own next tokens and the tests (docs/log.md).
+own next tokens and the tests.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from layercut.quantization.trainable import RATE, RATE_PER_NAT, RISE, ROUNDING_R
 FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
 most of what GPTQ loses, with 4 scales alone were better, rounding at their rate (docs/results.md). On
-Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time (docs/log.md)."""
+Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time."""
 TOWARDS = "what was rounded"
 """What a rounded model is trained towards."""
 ROWS = "rows as in healing"
-"""How they are done. Whether short rows alone lose what lies further back is not told by one rounding (docs/log.md)."""
+"""How they are done. Whether short rows alone lose what lies further back is not told by one rounding."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 ROUNDED = "rounded-state.safetensors"

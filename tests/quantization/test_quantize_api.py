@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import threading
-from typing import ClassVar
 
 import pytest
 import torch
@@ -21,10 +20,10 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import load_blocks
-from layercut.errors import ConfigError, DataError, ModelError, RunError, SurgeryError
+from layercut.errors import ConfigError, DataError, ModelError, RunError
 from layercut.models import checkpoints, loading, model_weights
 from layercut.quantization import quantize_, quantized_weights
-from layercut.registries import exporters, quantizers
+from layercut.registries import exporters
 from layercut.segments import Segment, as_segments
 from layercut.surgery import cut_segment_
 
@@ -60,10 +59,7 @@ class Unchanged:
         assert all(torch.equal(value, self.values[name]) for name, value in self.model.state_dict().items())
 
 
-# --- text ---
-
-
-def test_token_blocks_are_those_of_the_command(texts):
+def test_token_blocks_are_those_of_the_command_and_leave_the_model_as_it_is(texts):
     tokenizer = folders.tokenizer()
     for order in ("shuffled", "as written"):
         blocks = lc.token_blocks(texts[0], tokenizer, tokens=100, window=32, order=order)
@@ -72,17 +68,11 @@ def test_token_blocks_are_those_of_the_command(texts):
         assert blocks.shape == (4, 32)
     with pytest.raises(DataError, match="order='sorted' is unknown"):
         lc.token_blocks(texts[0], tokenizer, tokens=100, order="sorted")
-
-
-def test_text_of_the_models_own_leaves_it_as_it_is():
     given = Unchanged(vocab_size=folders.VOCABULARY, attention_dropout=0.5)
-    rows = lc.token_blocks("self", folders.tokenizer(), tokens=32, window=16, model=given.model)
+    rows = lc.token_blocks("self", tokenizer, tokens=32, window=16, model=given.model)
     given.check()
     evaluated = copy.deepcopy(given.model).eval()
-    assert torch.equal(rows, lc.token_blocks("self", folders.tokenizer(), tokens=32, window=16, model=evaluated))
-
-
-# --- cutting ---
+    assert torch.equal(rows, lc.token_blocks("self", tokenizer, tokens=32, window=16, model=evaluated))
 
 
 def test_cut_is_a_clone_that_shares_all_weights():
@@ -93,23 +83,23 @@ def test_cut_is_a_clone_that_shares_all_weights():
     cut_segment_(expected, [Segment(1, 3), Segment(4, 5)])
     assert small.config.original_layer_index == [0, 3, 5]
     assert torch.equal(logits(small.eval()), logits(expected.eval()))
-    own = {id(p) for p in given.model.parameters()}
-    assert {id(p) for p in small.parameters()} < own
+    assert {id(p) for p in small.parameters()} < {id(p) for p in given.model.parameters()}
     again = lc.cut(lc.DecoderRunner(given.model), lc.Segment(1, 3))
     assert again.config.original_layer_index == [0, 3, 4, 5]
     assert len(lc.cut(given.model, []).model.layers) == 6
-
-
-def test_segments_as_a_person_writes_them():
-    wanted = [Segment(3, 5)]
-    for given in ((3, 5), [(3, 5)], [[3, 5]], "3:5", ["3:5"], Segment(3, 5), (Segment(3, 5),), ("3:5",)):
-        assert as_segments(given) == wanted
-    for wrong in ([3, 5], [(3, 5, 7)], [3.5], ["3-5"], [(3, "x")]):
-        with pytest.raises(ConfigError, match="segment"):
-            as_segments(wrong)
     with pytest.raises(ConfigError, match="reaches beyond"):
         lc.cut(tiny.llama(4), (3, 9))
-    assert issubclass(SurgeryError, lc.LayercutError)
+
+
+@pytest.mark.parametrize("given", [(3, 5), [(3, 5)], [[3, 5]], "3:5", ["3:5"], Segment(3, 5), ("3:5",)], ids=str)
+def test_segments_as_a_person_writes_them(given):
+    assert as_segments(given) == [Segment(3, 5)]
+
+
+@pytest.mark.parametrize("wrong", [[3, 5], [(3, 5, 7)], [3.5], ["3-5"], [(3, "x")]], ids=str)
+def test_what_is_no_segment_is_refused(wrong):
+    with pytest.raises(ConfigError, match="segment"):
+        as_segments(wrong)
 
 
 # --- quantizing ---
@@ -131,11 +121,8 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     assert facts["bytes"] == {"before": model_weights.parameter_bytes(given.model), "after": found.bytes_after}
     assert found.bytes_after < 0.5 * found.bytes_before
     runner = lc.DecoderRunner(copy.deepcopy(given.model).eval())
-    assert torch.equal(logits(lc.quantize(runner, TOKENS, bits=4, quantizer=quantizer).model), logits(
-        lc.quantize(given.model, TOKENS, bits=4, quantizer=quantizer).model
-    ))  # fmt: skip
-    with pytest.raises(AttributeError):
-        found.bytes_after = 0
+    again = lc.quantize(runner, TOKENS, bits=4, quantizer=quantizer, embedding_bits=8)
+    assert torch.equal(logits(again.model), logits(found.model))
 
 
 def floor(weight, hessian, grid):
@@ -146,106 +133,57 @@ def floor(weight, hessian, grid):
 floor.needs_calibration = False
 
 
-class Recording:
-    """Rounds as `floor` does, and keeps the Hessians that it was given."""
-
-    needs_calibration = True
-    seen: ClassVar[list] = []
-
-    def __call__(self, weight, hessian, grid):
-        self.seen.append(hessian)
-        return floor(weight, hessian, grid).to(torch.int8)
-
-
 def test_a_quantizer_of_the_callers_own():
-    model = tiny.llama(2)
+    model, seen = tiny.llama(2), []
     found = lc.quantize(model, bits=4, quantizer=floor)
     assert {row.method for row in found.weights} == {"floor"}
     name = "model.layers.1.mlp.up_proj.weight"
     weight, rounded = (dict(m.named_parameters())[name] for m in (model, found.model))
     assert (rounded <= weight + 1e-6).all()
     assert torch.equal(rounded, quantized_weights(found.packed, found.config)[name])
+
+    class Recording:
+        needs_calibration = True
+
+        def __call__(self, weight, hessian, grid):
+            seen.append(hessian)
+            return grid, floor(weight, hessian, grid).to(torch.int8)
+
     lc.quantize(model, TOKENS, bits=4, quantizer=Recording, embedding_bits=8)
-    assert len(Recording.seen) == 2 * 7, "embeddings and head have no Hessian and are rounded to nearest"
-    assert all(h.shape[0] == h.shape[1] and h.dtype == torch.float64 for h in Recording.seen)
+    assert len(seen) == 2 * 7, "embeddings and head have no Hessian and are rounded to nearest"
+    assert all(h.shape[0] == h.shape[1] and h.dtype == torch.float64 for h in seen)
 
 
-def test_quantizers_that_are_wrong_are_refused():
-    def result(make):
-        make.needs_calibration = False
-        return make
-
-    model = tiny.llama(2)
-    for make, words in (
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
         (lambda weight, *_: weight[:1], r"gave \[1, 32\]; wanted are whole numbers"),
         (lambda weight, *_: torch.full_like(weight, 9), "codes from 9 to 9; wanted are whole numbers .* from -8 to 7"),
         (lambda weight, *_: torch.full_like(weight, 0.5), "codes from 0.5"),
         (lambda weight, *_: torch.full_like(weight, float("nan")), "codes from nan"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            lc.quantize(model, bits=4, quantizer=result(make))
-    with pytest.raises(ConfigError, match="needs_calibration"):
-        lc.quantize(model, bits=4, quantizer=lambda *_: None)
-    with pytest.raises(ConfigError, match="gptq is calibrated on tokens, and none are given"):
-        lc.quantize(model, bits=4)
-    with pytest.raises(ConfigError, match="'gtpq' is unknown") as refusal:
-        lc.quantize(model, TOKENS, bits=4, quantizer="gtpq")
-    assert "gptq" in refusal.value.hint
-    for wrong, words in ((TOKENS[0], r"\[16\] of int64"), (TOKENS.float(), "of float32")):
-        with pytest.raises(DataError, match=words):
-            lc.quantize(model, wrong, bits=4)
-    with pytest.raises(ModelError, match="token 96"):
-        lc.quantize(model, TOKENS.clamp(min=96), bits=4)
-    with pytest.raises(ConfigError, match="bits=5"):
-        lc.quantize(model, TOKENS, bits=5)
+    ],
+)
+def test_codes_that_are_none_are_refused(make, words):
+    make.needs_calibration = False
+    with pytest.raises(ConfigError, match=words):
+        lc.quantize(tiny.llama(2), bits=4, quantizer=make)
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> None:
-    """An installed package that brings a quantizer and an exporter, by entry points alone."""
-    site = tmp_path / "site"
-    facts = site / "mypackage-1.0.dist-info"
-    facts.mkdir(parents=True)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(
-        "[layercut.quantizers]\nmypackage-floor = mypackage_parts:Floor\n"
-        "[layercut.exporters]\nmypackage-count = mypackage_parts:count\nmypackage-fails = mypackage_parts:fails\n"
-        "mypackage-nothing = mypackage_parts:nothing\n"
-    )
-    (site / "mypackage_parts.py").write_text(
-        "import json\n"
-        "class Floor:\n"
-        "    needs_calibration = False\n"
-        "    def __call__(self, weight, hessian, grid):\n"
-        "        scaled = weight.float() / grid.scale.float().repeat_interleave(grid.group_size, 1)\n"
-        "        return scaled.floor().clamp(grid.lowest, grid.highest)\n"
-        "def count(source, out, options):\n"
-        "    files = sorted(file.name for file in source.model.iterdir())\n"
-        "    out.write_text(json.dumps(files))\n"
-        "    return {'files': len(files)}\n"
-        "def fails(source, out, options):\n"
-        "    out.write_text('half')\n"
-        "    raise OSError('no more')\n"
-        "def nothing(source, out, options):\n"
-        "    return {}\n"
-    )
-    monkeypatch.syspath_prepend(str(site))
-    for registry in (quantizers, exporters):
-        vars(registry).pop("installed", None)
-    yield
-    for registry in (quantizers, exporters):
-        vars(registry).pop("installed", None)
-
-
-def test_a_packages_quantizer_runs_by_name(package, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    out = tmp_path / "small"
-    assert main(["quantize", str(tiny_model), "--bits=4", "--quantizer=mypackage-floor", f"--out={out}"]) == 0
-    rows = json.loads((out / "quantize.json").read_text())["layers"]
-    assert {row["method"] for row in rows} == {"mypackage-floor"}
-    dense = loading.load(checkpoints.resolve(str(tiny_model))).model
-    found = lc.quantize(dense, bits=4, quantizer="mypackage-floor")
-    assert torch.equal(logits(loading.load(checkpoints.resolve(str(out))).model), logits(found.model))
+@pytest.mark.parametrize(
+    ("error", "words", "tokens", "asked"),
+    [
+        (ConfigError, "needs_calibration", TOKENS, {"quantizer": lambda *_: None}),
+        (ConfigError, "gptq is calibrated on tokens, and none are given", None, {}),
+        (ConfigError, "'gtpq' is unknown", TOKENS, {"quantizer": "gtpq"}),
+        (ConfigError, "bits=5", TOKENS, {"bits": 5}),
+        (DataError, r"\[16\] of int64", TOKENS[0], {}),
+        (DataError, "of float32", TOKENS.float(), {}),
+        (ModelError, "token 96", TOKENS.clamp(min=96), {}),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(error, words, tokens, asked):
+    with pytest.raises(error, match=words):
+        lc.quantize(tiny.llama(2), tokens, **{"bits": 4} | asked)
 
 
 # --- saving ---
@@ -254,7 +192,6 @@ def test_a_packages_quantizer_runs_by_name(package, tiny_model, tmp_path, monkey
 def test_saved_as_a_caller_holds_it_and_verified(tmp_path, monkeypatch):
     """In training mode, with an attention of the caller's choice: neither may make the fresh process differ."""
     given = Unchanged(vocab_size=folders.VOCABULARY, attention_dropout=0.5, attn_implementation="eager")
-    assert given.model.config._attn_implementation == "eager"
     monkeypatch.chdir(tmp_path)
     text = tiny.some_tokens(4)
     found = lc.save(given.model, folders.tokenizer(), "out/model", text=text)
@@ -263,21 +200,23 @@ def test_saved_as_a_caller_holds_it_and_verified(tmp_path, monkeypatch):
     assert found.check["logits"] == "equal to the bit"
     assert found.check["perplexity"]["tokens"] == text.numel()
     assert found.bytes == (found.folder / "model.safetensors").stat().st_size
-    assert json.loads(json.dumps(found.to_dict()))["folder"] == str(found.folder)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 
-def test_what_is_quantized_is_saved_packed(tmp_path, monkeypatch):
-    model = tiny.llama(4, vocab_size=folders.VOCABULARY)
-    packed = lc.quantize(model, TOKENS, bits=4)
+def test_what_is_quantized_is_saved_packed_and_exported_as_float(tmp_path, monkeypatch):
+    packed = lc.quantize(tiny.llama(4, vocab_size=folders.VOCABULARY), TOKENS, bits=4)
     monkeypatch.setattr("layercut.export.checkpoint._verified", lambda *_: pytest.fail("a process was started"))
-    found = lc.save(packed, folders.tokenizer(), tmp_path / "model", verify=False)
+    found = lc.save(packed, folders.tokenizer(), tmp_path / "packed", verify=False)
     assert found.check is None
-    assert found.to_dict()["check"] is None
-    again = loading.load(checkpoints.resolve(str(tmp_path / "model"))).model
-    assert torch.equal(logits(again), logits(packed.model))
+    assert torch.equal(logits(loading.load(checkpoints.resolve(str(tmp_path / "packed"))).model), logits(packed.model))
     assert found.bytes < 1.1 * packed.bytes_after + 20_000
     assert not hasattr(packed.model.config, "quantization_config")
+    monkeypatch.undo()
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {"logits": "equal to the bit"})
+    out = tmp_path / "float"
+    assert main(["export", str(tmp_path / "packed"), "--format=safetensors", f"--out={out}"]) == 0
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.equal(logits(loading.load(checkpoints.resolve(str(out))).model), logits(packed.model))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
@@ -285,9 +224,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     folder.mkdir()
     lc.save(model, tokenizer, folder, verify=False)  # empty
     (folder / "mine.txt").write_text("mine")
-    with pytest.raises(RunError, match="exists already") as refusal:
+    with pytest.raises(RunError, match="exists already"):
         lc.save(model, tokenizer, folder, verify=False)
-    assert "overwrite=True" in refusal.value.hint
     assert (folder / "mine.txt").read_text() == "mine"
     lc.save(model, tokenizer, folder, verify=False, overwrite=True)
     assert not (folder / "mine.txt").exists()
@@ -296,36 +234,29 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-# --- other formats ---
+def test_an_exporter_runs_by_name(tiny_model, tmp_path, monkeypatch, capsys):
+    def count(source, out, options):
+        out.write_text(json.dumps(sorted(file.name for file in source.model.iterdir())))
+        return {"files": 3}
 
+    def fails(source, out, options):
+        out.write_text("half")
+        raise OSError("no more")
 
-def test_a_packages_exporter_runs_by_name(package, tiny_model, tmp_path, capsys):
+    monkeypatch.setattr(exporters, "registered", {})
+    for name, each in (("my-count", count), ("my-fails", fails), ("my-nothing", lambda *_: {})):
+        exporters.register(name)(each)
     out = tmp_path / "out" / "files.json"
     argv = ["export", str(tiny_model), f"--out={out}"]
-    assert main([*argv, "--format=mypackage-count"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.strip() == str(out)
-    assert "files: " in printed.err
+    assert main([*argv, "--format=my-count"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
     assert "config.json" in json.loads(out.read_text())
-    assert main([*argv, "--format=mypackage-count"]) == 2
+    assert main([*argv, "--format=my-count"]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main([*argv, "--force", "--format=mypackage-fails"]) == 2
-    assert main([*argv, "--force", "--format=mypackage-nothing"]) == 2
-    assert "wrote nothing" in capsys.readouterr().err
+    for wrong in ("my-fails", "my-nothing", "my-cont"):
+        assert main([*argv, "--force", f"--format={wrong}"]) == 2
     assert [path.name for path in out.parent.iterdir()] == ["files.json"], "what was there stays"
-    assert main([*argv, "--format=mypackage-cont"]) == 2
-    assert "did you mean --format mypackage-count?" in " ".join(capsys.readouterr().err.split())
-
-
-def test_packed_weights_are_written_out_as_float_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {"logits": "equal to the bit"})
-    packed = lc.quantize(tiny.llama(4, vocab_size=folders.VOCABULARY), bits=8, quantizer="rtn")
-    lc.save(packed, folders.tokenizer(), tmp_path / "packed", verify=False)
-    out = tmp_path / "float"
-    assert main(["export", str(tmp_path / "packed"), "--format=safetensors", f"--out={out}"]) == 0
-    assert "quantization_config" not in json.loads((out / "config.json").read_text())
-    assert torch.equal(logits(loading.load(checkpoints.resolve(str(out))).model), logits(packed.model))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "packed"]
+    assert "config.json" in json.loads(out.read_text())
 
 
 def process_state() -> list:
