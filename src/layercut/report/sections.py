@@ -21,7 +21,6 @@ from layercut.report.formatting import (
     duration,
     figure,
     finite,
-    label,
     layer_names,
     number,
     percent,
@@ -133,8 +132,8 @@ def stages(run: RunFacts) -> Section:
     )
     for fold in run.heal.fold:
         note += (
-            f" Fold at {label([fold.segment])}: {', '.join(map(printable, fold.modules))} before the cut, error "
-            f"{figure(fold.error_before)} → {figure(fold.error_after)} on {whole(fold.tokens)} tokens."
+            f" Fold of layers {layer_names([fold.segment])}: {', '.join(map(printable, fold.modules))} before them, "
+            f"error {figure(fold.error_before)} → {figure(fold.error_after)} on {whole(fold.tokens)} tokens."
         )
     if tuning:
         layers, objective = ", ".join(map(str, tuning.trained_layers)), printable(tuning.label or tuning.objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layercut.report.formatting import change, figure, label, percent, signed, size
+from layercut.report.formatting import change, figure, layer_names, percent, signed, size
 
 
 def describe_retention(retained: dict[str, Any]) -> str:
@@ -30,7 +30,7 @@ def describe_shortlist(search: dict[str, Any]) -> str:
     healed = [one for one in every if one.get("healed")]
     longer = ", the closest also after a longer one" if any(one.get("longer") for one in every) else ""
     costs = [
-        f"{label(one['segments'])} "
+        f"{layer_names(one['segments'])} "
         + ", ".join(figure(one[key]) for key in (("healed", "longer") if healed else ("folded",)) if one.get(key))
         for one in healed or every[:4]
     ]
@@ -49,7 +49,7 @@ def describe_shares(found: dict[str, Any]) -> str:
 
 def describe_fold(outcome: dict[str, Any]) -> str:
     """One line about a fold."""
-    cut = label([outcome["segment"]])
+    cut = f"layers {layer_names([outcome['segment']])}"
     if outcome["skipped"]:
         return f"{cut} not folded: {outcome['skipped']}"
     where = f"{cut} into layer {outcome['layer']} {' and '.join(outcome['modules'])}"
