@@ -70,7 +70,7 @@ def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, see
         return slope.float().square().mean(-1).sqrt().flatten()
 
     draw = torch.Generator().manual_seed(seed)
-    for batch, called in _slopes(model, tokens, names, each_token, draw, title="what each token counts"):
+    for batch, called in _slopes(model, tokens, names, each_token, draw, title="what each token counts", inputs=False):
         calls = Counter(name for name, _ in called)
         for name, weights in called:
             if calls[name] == 1 and weights.numel() == batch.numel():
@@ -82,10 +82,11 @@ def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, see
 def _slopes(
     model: Any, tokens: torch.Tensor, names: Sequence[str],
     watch: Callable[[str, torch.Tensor, torch.Tensor], Result], draw: torch.Generator, *, title: str,
+    inputs: bool = True,
 ) -> Iterator[tuple[torch.Tensor, list[tuple[str, Result]]]]:  # fmt: skip
     """Forwards and backwards, batch by batch of tokens [N, T]: a batch [B, T], and what its calls of modules gave.
 
-    watch: told the name, what went in [..., I], and d [..., O] at what came out.
+    watch: told the name, what went in [..., I] (nothing where no `inputs` are kept), and d [..., O] at what came out.
     """
     stack, window = DecoderRunner(model), tokens.shape[1]
     modules, weights = [model.get_submodule(name) for name in names], list(model.parameters())
@@ -98,7 +99,7 @@ def _slopes(
         output = run(x, *args, **kwargs)
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
-        read, name = x.detach(), names[which]
+        read, name = x.detach() if inputs else x.new_empty(0), names[which]
         output.register_hook(lambda slope: called.append((name, watch(name, read, slope))))
         return output.clone()  # which a model may write into, as one that clips its queries does
 
