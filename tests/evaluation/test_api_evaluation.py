@@ -263,7 +263,7 @@ def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, t
     assert len(read_run(run).evaluations) == 1, "it is of the same model, whatever else the run measures"
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [
-        ["evaluation", "metric", "dense", "compressed"], ["mypackage-head", "layers", "8.0000", "6.0000"],
+        ["evaluation", "metric", "dense", "pruned"], ["mypackage-head", "layers", "8.0000", "6.0000"],
     ]  # fmt: skip
     assert float(lines[2][3]) == pytest.approx(found["logit"]["compressed"], abs=1e-4)
     assert main(["report", str(run)]) == 0

@@ -385,7 +385,7 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     assert main(["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--window=16"]) == 0
     figures = {name: rest for name, *rest in (line.split("\t") for line in capsys.readouterr().out.splitlines())}
     (dense,), (compressed,), (ratio, error) = figures.values()
-    assert [*figures] == ["dense", "compressed", "compressed / dense"]
+    assert [*figures] == ["dense", "pruned", "pruned / dense"]
     assert float(ratio) == pytest.approx(float(compressed) / float(dense), rel=1e-3)
     recorded = bare["perplexity"]["standard_error"]
     assert set(recorded) == {name for name in ("cut", "folded", "tuned") if bare["perplexity"][name]}

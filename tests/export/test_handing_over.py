@@ -223,7 +223,7 @@ def test_both_models_answer_every_message(chatted):
     _, chat = chatted
     code, out, err = chat("ba ko rin\n\nba ko rin\n/new\nba ko rin\n", "--max-new-tokens", "4")
     assert code == 0, err
-    lines = [line for line in out.splitlines() if line.startswith(("dense: ", "compressed: "))]
+    lines = [line for line in out.splitlines() if line.startswith(("dense: ", "pruned: "))]
     assert len(lines) == 6
     assert lines[0] != lines[2], "the second message goes on from the first"
     assert lines[:2] == lines[4:], "a new chat forgets"
@@ -233,7 +233,7 @@ def test_the_oldest_messages_are_left_out_where_a_chat_gets_too_long(chatted):
     _, chat = chatted
     code, out, err = chat("ba ko rin tel mu sha on ter li fe\n" * 6, "--max-new-tokens", "8")
     assert code == 0, err
-    assert out.count("compressed: ") == 6
+    assert out.count("pruned: ") == 6
     code, _, err = chat("ba ko rin " * 60)
     assert code == 2
     assert "positions" in err

@@ -1,4 +1,4 @@
-"""`layercut chat`: a run's dense and compressed model answer the same messages, side by side.
+"""`layercut chat`: a run's dense and pruned model answer the same messages, side by side.
 
 Each keeps its own conversation and writes greedily, one after the other, so that the tokens per second are its own.
 """
@@ -71,7 +71,7 @@ def chat(run: Path, config: ChatConfig) -> None:
         loaded = placement.load(checkpoint, **asdict(config.load))
         if layers_on_disk(loaded.model):
             raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
-        speakers.append(Speaker(name, loaded))
+        speakers.append(Speaker("pruned" if name == "compressed" else name, loaded))
     console = Console(highlight=False)
     while True:
         try:

@@ -205,7 +205,7 @@ def evaluate(
     config: PerplexityConfig | None = None,
     log: Log = None,
 ) -> None:
-    """Perplexity, tasks and more of a model, or of a run's dense and compressed model side by side.
+    """Perplexity, tasks and more of a model, or of a run's dense and pruned model side by side.
 
     For example:
 
@@ -283,7 +283,7 @@ def push(
 
 @app.command
 def chat(run: RunFolder, *, config: ChatConfig | None = None, log: Log = None) -> None:
-    """Talk to a run's dense and compressed model, side by side.
+    """Talk to a run's dense and pruned model, side by side.
 
     A line is a message; /new begins a new chat, and the end of the input ends it. For example:
 

@@ -42,6 +42,9 @@ from layercut.report.run_facts import (
 )
 from layercut.report.verdicts import LIMITS, conclusion, title, verdicts
 
+PRUNED = {"compressed": "pruned", "compressed_stderr": "pruned_stderr"}
+"""Names of artefacts that people know by others."""
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -128,7 +131,7 @@ def evaluation_lines(found: Mapping[str, Any]) -> list[str]:
     )
     if ratio := found["ratio"]:
         error = [] if ratio["standard_error"] is None else [f"± {shown(ratio['standard_error'])}"]
-        rows.append(["compressed / dense", shown(ratio["value"]), *error])
+        rows.append(["pruned / dense", shown(ratio["value"]), *error])
     keys = ["dense", "dense_stderr", "compressed", "compressed_stderr", "lost", "gained", "p_value"]
     keys = keys if retained else keys[:2]  # of one model alone each task is compared with itself
     if found["tasks"]:
@@ -144,7 +147,8 @@ def evaluation_lines(found: Mapping[str, Any]) -> list[str]:
             models = [key for key in row if key != "higher_is_better"]
             rows += [["evaluation", "metric", *models]] if index == 0 and metric == next(iter(metrics)) else []
             rows.append([printable(name), printable(metric), *(shown(row[model]) for model in models)])
-    return ["\t".join(row) for row in [*rows, *_probe_rows(Json(found.get("probes")))]]
+    rows += _probe_rows(Json(found.get("probes")))
+    return ["\t".join(PRUNED.get(cell, cell) for cell in row) for row in rows]
 
 
 def _probe_rows(probes: Json) -> list[list[str]]:
