@@ -75,7 +75,9 @@ def test_the_api_runs_with_parts_of_another_package(installed, tiny_model, token
 def test_the_help_knows_installed_parts_without_loading_them():
     code = "import sys; from layercut.cli import main; main(sys.argv[1:]); sys.exit('mypackage' in sys.modules)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code, "compress", "--help"], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compress", "--help-all"], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     for name in ("mypackage-middle", "mypackage-reverse-kl", "mypackage-nearest", "mypackage-repeats"):
         assert name in "".join(done.stdout.split("│")).replace("\n", "").replace(" ", ""), name
