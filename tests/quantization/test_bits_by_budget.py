@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,6 @@ from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment
 from layercut.quantization.bit_choice import cheapest
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, stored_bytes
-from layercut.report.stage_lines import describe_quantization
 
 TOKENS, OTHERS = tiny.some_tokens(32, 32), tiny.some_tokens(8, 32, seed=1)
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
@@ -79,11 +77,6 @@ def test_the_knapsack_is_that_of_all_combinations(seed):
     assert sum(costs[i][j] for i, j in enumerate(picked)) == pytest.approx(least, rel=1e-5)
 
 
-def test_a_knapsack_in_which_nothing_fits_says_so():
-    assert cheapest([[1.0, 0.0], [1.0, 0.0]], [[5, 9], [5, 9]], 9) is None
-    assert cheapest([[1.0, 0.0], [1.0, 0.0]], [[5, 9], [5, 9]], 14) in ([0, 1], [1, 0])
-
-
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("bits", "form"), [(2, PACKED), (3, PACKED), (6, PACKED), (8, PACKED), (8, WHOLE_BYTES)])
 def test_sizes_are_those_of_what_is_packed(bits, form, zeros):
@@ -118,24 +111,28 @@ def test_costs_are_the_kl_of_rounding_one_weight():
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_mixture_costs_less_than_one_width_of_its_size(monkeypatch):
+def test_a_mixture_costs_less_than_one_width_of_its_size():
     model = uneven()
     uniform = quantize(model, bits=4, quantizer="rtn", embedding_bits=8)
     budget = uniform.bytes_after + 8192  # both take about as much for the file's header
     mixed = quantize(model, TOKENS, bits="auto", quantizer="rtn", target_size=str(budget))
     assert mixed.bytes_after <= uniform.bytes_after + 200 * len(uniform.packed)
     assert kl(model, mixed.model) < 0.7 * kl(model, uniform.model)
-    bits = Counter(row.bits for row in mixed.weights)
-    assert len(bits) > 1
-    assert mixed.mixture is not None
+    assert len({row.bits for row in mixed.weights}) > 1
     assert mixed.mixture["predicted_kl"] == pytest.approx(kl(model, mixed.model), rel=0.6)
-    flat = {name: 1.0 for name, _ in model.named_modules()}
-    monkeypatch.setattr(
-        sensitivity, "measure",
-        lambda _, __, widths, **___: {n: {w: flat[n] * 4.0 ** -w[0] for w in each} for n, each in widths.items()},
-    )  # fmt: skip
-    blind = quantize(model, TOKENS, bits="auto", quantizer="rtn", target_size=str(budget))
-    assert kl(model, mixed.model) < 0.8 * kl(model, blind.model), "what was measured is what makes it better"
+
+
+def test_zero_points_are_taken_where_they_are_worth_their_bytes(monkeypatch):
+    model = half(tiny.llama(3, tie_word_embeddings=True, vocab_size=folders.VOCABULARY, **SIZES))
+    fixed, found = {"bits": 3, "group_size": 64, "quantizer": "rtn", "embedding_bits": 3}, []
+    for zeros in (True, False):
+        monkeypatch.setattr(QuantizeConfig, "zero_points", zeros)
+        like = quantize(model, **fixed)
+        budget = like.bytes_after + bit_choice.TENSOR_HEADER * 2 * len(like.packed)
+        found.append(quantize(model, TOKENS, bits="auto", bits_allowed="3", quantizer="rtn", target_size=str(budget)))
+        assert found[-1].mixture["bytes"] <= budget
+        assert found[-1].settings["zero_points"] == zeros
+    assert kl(model, found[0].model) < 0.8 * kl(model, found[1].model)
 
 
 # --- what is written ---
@@ -162,35 +159,6 @@ def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monk
     if small:  # whole bytes are unpacked under both names
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert engines.written_as(found.config) == ("packed embeddings" if small else "int8 embeddings")
-
-
-def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    model = half(tiny.llama(3, tie_word_embeddings=True, vocab_size=folders.VOCABULARY, **SIZES))
-    zeros = quantize(model, bits=3, group_size=64, quantizer="rtn", embedding_bits=3)
-    monkeypatch.setattr(QuantizeConfig, "zero_points", False)
-    plain = quantize(model, bits=3, group_size=64, quantizer="rtn", embedding_bits=3)
-    monkeypatch.undo()
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-
-    def chosen(like):
-        budget = like.bytes_after + bit_choice.TENSOR_HEADER * 2 * len(like.packed)
-        found = quantize(model, TOKENS, bits="auto", bits_allowed="3", quantizer="rtn", target_size=str(budget))
-        packing = {"packed": dict(found.packed), "quantization_config": dict(found.config)}
-        written = checkpoint.export_checkpoint(found.model, folders.tokenizer(), tmp_path / str(budget), **packing)
-        assert found.mixture is not None
-        assert written["bytes"] <= found.mixture["bytes"] <= budget
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(budget), dtype=torch.bfloat16)
-        assert torch.equal(loaded(TOKENS, use_cache=False).logits, found.model(TOKENS, use_cache=False).logits)
-        return found
-
-    without, found = chosen(plain), chosen(zeros)
-    assert not without.settings["zero_points"]
-    assert not any("zero_point" in name for name in without.packed)
-    assert found.settings["zero_points"]
-    assert kl(model, found.model) < 0.8 * kl(model, without.model)
-    told = [describe_quantization(each.to_dict()) for each in (without, found)]
-    assert ["with zero points" in line for line in told] == [False, True]
 
 
 def test_only_what_is_allowed_is_chosen():

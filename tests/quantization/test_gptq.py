@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -91,17 +89,6 @@ def test_few_bits_take_the_range_of_least_error(bits, zeros, monkeypatch):
     assert found[0].sum() < 0.95 * found[1].sum()
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_a_range_by_what_columns_count_is_better_where_they_differ(bits):
-    weight, counts = problem(64, 64)[0], torch.ones(64)
-    weight[:, ::32] *= 4  # an outlier in each group, in a column that counts nothing
-    counts[::32] = 0
-    grids = [grid_of(weight, bits, 32), grid_of(weight, bits, 32, counts=counts)]
-    alike, counted = errors(weight, torch.diag(counts).double(), *((each, encode(weight, each)) for each in grids))
-    assert counted.sum() < 0.5 * alike.sum()
-    assert torch.isfinite(grid_of(weight, bits, 32, counts=torch.zeros(64)).scale).all()
-
-
 # --- codes column by column ---
 
 
@@ -130,31 +117,6 @@ def test_codes_are_those_of_the_direct_computation(seed, zeros):
     found = errors(weight, hessian, (grid, ours), (grid, reference))
     assert (ours == reference).all(1).float().mean() >= 0.8
     assert found[0].sum() <= 1.02 * found[1].sum()
-
-
-def test_independent_columns_are_brute_force():
-    weight = problem(6, 3)[0]
-    hessian = torch.diag(torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
-    grid = grid_of(weight, 4, 3)
-    every = torch.tensor(list(itertools.product(range(-8, 8), repeat=3)), dtype=torch.int8)
-    best = torch.stack([output_errors(weight, decode(codes.expand(6, 3), grid), hessian) for codes in every]).argmin(0)
-    assert torch.equal(plain_gptq(weight, hessian, grid), every[best])
-
-
-@both
-def test_a_weight_on_the_grid_is_kept_exactly(zeros):
-    hessian = problem(8, 64)[1]
-    codes = torch.randint(-7, 8, (8, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    codes[:, ::32], codes[:, 1::32] = -8, 7  # the whole range is used, so that a fit finds the same grid
-    grid = Grid(torch.full((8, 2), 0.25), torch.ones(8, 2, dtype=torch.int8) if zeros else None, 4, 32)
-    weight = decode(codes, grid)
-    assert torch.equal(decode(plain_gptq(weight, hessian, grid), grid), weight)
-
-
-def test_output_errors_are_those_at_the_output():
-    weight, other, x = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 7, 8)
-    expected = ((weight - other) @ x.flatten(0, 1).T).square().sum(1)
-    assert torch.allclose(output_errors(weight, other, gram(x).double()).float(), expected, rtol=1e-5)
 
 
 # --- codes exchanged ---

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Olm
 import folders
 import quick
 import tiny
-from layercut import quantization
 from layercut.cli.command_line import main
 from layercut.cli.single_stage import quantize_alone
 from layercut.config import QuantizeAloneConfig, QuantizeConfig
@@ -158,31 +157,6 @@ def test_a_module_that_does_not_see_every_token_has_no_weights():
     weights = token_weights(dense, TOKENS, names)
     assert set(names) - set(weights) == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert {row.method for row in quantize_(dense, TOKENS, QuantizeConfig(bits=4)).weights} == {"gptq"}
-
-
-def test_what_each_token_counts_lowers_the_error_that_it_weighs(monkeypatch):
-    monkeypatch.setattr(gptq, "RIDGE", 0.0)  # which is for inputs of which calibration tells less than of random tokens
-    found = []
-    for counts in (token_weights, lambda *_: {}):
-        monkeypatch.setattr(quantization, "token_weights", counts)
-        for seed in range(2):
-            dense = tiny.tiny(tiny.llama(2).config, seed)
-            names = [name for name in linears(dense) if ".layers.0." in name]
-            quantize_(student := model_weights.share(dense), TOKENS, QuantizeConfig(bits=3))
-            weights = token_weights(dense, TOKENS, names)
-            each = each_with_hessian(DecoderRunner(dense), TOKENS, {0: names}, names, lambda _: None, weights=weights)
-            found.append(sum(share_of_error(dense, student, name, h) for _, name, h in each))
-    assert all(without > 1.004 * weighted for weighted, without in zip(found[:2], found[2:], strict=True))
-
-
-def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
-    dense, distance, heldout = tiny.llama(4), {}, tiny.some_tokens(seed=9)
-    for quantizer in ("rtn", "gptq"):
-        student = model_weights.share(dense)
-        quantize_(student, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer))
-        p, q = (m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student))
-        distance[quantizer] = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert 0 < distance["gptq"] < distance["rtn"]
 
 
 def test_rounding_needs_no_mode_of_its_own_and_eight_bits_no_text():
@@ -469,18 +443,6 @@ def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
     assert main([*argv, f"--out={out}"]) == 2
     assert main(["quantize", str(tiny_model), f"--out={tmp_path / 'none'}"]) == 2
     assert "--bits 8 or --bits 4" in capsys.readouterr().err
-
-
-def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
-    flags = [*SHORT, "--segment=3:4", "--quantizer=rtn", f"--data={texts[0]}", "--eval-data=self"]
-    model = str(folders.write_fragile_model(tmp_path / "fragile"))
-    assert main(["compress", model, *flags, f"--out={tmp_path / 'run'}", "--bits=4"]) == 0
-    figures = read(tmp_path / "run", "summary")["perplexity"]
-    assert figures["cut"] < 1.01 * figures["dense"]
-    assert figures["quantized"] > 3 * figures["dense"]
-    for page in ("report.html", "model/README.md"):
-        assert "The pruned model is broken" in (tmp_path / "run" / page).read_text()
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "q8_0"), (6, "q6_k"), (4, "q4_k_m"), (3, "q3_k_m"), (2, "q2_k")])

@@ -11,20 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from layercut.config import CompressConfig, HealConfig
 from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.files.writing import remove_written
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
-from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile
 from layercut.models import memory, model_weights
 from layercut.models.objectives import KL, objective_of
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.stages.text import ANSWER_WEIGHT, Treatment, tuning_treatment
+from layercut.pipeline.stages.text import ANSWER_WEIGHT, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, RATE_PER_NAT, RISE, ROUNDING_RATE, ROUNDING_RISE, Trainable
@@ -84,13 +81,23 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """Train scales and norms of a quantized model, and the rounding where that is asked."""
     if not wanted(work.config):
         return found, None
-    state = StateFile(work.run / STATE, key=work.run.inputs_of("quantize"))
-    files = TuningFiles(state=state, stopping=work.stopping)
+    files = TuningFiles(
+        state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")), stopping=work.stopping
+    )
     if work.own_process:
         memory.reuse_freed()
-    rows, treated = work.blocks["tuning"], tuning_treatment(work).by_predictions()  # healing has taught the answers
-    found, report = _trained(work, found, before, rows, treated, settings_of(work.config.heal), files)
-    return found, work.trained("quantize", report)
+    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
+    settings = replace(settings_of(work.config.heal), learning_rate=parts.rate)
+    loss = settings.objective
+    judged_by_kl = isinstance(loss, KL) and loss.needs_dense
+    treated = tuning_treatment(work).by_predictions()  # healing has taught the answers
+    report = tune_parameters_(
+        parts.model, before, parts.parameters, work.blocks["tuning"], heldout=work.blocks["heldout"],
+        settings=settings, rate_from=parts.rate_from if judged_by_kl else None, tolerated=parts.tolerated,
+        files=files, **vars(treated),
+    )  # fmt: skip
+    report = replace(report, label=report.label.replace("the dense model", TOWARDS))
+    return parts.finished_(), work.trained("quantize", report)
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
@@ -112,22 +119,6 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
     what = f"training the rounding would take {size(needs)} of memory, and there are {size(has)}"
     say("quantize", f"{what}: scales and norms alone are trained")
     return False
-
-
-def _trained(
-    work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment, settings: TuneSettings,
-    files: TuningFiles,
-) -> tuple[Quantized, TuningResult]:  # fmt: skip
-    """Train what is to be trained of a quantized model towards `before`, judged by the held-out rows."""
-    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    settings = replace(settings, learning_rate=parts.rate)
-    loss = settings.objective
-    judged_by_kl = isinstance(loss, KL) and loss.needs_dense
-    report = tune_parameters_(
-        parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
-        rate_from=parts.rate_from if judged_by_kl else None, tolerated=parts.tolerated, files=files, **vars(treated),
-    )  # fmt: skip
-    return parts.finished_(), replace(report, label=report.label.replace("the dense model", TOWARDS))
 
 
 def forget_state_(work: RunContext) -> None:
