@@ -142,11 +142,8 @@ def rise(
         return [0.0] * len(widths)
     chosen = torch.multinomial(squares.cpu(), ROWS, replacement=True, generator=draw).to(x.device)
     weight, inputs = module.weight[chosen], x.flatten(0, -2)
-    found = []
-    for width in widths:
-        outputs = F.linear(inputs, _error(weight, width, dtype).to(x.dtype)).float()  # [N, ROWS]
-        found.append(total * outputs.square().mean().item() / 2)
-    return found
+    outputs = (F.linear(inputs, _error(weight, width, dtype).to(x.dtype)).float() for width in widths)  # [N, ROWS]
+    return [total * each.square().mean().item() / 2 for each in outputs]
 
 
 def _error(weight: torch.Tensor, width: Width, dtype: torch.dtype) -> torch.Tensor:

@@ -282,17 +282,17 @@ class Trainable:
     def finished_(self) -> Quantized:
         """The model with plain weights again, and the tensors of the checkpoint as they are now."""
         model, stored = self.model, stored_dtype(self.model)
-        packed, weights = dict(self.found.packed), {}
-        changed = {name: module.current() for name, module in self.modules.items()}
+        packed, weights = dict(self.found.packed), dict[str, torch.Tensor]()
         for name, plain in self.places.items():
             model.set_submodule(name, plain)
-        for name, (codes, grid) in changed.items():
+        for name, module in self.modules.items():
+            codes, grid = module.current()
             packed |= pack(name, codes, grid)
-            weight = decode(codes, grid).to(self.modules[name].scale.dtype)
-            replace_parameters_(model, {f"{name}.weight": nn.Parameter(weight, requires_grad=False)})
-        for name, parameter in self.norms.items():
-            weights[name] = packed[name] = parameter.detach().to(stored).cpu().clone()
-        replace_parameters_(model, {n: nn.Parameter(w.to(self.norms[n].dtype), False) for n, w in weights.items()})
+            weights[f"{name}.weight"] = decode(codes, grid).to(module.scale.dtype)
+        for name, norm in self.norms.items():
+            packed[name] = norm.detach().to(stored).cpu().clone()
+            weights[name] = packed[name].to(norm.dtype)
+        replace_parameters_(model, {name: nn.Parameter(weight, False) for name, weight in weights.items()})
         return replace(self.found, packed=packed)
 
 
