@@ -221,6 +221,7 @@ def test_probes_have_their_number_and_interval(tmp_path: Path) -> None:
         ["hidden keys, 2,048 tokens", "6", "100.0%", "50.0%", "19 to 81%", "–"],
     ]  # fmt: skip
     assert ProbeShare(name="x", items=20, dense=1, pruned=0.5).interval == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    assert ProbeShare(name="x", items=5, dense=1, pruned=0.0).interval[0] == 0.0  # type: ignore[index]
     (run / "summary.json").write_text(json.dumps(survival(capabilities=None)))
     assert not read_run(run).capabilities, "of another cut in this folder"
 

@@ -101,7 +101,7 @@ def cost_chart(search: Json) -> str | None:
 
     found = {label(one.segments): (spans(one.segments), finite(one.kl)) for one in search.candidates}
     known = {name: (where, kl) for name, (where, kl) in found.items() if where and kl is not None}
-    if not known:
+    if len(known) < 2:
         return None
     floor = min((kl for _, kl in known.values() if kl > 0), default=1e-6) / 3  # where a cost of 0 is drawn
     ranked, single = sorted(known, key=lambda name: known[name][1]), all(len(where) == 1 for where, _ in known.values())
@@ -137,8 +137,8 @@ def tuning_chart(tuning: Json) -> str | None:
     train, held = _curve(tuning.curve), _curve(tuning.heldout)
     if not train and not held:
         return None
-    unit, name = printable(tuning.unit) or "nats", printable(tuning.label) or "loss"
-    drawing = Drawing(xlabel="tokens trained on", ylabel=f"{name}, {unit}".replace("$", ""))
+    unit = (printable(tuning.unit) or "nats").replace("$", "")
+    drawing = Drawing(xlabel="tokens trained on", ylabel=f"loss, {unit}")
     drawing.axes.plot([t for _, t, _ in train], [loss for *_, loss in train], color=MUTED, lw=1.1, label="training")
     points = [
         (tokens, loss, f"step {step:g}, {count(tokens)} tokens: held-out loss {figure(loss)}")

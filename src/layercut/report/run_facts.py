@@ -178,7 +178,7 @@ class ProbeShare:
             return None
         n, p, z = self.items, min(max(self.pruned, 0.0), 1.0), 1.96
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return tuple((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))  # type: ignore[return-value]
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def skills(judged: Json) -> list[ProbeShare]:
