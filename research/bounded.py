@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 from layercut.models import checkpoints, loading
-from layercut.pipeline.run_store import TEXTS, Run
+from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages import text
 from memory import Children, high_water, reset_peak
 from plan import tokenizer
@@ -40,7 +40,8 @@ SHAPE = {
     "num_hidden_layers": 120, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 65536, "max_position_embeddings": 2048,
 }  # fmt: skip
-STAGES = [*TEXTS, "search", "cut", "fold", "heal", "eval", "export"]
+STAGES = ["text-evaluation", "text-calibration", "text-heldout", "text-tuning"]
+STAGES += ["search", "cut", "fold", "heal", "eval", "export"]
 PLANNED = {"search": ["load", "search"], "fold": ["fold"], "heal": ["tune"], "eval": ["eval"], "export": ["export"]}
 FLAGS = ["--stream=on", "--device=cpu", "--ratio=0.2", "--method=angular", "--window=64"]
 

@@ -14,7 +14,7 @@ from layercut.data.sources import CHATS, SELF, has
 from layercut.files.json_values import write_json
 from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, loading
-from layercut.pipeline.provenance import environment
+from layercut.pipeline.environment import environment
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -39,7 +39,7 @@ from layercut.layer_search.baselines import sleb_work
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.provenance import environment
+from layercut.pipeline.environment import environment
 from layercut.segments import Segment, joined_segments, layers_to_remove
 
 ALONE = ("race", "fisher", "exhaustive")

@@ -42,7 +42,7 @@ from layercut.files.json_values import write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.provenance import environment
+from layercut.pipeline.environment import environment
 from layercut.plan import plan_run
 from layercut.quantization import quantize
 from tuning_speed import matrix_rate, operations

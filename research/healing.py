@@ -53,7 +53,7 @@ from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.passes import shared_layers
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.provenance import environment
+from layercut.pipeline.environment import environment
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 from memory import high_water, settled_bytes

@@ -33,31 +33,29 @@ from layercut.files.json_values import write_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
-    Artefact,
     BeforeAfter,
     CutArtefact,
     FoldArtefact,
     HealArtefact,
     QuantizeArtefact,
     SearchArtefact,
-    SharedTextArtefact,
-    TextArtefact,
+    SharedText,
 )
-from layercut.pipeline.provenance import environment
+from layercut.pipeline.environment import environment
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.segments import Segment
 from memory import Children, high_water, reset_peak
 
 STAGES = ["load", "exhaustive", "fisher", "fold", "tune", "eval", "export"]
 LENGTH = 0.2
 NOTHING = BeforeAfter(before=0, after=0)
-ASSUMED: dict[str, Artefact] = {
+ASSUMED: dict[str, Any] = {
     "cut": CutArtefact(segments=[], original_layer_index=[], parameters=NOTHING, bytes=NOTHING),
     "fold": FoldArtefact(fold=[], changed=[]),
     "heal": HealArtefact(fold=[], tuning=None, changed=[]),
     "quantize": QuantizeArtefact(bits=16, layers=[]),
-    "text-shared": SharedTextArtefact(documents=0, passages=0.0, passed_over=0),
+    "text-shared": SharedText(documents=0, passages=0.0, passed_over=0),
 }
 """What the stages before the one that is measured left: nothing is changed."""
 KEYS = ("model", "dtype", "stage")
@@ -228,7 +226,7 @@ def measure(job: dict[str, Any]) -> None:
     print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": spent}))
 
 
-def assume(run: Run, name: str, artefact: Artefact) -> None:
+def assume(run: Run, name: str, artefact: Any) -> None:
     """A stage that was not run, with what it is taken to have left."""
     with run.stage(type(artefact), name, "assumed") as stage:
         if stage.open:
@@ -251,7 +249,7 @@ def draw_tokens(work: RunContext, config: CompressConfig) -> None:
             source="random", reads=[], origins=[""], tokens=tokens.numel(), window=window, documents=0, passed_over=0,
             fingerprint="",
         )  # fmt: skip
-        assume(work.run, f"text-{use}", TextArtefact(**vars(facts)))
+        assume(work.run, f"text-{use}", facts)
         work.text[use] = facts
 
 

@@ -11,7 +11,7 @@ from common import RESULTS
 from layercut import evaluation
 from layercut.evaluation.paired_retention import retained
 from layercut.models import loading
-from layercut.pipeline.compare_judged import score_of
+from layercut.pipeline.compare import score_of
 
 ASKED = {"tasks": "", "include_path": "", "items": 400}
 """Options: names joined by commas, a folder with more of them, and how many items of each."""

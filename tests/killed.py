@@ -24,7 +24,7 @@ import layercut.report.charts  # noqa: F401
 from layercut import cli
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning, tuning_state
-from layercut.pipeline import run_store
+from layercut.pipeline import run_folder
 
 
 def run(where: str, number: int, log: str, argv: list[str]) -> None:
@@ -44,7 +44,7 @@ def run(where: str, number: int, log: str, argv: list[str]) -> None:
             die()
         return step(training)
 
-    write_json, run_store.write_json = run_store.write_json, write_half
+    write_json, run_folder.write_json = run_folder.write_json, write_half
     step = endpoint_tuning._Training.step_
     if where.startswith("step/"):
         endpoint_tuning._Training.step_ = at_step  # type: ignore[method-assign]

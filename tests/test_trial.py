@@ -42,7 +42,7 @@ from layercut.pipeline import resolve_options
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import resolve, shortlists
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment

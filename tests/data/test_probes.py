@@ -50,7 +50,7 @@ from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline import compare_states
+from layercut.pipeline import compare
 from layercut.pipeline.stages import evaluate, heal, quantize, trial
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
@@ -955,7 +955,7 @@ def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts,
         return tune_(*given, token_weights=token_weights, answers=answers, **how)
 
     monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
-    monkeypatch.setattr(compare_states, "tune_", noted)
+    monkeypatch.setattr(compare, "tune_", noted)
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--eval-tokens=256"]
     flags += ["--eval-window=64", "--tune-tokens=2048", "--probe-share=0.3", "--methods=exhaustive", "--ratio=0.25"]
     assert main(["compare", str(tiny_model), *flags, f"--out={tmp_path}"]) == 0

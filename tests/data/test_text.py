@@ -24,10 +24,10 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.healing import tune_
 from layercut.models import checkpoints, loading
-from layercut.pipeline.artefacts import SharedTextArtefact
+from layercut.pipeline.artefacts import SharedText
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages import heal
 from layercut.pipeline.stages import text as text_stage
 from layercut.pipeline.stages.text import check_held_out, check_unseen, draw_all, row_lengths, uses
@@ -47,7 +47,7 @@ def draw(model: Path, folder: Path, config: CompressConfig) -> dict:
         run.describe({})
         work = RunContext(checkpoints.resolve(str(model)), config, run)
         draw_all(work, uses(config, "report"))
-        shared = run.artefact(SharedTextArtefact, "text-shared").facts
+        shared = run.artefact(SharedText, "text-shared")
         return {use: asdict(facts) for use, facts in work.text.items()} | {"shared": asdict(shared)}
 
 

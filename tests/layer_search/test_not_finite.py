@@ -23,8 +23,8 @@ from layercut.models import model_weights
 from layercut.models.losses import as_price
 from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import Artefact, FrontierRecord
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.artefacts import FrontierRecord
+from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages.two_budgets import out_of_budget
 from layercut.registries import criteria
 from layercut.report.stage_lines import describe_fold, describe_point
@@ -161,7 +161,7 @@ def test_weights_that_hold_nan_are_named():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures(Artefact):
+class Figures:
     rise: float = math.inf
     curve: tuple[dict[str, float], ...] = ({"loss": math.nan}, {"loss": 1.5})
     low: float = -math.inf

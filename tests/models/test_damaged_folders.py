@@ -26,7 +26,7 @@ from layercut.files import reading
 from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 
 
 @pytest.fixture

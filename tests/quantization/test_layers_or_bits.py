@@ -18,7 +18,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.layer_search import search
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages import layers_or_bits, tune_quantized
 from layercut.quantization import bit_choice
 from layercut.segments import Segment

@@ -20,7 +20,7 @@ from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, padding
 from layercut.models import checkpoints, decoder_stack, loading, model_weights, placement
 from layercut.models.layer_reader import layers_on_disk
-from layercut.pipeline.provenance import is_run, models_of
+from layercut.pipeline.run_folder import is_run, models_of
 from layercut.report.formatting import printable
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from layercut.evaluation.probe_scores import probed, probes_for
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.layer_reader import layers_on_disk
-from layercut.pipeline.provenance import is_run, models_of, versions
+from layercut.pipeline.environment import versions
 from layercut.pipeline.resolve_options import check_window, needs_memory
+from layercut.pipeline.run_folder import is_run, models_of
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
 from layercut.report.run_facts import model_key

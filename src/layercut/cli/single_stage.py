@@ -29,7 +29,7 @@ from layercut.files.writing import check_replaceable
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.source_card import source_card
 from layercut.pipeline.handover import describe_, destination, export, upload
-from layercut.pipeline.provenance import is_run
+from layercut.pipeline.run_folder import is_run
 from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import calibrated

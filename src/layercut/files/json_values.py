@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from layercut.errors import LayercutError
 from layercut.files.writing import write_atomically
 
 Kind = TypeVar("Kind")
@@ -65,7 +66,7 @@ def decode(kind: type[Kind], content: Any) -> Kind:
     """JSON as a dataclass. Damaged: a key is missing or of another type."""
     try:
         return msgspec.convert(restored(content), kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, LayercutError) as error:
         raise Damaged(str(error)) from None
 
 

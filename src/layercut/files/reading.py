@@ -1,6 +1,6 @@
 """Reading files that come from elsewhere, within limits, and digests by which a changed file is recognised.
 
-For `models/checkpoints.py` and `pipeline/run_store.py`. A checkpoint's JSON files are read by `read_json` alone:
+For `models/checkpoints.py` and `pipeline/run_folder.py`. A checkpoint's JSON files are read by `read_json` alone:
 regular files of bounded size, depth and numbers, whose text is Unicode.
 """
 

@@ -198,7 +198,7 @@ def fewest_worth(found: list[SearchResult]) -> SearchResult:
         taken,
         cost=sum((each.cost for each in found), Cost()),
         seconds=sum(each.seconds for each in found),
-        by_number=[each.candidates[0] for each in found],
+        by_number=list(dict.fromkeys(each.candidates[0] for each in found)),
         by_text=by_text,
         lighter=found[-1].lighter,
     )

@@ -1,79 +1,28 @@
 """What each stage leaves in the run folder, by type: the keys that other stages and the report read.
 
-A stage makes one of these, `Run.stage` writes it, and every later stage reads its attributes. The names of the fields
-are the keys of the JSON files (`files/json_values.py`): a renamed one is a type error wherever it is read.
+A stage makes one of these, or a dataclass of another package such as `TextFacts`; `Run.stage` writes it, and later
+stages read its attributes. The names of the fields are the keys of the JSON files (`files/json_values.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.probe_scores import CapabilityFigures, Grid
 from layercut.export.engines import Reading
-from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
 from layercut.layer_search import SearchResult
 from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment
 
-Kind = TypeVar("Kind")
-Bounds = tuple[int, int]
-"""A segment: its first layer, and the first one after it."""
-
-
-def bounds_of(segments: Iterable[Segment]) -> list[Bounds]:
-    """Segments as artefacts hold them."""
-    return [(s.start, s.stop) for s in segments]
-
-
-def segments_of(bounds: Iterable[Bounds]) -> list[Segment]:
-    """The inverse of `bounds_of`."""
-    return [Segment(*each) for each in bounds]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artefact:
-    """What every stage's JSON holds. A stage gives `files`; the rest is the run folder's."""
-
-    files: list[str] = field(default_factory=list, metadata=OPTIONAL)
-    """Files and folders of the run folder without which the stage is not whole."""
-    seconds: Any = 0.0
-    """Of the stage; in summary.json, by stage."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and the packages that it was made with."""
-    config_hash: str = ""
-    """Of all that went into the stage, earlier stages included."""
-    after: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
-    """The same of the stages that it was made after."""
-    record: dict[str, list[Any]] = field(default_factory=dict, metadata=OPTIONAL)
-    """Size and digest of each of the files, and of each file in such a folder."""
-
-
-def part_of(kind: type[Kind], whole: Any) -> Kind:
-    """The fields of a dataclass that an object has too, such as one that inherits from it, as an instance of it
-    alone.
-    """
-    return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextArtefact(Artefact, TextFacts):
-    """text-USE.json."""
-
-    @property
-    def facts(self) -> TextFacts:
-        """Without what the run folder adds, such as the seconds that it took: as later stages name it among inputs."""
-        return part_of(TextFacts, self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SharedText:
-    """What the evaluation text has in common with what is searched and tuned on."""
+    """text-shared.json: what the evaluation text has in common with what is searched and tuned on."""
 
     documents: int
     passages: float
@@ -83,26 +32,7 @@ class SharedText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedTextArtefact(Artefact, SharedText):
-    """text-shared.json."""
-
-    @property
-    def facts(self) -> SharedText:
-        """Without what the run folder adds."""
-        return part_of(SharedText, self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchCost:
-    """What a search spent, independent of the machine: see `layer_search.Cost`."""
-
-    dense_tokens: int
-    layer_forwards: int
-    layer_backwards: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchArtefact(Artefact, SearchResult):
+class SearchArtefact(SearchResult):
     """search.json."""
 
     seed: int
@@ -120,10 +50,10 @@ class BeforeAfter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutArtefact(Artefact):
+class CutArtefact:
     """cut.json."""
 
-    segments: list[Bounds]
+    segments: list[Segment]
     original_layer_index: list[int]
     parameters: BeforeAfter
     bytes: BeforeAfter
@@ -139,7 +69,7 @@ class FoldRecord(Fold):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoldArtefact(Artefact):
+class FoldArtefact:
     """fold.json."""
 
     fold: list[FoldRecord]
@@ -154,7 +84,7 @@ class TuningRecord(TuningResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealArtefact(Artefact):
+class HealArtefact:
     """heal.json."""
 
     fold: list[FoldRecord]
@@ -174,7 +104,7 @@ class FrontierRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierArtefact(Artefact):
+class FrontierArtefact:
     """frontier.json: what was measured for two budgets."""
 
     points: list[FrontierRecord]
@@ -189,7 +119,7 @@ class ShareRecord:
 
     layers: int
     """That go."""
-    segments: list[Bounds]
+    segments: list[Segment]
     folded: float
     """The cost of that cut after a quick fold, nats per token."""
     rounded: float
@@ -200,7 +130,7 @@ class ShareRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharesArtefact(Artefact):
+class SharesArtefact:
     """shares.json: what layers take of a size, and what bits."""
 
     layers: int
@@ -209,27 +139,27 @@ class SharesArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeArtefact(Artefact):
+class QuantizeArtefact:
     """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
     bits: AskedBits
     layers: list[QuantizedWeight]
-    quantizer: str | None = field(default=None, metadata=OPTIONAL)
+    quantizer: str | None = None
     group_size: int | None = None
-    zero_points: bool | None = field(default=None, metadata=OPTIONAL)
+    zero_points: bool | None = None
     embedding_bits: int | None = None
-    bits_allowed: str | None = field(default=None, metadata=OPTIONAL)
-    mixture: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    bits_allowed: str | None = None
+    mixture: dict[str, Any] | None = None
     """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
-    tests: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    tests: dict[str, Any] | None = None
     """`ProbeRows.facts()` of what weights were rounded on beside the calibration text."""
-    left: list[Any] | None = field(default=None, metadata=OPTIONAL)
-    bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
-    quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
-    gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    left: list[Any] | None = None
+    bytes: BeforeAfter | None = None
+    quantization_config: dict[str, Any] | None = None
+    gguf: dict[str, Any] | None = None
     """Of a run that writes a GGUF file: number format, importance, and names of the parameters that were "healed"
     and "rounded"."""
-    tuning: TuningRecord | None = field(default=None, metadata=OPTIONAL)
+    tuning: TuningRecord | None = None
     """How scales, norms and rounding were trained afterwards; the errors of `layers` are those before."""
 
 
@@ -274,14 +204,14 @@ class CloserLook:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArtefact(Artefact, CloserLook):
+class EvaluateArtefact(CloserLook):
     """eval.json."""
 
     perplexity: Perplexities
 
 
 @dataclass(frozen=True, kw_only=True)
-class TasksArtefact(Artefact):
+class TasksArtefact:
     """tasks.json: what `evaluation.compare_tasks` returns, and --limit."""
 
     tasks: dict[str, Any]
@@ -291,23 +221,13 @@ class TasksArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class LongContext:
-    """Perplexity by position on long windows, hidden keys, and what such a length costs, dense and compressed."""
+    """long.json: perplexity by position on long windows, hidden keys, and what such a length costs, of both models."""
 
     window: int
     windows: int
     perplexity: dict[str, Any]
     passkey: dict[str, Any] | None
     cost: dict[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongArtefact(Artefact, LongContext):
-    """long.json."""
-
-    @property
-    def facts(self) -> LongContext:
-        """Without what the run folder adds."""
-        return part_of(LongContext, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +243,7 @@ class HitsByLength:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundByLength:
-    """What greedy decoding finds of keys hidden in long text and of values in lists, by model, length and depth."""
+    """probes.json: what greedy decoding finds of hidden keys and of values in lists, by length and depth."""
 
     keys: dict[str, Grid]
     """Of "dense" and "compressed"."""
@@ -334,17 +254,7 @@ class FoundByLength:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbesArtefact(Artefact, FoundByLength):
-    """probes.json."""
-
-    @property
-    def facts(self) -> FoundByLength:
-        """Without what the run folder adds."""
-        return part_of(FoundByLength, self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapabilitiesArtefact(Artefact):
+class CapabilitiesArtefact:
     """capabilities.json."""
 
     map: dict[str, Any]
@@ -366,7 +276,7 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationsArtefact(Artefact):
+class EvaluationsArtefact:
     """evaluations.json."""
 
     evaluations: dict[str, dict[str, Metric]]
@@ -375,13 +285,13 @@ class EvaluationsArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArtefact(Artefact):
+class ExportArtefact:
     """export.json."""
 
     bytes: int
     check: dict[str, Any]
-    perplexity: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
-    gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    perplexity: dict[str, Any] | None = None
+    gguf: dict[str, Any] | None = None
     """Of a GGUF file: what was written, compared and measured."""
 
 
@@ -393,13 +303,13 @@ class SizeInBytes(BeforeAfter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryArtefact(Artefact):
+class SummaryArtefact:
     """summary.json: the run on one page. What was not measured is null."""
 
     model: str
     """A name of the Hub, or where on this machine the model was."""
     layers: BeforeAfter
-    segments: list[Bounds]
+    segments: list[Segment]
     original_layer_index: list[int]
     parameters: BeforeAfter
     bytes: SizeInBytes
@@ -413,7 +323,7 @@ class SummaryArtefact(Artefact):
     retention: dict[str, Any] | None
     long_context: LongContext | None
     evaluations: dict[str, dict[str, Metric]] | None
-    consumers: list[Reading] = field(default_factory=list, metadata=OPTIONAL)
+    consumers: list[Reading] = field(default_factory=list)
     """What software that may load the exported model makes of it."""
     capabilities: CapabilityFigures | None = None
     """What the compressed model can still do of generated tests, beside the dense one."""

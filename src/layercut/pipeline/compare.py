@@ -1,66 +1,153 @@
-"""Search methods side by side: beside the journey, with its model, its tokens and its run folder.
+"""Search methods side by side: what each removes, what finding that took, and what becomes of its cut.
 
-Every method gets the same calibration tokens; what it removes is priced by the real cut on these, and measured by
-perplexity on the same held-out tokens: plain, after the closed-form fold, and after endpoint tuning, or LoRA, on as
-many and the same tokens for every one (`compare_states.py`). One artefact a method, `compare-METHOD.json`, says
-what it removes and what finding that took; what is left of the model is measured once for each set of layers,
-`compare-at-SEGMENTS-….json`, also where several methods remove the same. None depends on another method's: more can
-be added later, and a run that was stopped is resumed with the next one. What is left does more than predict text:
-with `--tasks` and `--probes` it is measured what each cut still does, in every state (`compare_judged.py`).
+Every method gets the same calibration tokens. Its cut is measured by perplexity on the same held-out tokens: plain,
+after the closed-form fold, after endpoint tuning and after LoRA, each on the same rows. With --tasks, --probes and
+--evaluations it is measured what a cut still does in every state. Each method (`compare-METHOD.json`), and each state
+of each set of removed layers (`compare-at-SEGMENTS-STATE.json`), is a stage of the run folder: a comparison that was
+stopped goes on there, methods can be added later, and what two methods remove alike is measured once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
 from layercut.config import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
+from layercut.data.blocks import TextFacts, by_origin, in_rows
+from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names
+from layercut.data.sources import split_mix
 from layercut.distributed import processes
-from layercut.errors import ConfigError, ModelError
-from layercut.healing.lora import check_lora
+from layercut.errors import ConfigError, ModelError, SurgeryError
+from layercut.evaluation.paired_retention import Retained, retained
+from layercut.evaluation.probe_scores import Grid, Probed, Probes, found_of, probed, probes_for
+from layercut.evaluation.retention import compare_records, representative_metric
+from layercut.healing import lora, tune_
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.least_squares import Fold, fold_cut_
+from layercut.healing.tuning_result import TuningResult
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
-from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
-from layercut.pipeline.compare_artefacts import (
-    CompareArtefact,
-    CompareDenseArtefact,
-    ComparedMethod,
-    CompareMethodArtefact,
-    DensePerplexity,
-    MethodChoice,
-)
-from layercut.pipeline.compare_judged import DENSE, CutJudge, asked_tasks, with_retention
-from layercut.pipeline.compare_states import (
-    WINDOWS,
-    by_text,
-    cut_row,
-    in_state,
-    stem,
-    trained_row,
-    window_losses,
-)
+from layercut.models.passes import mean_kl
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.artefacts import BeforeAfter
 from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_windows
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
+from layercut.pipeline.stages.heal import keyed, tune_settings
 from layercut.pipeline.stages.search import edition, generated_tests
-from layercut.pipeline.stages.text import Use, draw_all
-from layercut.progress import say
+from layercut.pipeline.stages.text import Use, draw_all, taught, tuning_treatment
+from layercut.progress import bar, say
 from layercut.report import formatting
 from layercut.report.compare_page import write_comparison
-from layercut.segments import checked_segments, layers_to_remove
+from layercut.segments import Segment, checked_segments, layers_to_remove
+from layercut.surgery import cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodChoice:
+    """compare-METHOD.json: what one method removes, its KL on the calibration tokens, and what finding it took."""
+
+    method: str
+    segments: list[Segment]
+    kl: float
+    damage: float | None = None
+    """To generated tests, where the method searched with them, in nats per answer token."""
+    search_seconds: float
+    dense_tokens: int
+    layer_forwards: int
+    layer_backwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutState:
+    """compare-at-SEGMENTS-STATE.json, and compare-dense.json."""
+
+    perplexity: float | None = None
+    """None where there is no such state: nothing could be folded, or these layers cannot be cut out."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each window of the evaluation tokens, in nats per token."""
+    fold: list[Fold] = field(default_factory=list)
+    tuning: TuningResult | None = None
+    """Without the loss of each step."""
+    from_fold: bool = False
+    """Whether training began at the fold, which it does where that helps on held-out rows."""
+    refused: str | None = None
+    """Why these layers cannot be cut out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a model still does; what was not asked for is empty or None."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """By task."""
+    flips: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    """By task: items lost and gained beside the dense model, and McNemar's p."""
+    retained: Retained | None = None
+    keys: Grid = field(default_factory=list)
+    lists: Grid = field(default_factory=list)
+    capabilities: dict[str, Any] | None = None
+    health: dict[str, Any] | None = None
+    """`evaluation.generation_health` beside the dense model."""
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By evaluation of a package, then by metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRecords:
+    """compare-at-SEGMENTS-STATE-judged.json, and compare-dense-judged.json."""
+
+    judged: Judged
+    records: dict[str, Any]
+    """Of `evaluation.score_tasks`: every item of every task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedMethod(MethodChoice):
+    """A method's row of the comparison; figures by state."""
+
+    perplexity: dict[str, float | None]
+    standard_error: dict[str, float | None]
+    """Of ln(perplexity / dense), paired over the windows."""
+    texts: dict[str, dict[str, float]]
+    """Perplexity of each text, where it was measured on several."""
+    fold: list[Fold]
+    tuning: TuningResult | None
+    lora: TuningResult | None
+    refused: str | None
+    judged: dict[str, Judged]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArtefact:
+    """compare.json."""
+
+    model: str
+    layers: BeforeAfter
+    calibration: TextFacts
+    tuning: TextFacts | None
+    evaluation: TextFacts
+    dense: dict[str, Any]
+    """Of the dense model {"perplexity", "texts"}."""
+    methods: list[ComparedMethod]
+    tasks: dict[str, dict[str, Any]]
+    """Of each task {"metric", "items", "chance", "share"}; share: whether a score is a share of the items."""
+    judged_dense: Judged | None
 
 
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
     """Run every method on a model and measure what it removes."""
     processes.start()
+    asked, journey = config.compare, config.journey()
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
-    journey = config.journey()
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     if placement.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
@@ -69,92 +156,91 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     journey = with_windows(journey, architecture)
-    config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
-    if "lora" in config.compare.state_names:
-        check_lora(loading.skeleton(architecture, torch.float32))
+    if "lora" in asked.state_names:
+        lora.check_lora(loading.skeleton(architecture, torch.float32))
     layers = decoder_stack.count_layers(architecture)
-    length = layers_to_remove(config.compare.ratio or 0, layers)
-    check_methods(config.compare, layers, length)
-    check_sources(journey)
-    folder = default_folder(model)
-
-    folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
-    with limit, Run(config.run.out or folder, force=config.run.force) as run:
-        run.describe({"model": model, **flattened(config)}, checkpoint)
-        compare_methods(RunContext(checkpoint, journey, run, own_process=own_process), model, config.compare, length)
-        return run.folder
-
-
-def compare_methods(work: RunContext, model: str, config: MethodsConfig, length: int) -> None:
-    """Search by every method, measure every cut, and write compare.json with its page."""
-    run, layers = work.run, work.layers
-    judged: list[Use] = ["heldout", "tuning"] if work.config.heal.tune_tokens else []
-    draw_all(work, ["calibration", *judged, "evaluation"])
-    with run.stage(
-        CompareDenseArtefact, "compare-dense", [work.source, work.text["evaluation"], WINDOWS], together=True
-    ) as stage:
-        if stage.open:
-            losses = window_losses(work, work.dense.model)
-            stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
-    dense = stage.artefact
-    choices = [search_by(work, config, method, length) for method in config.names]
-    judge = CutJudge(work)
-    judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
-    rows = measured(work, choices, dense, config.state_names, judge)
-    with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, judged_dense]) as comparison:
-        if comparison.open:
-            comparison.found = CompareArtefact(
-                model=model,
-                layers=BeforeAfter(before=layers, after=layers - length),
-                dense=DensePerplexity(perplexity=dense.perplexity, texts=by_text(work, dense.losses)),
-                methods=rows,
-                tasks=asked_tasks(judge.records(DENSE)) if work.config.tasks.names else {},
-                judged_dense=judged_dense,
-                calibration=work.text["calibration"],
-                tuning=work.text.get("tuning"),
-                evaluation=work.text["evaluation"],
-            )
-    processes.on_main(lambda: write_comparison(run.folder))
-
-
-def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
-    """Refuse what no method can search for, before anything is loaded."""
-    for name in config.names:
-        search = config.search(name)
+    length = layers_to_remove(asked.ratio or 0, layers)
+    for name in asked.names:
+        search = asked.search(name)
         capability_names(search.preserve)
         if search.segments and (got := sum(map(len, checked_segments(search.segments, layers)))) != length:
             raise ConfigError(
-                f"--methods {name} removes {got} layers, and --ratio {config.ratio:g} is {length} of {layers}",
+                f"--methods {name} removes {got} layers, and --ratio {asked.ratio:g} is {length} of {layers}",
                 "all methods remove as many layers",
             )
+    check_sources(journey)
+
+    folder = config.run.out or default_folder(model).with_name(f"{default_folder(model).name}-compare")
+    with memory.memory_limit(config.load.max_memory), Run(folder, force=config.run.force) as run:
+        described = replace(config, compare=replace(asked, eval_window=journey.evaluate.eval_window))
+        run.describe({"model": model, **flattened(described)}, checkpoint)
+        work = RunContext(checkpoint, journey, run, own_process=own_process)
+        judges: list[Use] = ["heldout", "tuning"] if asked.tune_tokens else []
+        draw_all(work, ["calibration", *judges, "evaluation"])
+        compared(work, model, asked, length)
+        processes.on_main(lambda: write_comparison(run.folder))
+        run.finished()
+        return run.folder
 
 
-def measured(
-    work: RunContext,
-    choices: Sequence[MethodChoice],
-    dense: CompareDenseArtefact,
-    states: Sequence[str],
-    judge: CutJudge,
-) -> list[ComparedMethod]:
-    """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest."""
-    rows = [cut_row(work, chosen, dense.losses) for chosen in choices]
-    trained = {"tuned", *states}.intersection(TRAINED_STATES) if work.config.heal.tune_tokens else set[str]()
-    for state in COMPARED_STATES:
-        if state in trained:
-            rows = [row if row.refused else trained_row(work, row, dense.losses, state) for row in rows]
-        if judge.is_asked and state in states:
-            rows = [judged_row(work, judge, row, state) for row in rows]
-    return with_retention(rows, judge) if work.config.tasks.names else rows
+def compared(work: RunContext, model: str, asked: MethodsConfig, length: int) -> None:
+    """Search by every method and measure every cut: the plain cuts of all first, then what takes longest."""
+    run, text, judge, choices = work.run, work.text, CutJudge(work), list[MethodChoice]()
+    with run.stage(CutState, "compare-dense", [work.source, text["evaluation"]], together=True) as stage:
+        if stage.open:
+            stage.found = measured(work, work.dense.model)
+    dense = stage.artefact
+    for method in asked.names:
+        choices.append(search_by(work, asked, method, length))
+    judged_dense = judge("compare-dense", lambda: work.dense.model) if judge.is_asked else None
+    trained = {"tuned", *asked.state_names}.intersection(TRAINED_STATES) if asked.tune_tokens else set[str]()
+    states = [state for state in COMPARED_STATES if state not in TRAINED_STATES or state in trained]
+    cuts: dict[tuple[str, str], CutState] = {}
+    judged: dict[str, dict[str, JudgedRecords]] = {state: {} for state in states}
+    for state in states:
+        for chosen in choices:
+            name = f"{stem(chosen.segments)}-{state}"
+            cuts[chosen.method, state] = found = cut_in_state(work, chosen.segments, state)
+            if judge.is_asked and state in asked.state_names and found.perplexity is not None:
 
+                def made(segments: list[Segment] = chosen.segments, state: str = state) -> Any:
+                    return student_in(work, segments, state)
 
-def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: str) -> ComparedMethod:
-    """The row with what its cut still does in a state, where it has that state."""
-    if row.perplexity.get(state) is None:
-        return row
-    segments = segments_of(row.segments)
-    after = f"{stem(segments)}-{state if state in TRAINED_STATES else 'cut'}"
-    found = judge.judge(f"{stem(segments)}-{state}", lambda: in_state(work, segments, state), [after])
-    return replace(row, judged=row.judged | {state: found})
+                judged[state][chosen.method] = judge(name, made, [name])
+    told = {state: beside_dense(judged_dense, judged[state], choices[0].method) for state in states}
+    rows = []
+    for chosen in choices:
+        of = {state: cuts[chosen.method, state] for state in states}
+        known = {state: found for state, found in of.items() if found.losses}
+        perplexity: dict[str, float | None] = {"tuned": None}
+        rows.append(
+            ComparedMethod(
+                **vars(chosen),
+                perplexity=perplexity | {state: found.perplexity for state, found in of.items()},
+                standard_error={state: error_of(found.losses, dense.losses) for state, found in known.items()},
+                texts={state: by_text(work, found.losses) for state, found in known.items()},
+                fold=of["folded"].fold,
+                tuning=of["tuned"].tuning if "tuned" in of else None,
+                lora=of["lora"].tuning if "lora" in of else None,
+                refused=of["cut"].refused,
+                judged={state: told[state][chosen.method] for state in states if chosen.method in told[state]},
+            )
+        )
+    judged_first = judged_dense.judged if judged_dense else None
+    inputs = [run.inputs_of("compare-dense"), rows, judged_first]
+    with run.stage(CompareArtefact, "compare", inputs) as comparison:
+        if comparison.open:
+            comparison.found = CompareArtefact(
+                model=model,
+                layers=BeforeAfter(before=work.layers, after=work.layers - length),
+                dense={"perplexity": dense.perplexity, "texts": by_text(work, dense.losses)},
+                methods=rows,
+                tasks=asked_tasks(judged_dense.records) if judged_dense else {},
+                judged_dense=judged_first,
+                calibration=text["calibration"],
+                tuning=text.get("tuning"),
+                evaluation=text["evaluation"],
+            )
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -163,26 +249,206 @@ def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: st
 def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) -> MethodChoice:
     """What one method removes, its KL on the calibration tokens, and what finding it took."""
     config, seed = asked.search(method), work.config.text.seed
-    heeds = config.preserve != "none"
-    inputs = [work.source, work.text["calibration"], seed, method, length]
-    inputs += edition(config)
-    with work.run.stage(CompareMethodArtefact, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
+    inputs = [work.source, work.text["calibration"], seed, method, length, *edition(config)]
+    with work.run.stage(MethodChoice, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
-            tokens, tests = work.blocks["calibration"], generated_tests(work, config=config) if heeds else None
+            tests = generated_tests(work, config=config) if config.preserve != "none" else None
             how: dict[str, Any] = {"probes": tests, "num_segments": "auto"} if tests else {}
             how |= {"segments": config.segments} if config.segments else {"n_layers": length, "method": config.method}
-            result = layer_search.search(work.stack, tokens, seed=seed, **how)
-            stage.found = CompareMethodArtefact(
+            result = layer_search.search(work.stack, work.blocks["calibration"], seed=seed, **how)
+            stage.found = MethodChoice(
                 method=method,
-                segments=bounds_of(result.segments),
+                segments=result.segments,
                 kl=result.kl,
                 damage=result.candidates[0].probe_kl if tests else None,
                 search_seconds=round(result.seconds, 3),
-                layer_forwards=result.cost.layer_forwards,
-                layer_backwards=result.cost.layer_backwards,
-                dense_tokens=result.cost.dense_tokens,
+                **vars(result.cost),
             )
     found = stage.artefact
-    removed = ", ".join(map(str, segments_of(found.segments)))
-    say("compare", f"{found.method}: remove {removed}, KL {formatting.figure(found.kl)}")
-    return found.facts
+    say("compare", f"{method}: remove {', '.join(map(str, found.segments))}, KL {formatting.figure(found.kl)}")
+    return found
+
+
+def cut_in_state(work: RunContext, segments: Sequence[Segment], state: str) -> CutState:
+    """A cut in one state, measured; its weights are kept for what else is measured of it."""
+    name, text, config = f"{stem(segments)}-{state}", work.text, work.config.heal
+    inputs = [work.source, text["calibration"], text["evaluation"], segments]
+    if state in TRAINED_STATES:
+        inputs += [keyed(config), text["tuning"], text["heldout"], *taught(work)]
+        inputs += lora.RECIPE if state == "lora" else []
+    with work.run.stage(CutState, name, inputs, together=True) as stage:
+        if stage.open:
+            try:
+                student, found = cut(work.dense.model, segments), CutState()
+            except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
+                student, found = None, CutState(refused=error.message)
+            if student is not None and state == "folded":
+                found = CutState(fold=folded_(work, student, segments))
+            elif student is not None and state in TRAINED_STATES:
+                student, found = trained(work, student, segments, state)
+            if student is not None and not (state == "folded" and all(fold.skipped for fold in found.fold)):
+                seen = measured(work, student)
+                found = replace(found, perplexity=seen.perplexity, losses=seen.losses)
+                if state != "cut":
+                    work.save(work.changed(student), name)
+                    stage.files = [f"{name}.safetensors"]
+            stage.found = found
+    return stage.artefact
+
+
+def folded_(work: RunContext, student: Any, segments: Sequence[Segment]) -> list[Fold]:
+    """Fold each cut of a student in place, whether that helps or not."""
+    tokens, runner = work.blocks["calibration"], DecoderRunner(student)
+    with bar("folding", len(segments) * len(tokens)) as advance:
+        return [fold_cut_(runner, work.stack, segment, tokens, advance=advance) for segment in sorted(segments)]
+
+
+def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: str) -> tuple[Any, CutState]:
+    """A student trained as the journey does it, or by LoRA on the same rows: from the fold where that is nearer."""
+    stack, rows, heldout, from_fold = work.stack, work.blocks["tuning"], work.blocks["heldout"], False
+    if work.run.artefact(CutState, f"{stem(segments)}-folded").losses:
+        folded = student_in(work, segments, "folded")
+        kl = [mean_kl(stack, DecoderRunner(one), heldout) for one in (folded, student)]
+        from_fold = kl[0] < kl[1]
+        student = folded if from_fold else student
+    if work.own_process:
+        memory.reuse_freed()
+    settings = tune_settings(work.config.heal)
+    how: dict[str, Any] = {"heldout": heldout, "files": TuningFiles(stopping=work.stopping)}
+    how |= vars(tuning_treatment(work))
+    if state == "lora":
+        report = lora.tune_lora_(student, stack, rows, settings=settings, **how)
+    else:
+        report = tune_(student, stack, rows, **how, **vars(settings))
+    start = report.heldout[0]["loss"]
+    say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
+    return student, CutState(tuning=replace(report, curve=[]), from_fold=from_fold)
+
+
+def measured(work: RunContext, model: Any) -> CutState:
+    """Perplexity on the evaluation tokens."""
+    tokens = work.blocks["evaluation"]
+    with bar("perplexity", len(tokens)) as advance:
+        losses = evaluation.window_losses(model, tokens, advance=advance)
+    return CutState(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
+
+
+def student_in(work: RunContext, segments: Sequence[Segment], state: str) -> Any:
+    """The model without the segments, in a state whose weights the run folder has."""
+    student = cut(work.dense.model, segments)
+    if state != "cut":
+        model_weights.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
+    return student
+
+
+def stem(segments: Sequence[Segment]) -> str:
+    """What the artefacts of a set of removed layers begin with."""
+    return "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
+
+
+def error_of(losses: list[float], dense: list[float]) -> float | None:
+    """Standard error of ln(perplexity / dense), paired over the windows."""
+    return evaluation.paired_error(*(torch.tensor(each, dtype=torch.float64) for each in (losses, dense)))
+
+
+def by_text(work: RunContext, losses: Sequence[float]) -> dict[str, float]:
+    """Perplexity of each text, where the evaluation text is a mix of several."""
+    text = work.text["evaluation"]
+    named = split_mix(text.source)  # what streams are called; of files that is less telling than their names
+    origins = named if len(named) == len(text.origins) else text.origins
+    parts = by_origin(torch.tensor(losses, dtype=torch.float64), origins)
+    if len(parts) == 1:
+        return {}
+    return {formatting.source_name(name): evaluation.of_losses(part) for name, part in parts.items()}
+
+
+# --- what a cut still does ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class CutJudge:
+    """Measures models by what `--tasks`, `--probes` and `--evaluations` name, each once."""
+
+    work: RunContext
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is."""
+        asked = self.work.config.tasks
+        return bool(asked.names or asked.probes or asked.evaluation_names)
+
+    @cached_property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's tasks by name."""
+        return evaluation.load_tasks(self.work.config.tasks.names, self.work.config.tasks.include_path)
+
+    @cached_property
+    def probes(self) -> Probes:
+        """What all models are asked."""
+        return probes_for(self.work.tokenizer, self.work.architecture, seed=self.work.config.text.seed)
+
+    def __call__(self, name: str, model: Callable[[], Any], after: Sequence[str] = ()) -> JudgedRecords:
+        """Everything that is asked for, of one model; each task is kept as soon as it is scored."""
+        work, asked, seed = self.work, self.work.config.tasks, self.work.config.text.seed
+        shown, functions = name.removeprefix("compare-"), evaluation.named(asked.evaluation_names)
+        inputs = [work.source, seed, {one: evaluation.source_digest(each) for one, each in functions.items()}]
+        inputs += [asked.names, asked.limit, evaluation.harness_version(asked.include_path)] if asked.names else []
+        inputs += ["probes", self.probes.longest, EDITION, work.text["evaluation"]] if asked.probes else []
+        with work.run.stage(JudgedRecords, f"{name}-judged", inputs, after=after) as stage:
+            if stage.open:
+                judged, found, records = model(), Judged(), dict[str, Any]()
+                if asked.probes:
+                    dense, rows = work.dense.model, in_rows(work.blocks["evaluation"], work.config.text.window)
+                    with bar(f"probes, {shown}", self.probes.tokens) as advance:
+                        told: Probed = probed(judged, dense, work.tokenizer, self.probes, advance=advance)
+                    health = evaluation.generation_health(dense, judged, rows) if after else None
+                    found = replace(found, **vars(told), health=health)
+                if asked.names:
+                    records = evaluation.score_tasks(
+                        judged, work.tokenizer, self.tasks, limit=asked.limit, name=shown, cache=work.run / "tasks"
+                    )
+                    found = replace(found, scores={task: score_of(record) for task, record in records.items()})
+                figures = {
+                    one: evaluation.measure(one, each, judged, work.tokenizer, seed=seed)
+                    for one, each in functions.items()
+                }
+                stage.found = JudgedRecords(judged=replace(found, evaluations=figures), records=records)
+        result = stage.artefact.judged
+        words = [f"{task} {score:.3f}" for task, score in result.scores.items()]
+        for what, grid in (("keys", result.keys), ("lists", result.lists)):
+            hits, of = found_of(grid)
+            words += [f"{what} {hits} of {of}"] if of else []
+        say("judge", f"{shown}: {', '.join(words) or ', '.join(functions)}")
+        return stage.artefact
+
+
+def score_of(record: Mapping[str, Any]) -> float:
+    """The score of the metric that represents a task."""
+    return float(record["metrics"][representative_metric(record)]["score"])
+
+
+def asked_tasks(records: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks, as all models were asked them."""
+    found = {}
+    for task, record in records.items():
+        row = compare_records(record, record)
+        of = record["metrics"][row["metric"]]
+        share = of["higher_is_better"] and of["score"] <= 1
+        found[task] = {name: row[name] for name in ("metric", "items", "chance")} | {"share": share}
+    return found
+
+
+def beside_dense(dense: JudgedRecords | None, judged: Mapping[str, JudgedRecords], first: str) -> dict[str, Judged]:
+    """What each method retains in one state of the dense model's task scores, and how far it is behind the first."""
+    if dense is None or not dense.records or not judged:
+        return {method: one.judged for method, one in judged.items()}
+    found = {}
+    for method, kept in retained(dense.records, {method: one.records for method, one in judged.items()}).items():
+        pairs = {task: compare_records(dense.records[task], of) for task, of in judged[method].records.items()}
+        flips = {
+            task: (row["lost"], row["gained"], row["p_value"]) for task, row in pairs.items() if row["lost"] is not None
+        }
+        if first not in judged:  # what it does not have in this state is no reference
+            kept = replace(kept, behind=None, behind_error=None, p_value=None)
+        found[method] = replace(judged[method].judged, flips=flips, retained=kept)
+    return found

@@ -36,8 +36,8 @@ from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.handover import say_gguf
-from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
+from layercut.pipeline.run_folder import is_run
 from layercut.progress import say
 from layercut.registries import criteria
 from layercut.segments import Segment
@@ -184,7 +184,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 for name, p in student.named_parameters()
                 if name in source.healed or (is_mixture(kind) and p.dim() > 1)
             )
-            stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written, files=[QUANTIZED_GGUF])
+            stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written)
+            stage.files = [QUANTIZED_GGUF]
     found = stage.artefact.gguf or {}
     if found["rounded"]:
         how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
@@ -211,7 +212,8 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
                 replace_folder(partial, work.run / "model")
             facts |= {"tensor_types": tensor_types(file), "file": name, "bytes": file.stat().st_size}
             written = (work.run.artefact(QuantizeArtefact, "quantize").gguf or {}) | facts
-            stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written, files=["model"])
+            stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written)
+            stage.files = ["model"]
     say_gguf(stage.artefact.gguf or {}, f": {work.run / 'model' / name}")
     return stage.artefact
 

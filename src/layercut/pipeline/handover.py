@@ -25,7 +25,7 @@ from layercut.files.reading import read_json
 from layercut.files.writing import appearing
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
-from layercut.pipeline.provenance import check_finished, is_run
+from layercut.pipeline.run_folder import check_finished, is_run
 from layercut.progress import say
 from layercut.registries import exporters
 from layercut.report.model_card import (

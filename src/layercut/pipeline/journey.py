@@ -2,16 +2,15 @@
 
     model + text -> search -> cut -> fold -> tune -> quantize -> evaluate -> export -> report
 
-Each stage leaves an artefact in the run folder (`pipeline/run_store.py`); a stage whose artefact is there is not run
-again, and the model is not loaded before a stage needs it. The dense model and the cut one (the *student*) share all
+Each stage leaves an artefact in the run folder (`pipeline/run_folder.py`). A stage whose artefact is there is not run
+again, and the model is not loaded before a stage needs it. The dense model and the pruned one (the *student*) share all
 weights but those that healing changes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from layercut.config import CompressConfig, ExportConfig, flattened
@@ -19,27 +18,13 @@ from layercut.distributed import processes
 from layercut.models import checkpoints, memory
 from layercut.models.devices import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
-from layercut.pipeline.artefacts import (
-    BeforeAfter,
-    CapabilitiesArtefact,
-    CutArtefact,
-    EvaluateArtefact,
-    EvaluationsArtefact,
-    ExportArtefact,
-    LongArtefact,
-    ProbesArtefact,
-    SearchArtefact,
-    SizeInBytes,
-    SummaryArtefact,
-    TasksArtefact,
-    bounds_of,
-)
+from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, SizeInBytes, SummaryArtefact
 from layercut.pipeline.handover import describe_result_, destination, export, result_of, upload
-from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
+from layercut.pipeline.resolve_options import Stage, default_folder, resolve, wanted_length
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.report.page import write_report
-from layercut.segments import Segment
+from layercut.segments import checked_segments
 
 
 def compress(
@@ -65,22 +50,31 @@ def compress(
     if own_process:
         sum_in_float32_()
     asked = resolve(model, config, until, shortlist=shortlist)
-    repo_id = processes.on_main(lambda: destination(asked.config.hub))
-    folder = gguf_run.run_folder(asked.config.run) or default_folder(model)
-    with memory.memory_limit(config.load.max_memory), Run(folder, force=asked.config.run.force) as run:
-        run.describe({"model": model, **flattened(asked.config)}, asked.checkpoint)
+    config, checkpoint = asked.config, asked.checkpoint
+    repo_id = processes.on_main(lambda: destination(config.hub))
+    folder = gguf_run.run_folder(config.run) or default_folder(model)
+    with memory.memory_limit(config.load.max_memory), Run(folder, force=config.run.force) as run:
+        run.describe({"model": model, **flattened(config)}, checkpoint)
         work = RunContext(
-            asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process,
+            checkpoint, config, run, spread=asked.spread, own_process=own_process,
             shortlist=asked.shortlist, shortlist_now=asked.shortlist_now,
         )  # fmt: skip
-        stages.text.draw_all(work, stages.text.uses(asked.config, until))
-        length = stages.layers_or_bits.number_of_layers(work) if asked.config.shares_size else asked.length
-        if asked.config.search.two_budgets:
+        stages.text.draw_all(work, stages.text.uses(config, until))
+
+        # which layers go
+        length = wanted_length(config.search, work.layers)
+        if config.shares_size:
+            length = stages.layers_or_bits.number_of_layers(work)
+        elif config.search.two_budgets:
             length, bits = stages.two_budgets.layers_and_bits(work)
-            work.config = replace(work.config, quantize=replace(work.config.quantize, bits=bits))
-        segments = stages.search.search(work, asked.wanted, length)
+            work.config = config = replace(config, quantize=replace(config.quantize, bits=bits))
+        segments = stages.search.search(work, checked_segments(config.search.segments, work.layers), length)
         if until == "search":
-            return run.folder
+            # where compress evaluates a shortlist as well, it goes on from the plain search
+            run.finished(*(["search"] if "search-plain" in run.hashes else []))
+            return folder
+
+        # the pruned model
         stages.heal.cut(work, segments)
         stages.heal.fold(work, segments)
         stages.heal.tune(work, segments)
@@ -89,12 +83,50 @@ def compress(
         if until == "tune":
             stages.export.export(work, segments)
         else:
-            measure_and_export(work, asked, segments)
+            # what it can do
+            tasks = config.tasks
+            evaluated = stages.evaluate.evaluate(work, segments)
+            capabilities = stages.evaluate.capabilities(work, segments)
+            scored = stages.evaluate.score(work, segments) if tasks.names else None
+            probes = stages.evaluate.probes(work, segments) if tasks.probes else None
+            long = stages.evaluate.long(work, segments) if config.long.long_context else None
+            others = stages.evaluate.others(work, segments) if tasks.evaluation_names else None
+
+            # what the user gets
+            exported = stages.export.export(work, segments)
+            name = os.path.abspath(model) if os.path.exists(model) else model  # from any folder
+            source = checkpoints.weight_bytes(checkpoint)
+            with run.stage(SummaryArtefact, "summary", [name, source], after=[*run.seconds]) as stage:
+                if stage.open:
+                    cut = run.artefact(CutArtefact, "cut")
+                    stage.found = SummaryArtefact(
+                        model=name,
+                        layers=BeforeAfter(before=work.layers, after=len(cut.original_layer_index)),
+                        segments=segments,
+                        original_layer_index=cut.original_layer_index,
+                        parameters=cut.parameters,
+                        bytes=SizeInBytes(before=cut.bytes.before, after=exported.bytes, source=source),
+                        perplexity=evaluated.perplexity,
+                        speed=evaluated.speed,
+                        generation_health=evaluated.health,
+                        peak_rss_bytes=evaluated.peak_rss_bytes,
+                        peak_device_bytes=evaluated.peak_device_bytes,
+                        tasks=scored.tasks if scored else None,
+                        retention=scored.retention if scored else None,
+                        long_context=long,
+                        evaluations=others.evaluations if others else None,
+                        capabilities=capabilities.judged if capabilities else None,
+                        probes=probes,
+                        consumers=stages.export.read_by(work, segments),
+                    )
+            processes.on_main(lambda: describe_result_(folder))
+            processes.on_main(lambda: write_report(folder))
+        run.finished()
         if repo_id:
-            processes.on_main(lambda: upload(result_of(run.folder), repo_id, private=config.hub.private))
-    if until == "report" and (file := gguf_run.file_of(asked.config.run)):
-        processes.on_main(lambda: write_file(run.folder, file, asked.config))
-    return run.folder
+            processes.on_main(lambda: upload(result_of(folder), repo_id, private=config.hub.private))
+    if until == "report" and (file := gguf_run.file_of(config.run)):
+        processes.on_main(lambda: write_file(folder, file, config))
+    return folder
 
 
 def write_file(run: Path, file: Path, config: CompressConfig) -> None:
@@ -104,75 +136,3 @@ def write_file(run: Path, file: Path, config: CompressConfig) -> None:
         gguf_run.put(found, file)
     else:
         export(str(run), ExportConfig(out=file, force=True, gguf_type=config.output.gguf_type))
-
-
-def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[Segment]) -> None:
-    """Measure what survived, and write the checkpoint, the report, the model card and the summary."""
-    tasks, long = work.config.tasks, work.config.long.long_context
-    measured = Measured(
-        eval=stages.evaluate.evaluate(work, segments),
-        capabilities=stages.evaluate.capabilities(work, segments),
-        tasks=stages.evaluate.score(work, segments) if tasks.names else work.run.earlier(TasksArtefact, "tasks"),
-        probes=stages.evaluate.probes(work, segments) if tasks.probes else work.run.earlier(ProbesArtefact, "probes"),
-        long=stages.evaluate.long(work, segments) if long else work.run.earlier(LongArtefact, "long"),
-        evaluations=(
-            stages.evaluate.others(work, segments)
-            if tasks.evaluation_names
-            else work.run.earlier(EvaluationsArtefact, "evaluations")
-        ),
-    )
-    exported = stages.export.export(work, segments)
-    summarise(work, asked, segments, measured, exported)
-    processes.on_main(lambda: describe_result_(work.run.folder))
-    processes.on_main(lambda: write_report(work.run.folder))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The artefacts of what was measured, by their names, in their order; None: not asked for."""
-
-    eval: EvaluateArtefact
-    capabilities: CapabilitiesArtefact | None
-    tasks: TasksArtefact | None
-    probes: ProbesArtefact | None
-    long: LongArtefact | None
-    evaluations: EvaluationsArtefact | None
-
-
-def summarise(
-    work: RunContext,
-    asked: ResolvedRun,
-    segments: Sequence[Segment],
-    measured: Measured,
-    exported: ExportArtefact,
-) -> SummaryArtefact:
-    """summary.json, from the artefacts of the stages that were run."""
-    run, source = work.run, checkpoints.weight_bytes(asked.checkpoint)
-    evaluated = [name for name, found in vars(measured).items() if found is not None]
-    after = [*(f"text-{use}" for use in work.text), "search", *evaluated, "export"]
-    model = os.path.abspath(asked.model) if os.path.exists(asked.model) else asked.model  # from any folder
-    with run.stage(SummaryArtefact, "summary", [model, source], after=after) as stage:
-        if stage.open:
-            cut, judged, tasks = run.artefact(CutArtefact, "cut"), measured.eval, measured.tasks
-            stage.found = SummaryArtefact(
-                model=model,
-                layers=BeforeAfter(before=asked.layers, after=len(cut.original_layer_index)),
-                segments=bounds_of(run.artefact(SearchArtefact, "search").segments),
-                original_layer_index=cut.original_layer_index,
-                parameters=cut.parameters,
-                bytes=SizeInBytes(before=cut.bytes.before, after=exported.bytes, source=source),
-                perplexity=judged.perplexity,
-                speed=judged.speed,
-                generation_health=judged.health,
-                seconds=run.seconds.copy(),
-                peak_rss_bytes=judged.peak_rss_bytes,
-                peak_device_bytes=judged.peak_device_bytes,
-                tasks=tasks.tasks if tasks else None,
-                retention=tasks.retention if tasks else None,
-                long_context=measured.long.facts if measured.long else None,
-                evaluations=measured.evaluations.evaluations if measured.evaluations else None,
-                capabilities=measured.capabilities.judged if measured.capabilities else None,
-                probes=measured.probes.facts if measured.probes else None,
-                consumers=stages.export.read_by(work, segments),
-            )
-    return stage.artefact

@@ -1,6 +1,6 @@
 """What took long to find, kept in the run folder until its stage is done: one that was stopped goes on there.
 
-Beside the run folder's artefacts (`run_store.py`), which are of whole stages.
+Beside the run folder's artefacts (`run_folder.py`), which are of whole stages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from layercut.distributed import processes
 from layercut.files.json_values import write_json
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.segments import Segment
 
 

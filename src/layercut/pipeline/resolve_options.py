@@ -41,17 +41,9 @@ Stage = Literal["search", "tune", "report"]
 class ResolvedRun:
     """A run that can begin: everything that the config and the checkpoint's headers show has been checked."""
 
-    model: str
-    """As the user named it."""
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
     """With the windows that are tuned and reported on filled in."""
-    layers: int
-    """L, before anything is removed."""
-    wanted: list[Segment]
-    """Segments given by hand; empty where they are searched."""
-    length: int | None
-    """Layers to remove; None where that depends on the weights or on the loss."""
     spread: bool
     """Whether the weights are sharded over several processes."""
     shortlist: bool
@@ -91,8 +83,8 @@ def resolve(model: str, config: CompressConfig, until: Stage, *, shortlist: bool
     if until == "report":
         evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(
-        model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread,
-        shortlist=shortlist, shortlist_now=shortlist and not (spread or on_disk),
+        checkpoint=checkpoint, config=config, spread=spread, shortlist=shortlist,
+        shortlist_now=shortlist and not (spread or on_disk),
     )  # fmt: skip
 
 

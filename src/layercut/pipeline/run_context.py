@@ -34,7 +34,7 @@ from layercut.models.gguf_header import read_header
 from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact, TuningRecord
-from layercut.pipeline.run_store import Run
+from layercut.pipeline.run_folder import Run
 from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
 from layercut.segments import Segment

@@ -28,8 +28,8 @@ from layercut.errors import ConfigError, SurgeryError
 from layercut.files.sizes import parse_bytes
 from layercut.models import checkpoints, decoder_stack, devices, loading
 from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
+from layercut.pipeline.environment import accelerator_name
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
-from layercut.pipeline.provenance import accelerator_name
 from layercut.pipeline.resolve_options import (
     check_consumers,
     check_streamed,

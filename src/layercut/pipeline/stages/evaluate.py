@@ -28,15 +28,15 @@ from layercut.pipeline.artefacts import (
     EvaluateArtefact,
     EvaluationsArtefact,
     FoldArtefact,
+    FoundByLength,
     Generation,
     HealArtefact,
     HitsByLength,
-    LongArtefact,
+    LongContext,
     Metric,
     Perplexities,
-    ProbesArtefact,
     QuantizeArtefact,
-    SharedTextArtefact,
+    SharedText,
     TasksArtefact,
 )
 from layercut.pipeline.run_context import RunContext, Weights
@@ -72,7 +72,7 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
                 dataset=text.source, window=text.window, tokens=text.tokens, dense=found["dense"], cut=found["cut"],
                 folded=found.get("folded"), tuned=found.get("tuned"), quantized=found.get("quantized"),
                 protocol=measures.perplexity_protocol(text.window), fingerprint=text.fingerprint,
-                standard_error=errors, shared=work.run.artefact(SharedTextArtefact, "text-shared").facts,
+                standard_error=errors, shared=work.run.artefact(SharedText, "text-shared"),
             )  # fmt: skip
             stage.found = EvaluateArtefact(perplexity=perplexity, **vars(beside))
     return stage.artefact
@@ -154,12 +154,12 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
     return stage.artefact
 
 
-def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
+def long(work: RunContext, segments: Sequence[Segment]) -> LongContext:
     """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
     asked, seed = work.config.long.long_context, work.config.text.seed
     text, parted = work.text["evaluation"], len({*work.text["evaluation"].origins}) > 1
     inputs = [asked, seed, text, *(["a window is of one text"] if parted else [])]
-    with work.run.stage(LongArtefact, "long", inputs, after=["quantize"]) as stage:
+    with work.run.stage(LongContext, "long", inputs, after=["quantize"]) as stage:
         if stage.open:
             both, tokenizer = dense_and_compressed(work, segments), work.tokenizer
             windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model, text.origins)
@@ -169,7 +169,7 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
             with bar("long context", total) as advance:
                 positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
                 grids = {n: retrieval_grid(m, tokenizer, asked_keys, advance=advance) for n, m in both.items()}
-            stage.found = LongArtefact(
+            stage.found = LongContext(
                 window=longest,
                 windows=len(windows),
                 perplexity=positions,
@@ -220,10 +220,10 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     return stage.artefact
 
 
-def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
+def probes(work: RunContext, segments: Sequence[Segment]) -> FoundByLength:
     """Keys hidden in long text and values in lists as long: what greedy decoding finds, dense and compressed."""
     seed = work.config.text.seed
-    with work.run.stage(ProbesArtefact, "probes", [work.source, seed, EDITION], after=["quantize"]) as stage:
+    with work.run.stage(FoundByLength, "probes", [work.source, seed, EDITION], after=["quantize"]) as stage:
         if stage.open:
             asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
             with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
@@ -231,7 +231,7 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
                     {name: retrieval_grid(m, work.tokenizer, each, advance=advance) for name, m in both.items()}
                     for each in (asked.keys, asked.lists)
                 )
-            stage.found = ProbesArtefact(keys=keys, lists=lists, longest=asked.longest, seed=seed)
+            stage.found = FoundByLength(keys=keys, lists=lists, longest=asked.longest, seed=seed)
     found = stage.artefact
     for what, grids in (("keys", found.keys), ("lists", found.lists)):
         (dense, asked_of), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))

@@ -31,7 +31,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     else:
         with work.run.stage(ExportArtefact, "export", work.text[work.verified_on], after=["quantize"]) as stage:
             if stage.open:
-                stage.found = write_folder(work, segments)
+                stage.found, stage.files = write_folder(work, segments), ["model"]
         exported = stage.artefact
         say("export", describe_export(asdict(exported), work.run / "model"))
     engines.warn_misread("export", read_by(work, segments))
@@ -46,7 +46,7 @@ def write_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefac
         dtype = work.stack.stored_dtype
         with bar("saving", None):
             cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
-        return ExportArtefact(**publish_streamed(model, partial, folder), files=["model"])
+        return ExportArtefact(**publish_streamed(model, partial, folder))
     quantized, text = work.run.artefact(QuantizeArtefact, "quantize"), text_to_check(work.blocks[work.verified_on])
     packing: dict[str, Any] = {}
     if quantized.bits != 16:
@@ -56,7 +56,7 @@ def write_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefac
     written = export_checkpoint(model, work.tokenizer, folder, text=text, source=source, **packing)
     with bar("perplexity of what was saved", len(text)) as advance:  # what the fresh process should have found
         value = evaluation.perplexity(model, text, advance=advance)
-    return ExportArtefact(**written, perplexity={"tokens": text.numel(), "value": value}, files=["model"])
+    return ExportArtefact(**written, perplexity={"tokens": text.numel(), "value": value})
 
 
 def read_by(work: RunContext, segments: Sequence[Segment]) -> list[engines.Reading]:

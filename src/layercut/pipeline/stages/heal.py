@@ -27,7 +27,6 @@ from layercut.pipeline.artefacts import (
     FoldArtefact,
     FoldRecord,
     HealArtefact,
-    bounds_of,
 )
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import taught, tuning_treatment
@@ -48,7 +47,7 @@ FOLD_TOKENS = 65536
 
 def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
     """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
-    inputs = [work.source, bounds_of(segments)]
+    inputs = [work.source, sorted(segments)]
     with work.run.stage(CutArtefact, "cut", inputs, together=True) as stage:
         if stage.open:
             stage.found = cut_once(work, segments)
@@ -66,7 +65,7 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
         surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
     parameters, sizes = model_weights.parameter_count, model_weights.parameter_bytes
     return CutArtefact(
-        segments=bounds_of(segments),
+        segments=sorted(segments),
         original_layer_index=kept_layers(segments, work.layers),
         parameters=BeforeAfter(before=parameters(dense), after=parameters(student)),
         bytes=BeforeAfter(before=sizes(dense), after=sizes(student)),
@@ -91,8 +90,8 @@ def fold(work: RunContext, segments: Sequence[Segment]) -> FoldArtefact:
                     for each in found.cuts
                 ],
                 changed=work.save_changes(student.model, "folded") if found.kept else [],
-                files=["folded.safetensors"] if found.kept else [],
             )
+            stage.files = ["folded.safetensors"] if found.kept else []
     for outcome in stage.artefact.fold:
         say("fold", describe_fold(asdict(outcome)))
     return stage.artefact
@@ -134,8 +133,8 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
                 fold=fold.fold,
                 tuning=work.trained("heal", report),
                 changed=work.save_changes(student.model, "tuned"),
-                files=["tuned.safetensors"],
             )
+            stage.files = ["tuned.safetensors"]
     if tuning := stage.artefact.tuning:
         say("tune", describe_tuning(asdict(tuning)))
     return stage.artefact

@@ -8,13 +8,13 @@ measured once, on the dense model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache, partial
 
 from layercut import layer_search, surgery
 from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError, SurgeryError
-from layercut.pipeline.artefacts import Bounds, ShareRecord, SharesArtefact, bounds_of, segments_of
+from layercut.files.json_values import jsonable
+from layercut.pipeline.artefacts import ShareRecord, SharesArtefact
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import quantize, trial
@@ -23,7 +23,7 @@ from layercut.progress import say
 from layercut.quantization import bit_choice
 from layercut.registries import quantizers
 from layercut.report.stage_lines import describe_shares
-from layercut.segments import Segment, kept_layers
+from layercut.segments import Segment, as_segments, kept_layers
 
 STEPS, MOST = 10, 2
 """Numbers of layers are one in so many of the stack apart; from the fewest on, one in so many of it more at most."""
@@ -46,7 +46,7 @@ def number_of_layers(work: RunContext) -> int:
             best = min(points, key=lambda point: point.folded + point.rounded)
             stage.found = SharesArtefact(layers=best.layers, points=points)
     KnownPrices(work.run, STAGE).forget_()
-    say(STAGE, describe_shares(asdict(stage.artefact)))
+    say(STAGE, describe_shares(jsonable(stage.artefact)))
     return stage.artefact.layers
 
 
@@ -65,18 +65,19 @@ def every_number(work: RunContext) -> list[ShareRecord]:
     few = calibration[: max(1, TOKENS // calibration.shape[1])]
     known, points, refused = KnownPrices(work.run, STAGE), list[ShareRecord](), None
 
-    def best_cut(number: int) -> list[Bounds]:
+    def best_cut(number: int) -> list[list[int]]:
         if not number:
             return []
         how = search_options(work, number, tests)
-        return bounds_of(layer_search.search(work.stack, few, **how, seed=work.config.text.seed).segments)
+        found = layer_search.search(work.stack, few, **how, seed=work.config.text.seed)
+        return [[s.start, s.stop] for s in found.segments]
 
     def folded(cuts: Sequence[Segment]) -> float:
         return folds()(cuts)
 
     for number in numbers_tried(bit_choice.numbers_left_open(dense, config, target), work.layers):
         try:
-            cuts = segments_of(known.value(f"cut {number}", partial(best_cut, number)))
+            cuts = as_segments(known.value(f"cut {number}", partial(best_cut, number)))
             cut = surgery.cut(dense, cuts) if cuts else dense
         except (ConfigError, SurgeryError) as error:  # of this number alone: another one may do
             refused = error
@@ -88,7 +89,7 @@ def every_number(work: RunContext) -> list[ShareRecord]:
         cost = known("folded", cuts, partial(folded, cuts)) if cuts else 0.0
         points.append(
             ShareRecord(
-                layers=number, segments=bounds_of(cuts), folded=cost, rounded=mixture.cost,
+                layers=number, segments=[*cuts], folded=cost, rounded=mixture.cost,
                 mean_bits=mixture.mean_bits, bytes=mixture.bytes,
             )
         )  # fmt: skip

@@ -64,8 +64,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 mixture=dict(found.mixture) if found.mixture else None,
                 tests=tests.facts() | {"rows": len(tests.asking())} if tests else None,
                 tuning=tuning,
-                files=["quantized.safetensors"],
             )
+            stage.files = ["quantized.safetensors"]
     if stage.artefact.bits != 16:
         tune_quantized.forget_state_(work)
         say("quantize", describe_quantization(asdict(stage.artefact)))

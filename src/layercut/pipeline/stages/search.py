@@ -51,6 +51,9 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
     counted = keeps_gguf(work.config, work.checkpoint) or work.config.quantize.bits not in (16, "auto")
     if counted and config.target_size and config.max_loss is None and length is None:
         length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
+    if not wanted and length != 0 and not (length is None and config.max_loss is not None):
+        number = (lambda: length_for_target(work)) if length is None else (lambda: length)
+        work.run.check("search-plain", lambda: plain_inputs(work, number()))
     scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
     with work.run.stage(SearchArtefact, "search", scored, together=True) as stage:
         if stage.open:
@@ -64,7 +67,7 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
                 result = search_within(work, config.max_loss, tests)
             else:
                 how = search_options(work, length_for_target(work) if length is None else length, tests)
-                inputs, name = plain_inputs(work, how), "search-plain"
+                inputs, name = plain_inputs(work, how["n_layers"]), "search-plain"
                 with work.run.stage(SearchArtefact, name, inputs, together=True) as plain:
                     if plain.open:
                         result = layer_search.search(stack, tokens, **how, seed=seed)
@@ -84,7 +87,7 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
 def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
     """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again."""
     name = "search-tried"
-    inputs = [*plain_inputs(work, how), work.config.search, *trial.inputs(work)]
+    inputs = [*plain_inputs(work, how["n_layers"]), work.config.search, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, name, inputs, together=True) as stage:
         if stage.open:
             stage.found = recorded(trial.go_on(work, result, tokens, how, name), work)
@@ -92,10 +95,10 @@ def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, h
     return stage.artefact
 
 
-def plain_inputs(work: RunContext, how: dict[str, Any]) -> list[Any]:
+def plain_inputs(work: RunContext, length: int) -> list[Any]:
     """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder."""
     config = work.config.search
-    return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
+    return [work.source, work.text["calibration"], work.config.text.seed, config, length, *edition(config)]
 
 
 def edition(config: SearchConfig) -> list[Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, TextFacts, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
@@ -28,7 +28,7 @@ from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.files.reading import read_json
 from layercut.models import decoder_stack
-from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
+from layercut.pipeline.artefacts import SharedText
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
 from layercut.report.stage_lines import describe_shared
@@ -170,7 +170,7 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
     """Draw the tokens of these uses, each an artefact of its own, into `work`, and log where they come from."""
     for use in uses:
         drawn = draw(work, use, list(uses[: uses.index(use)]))
-        work.text[use], work.blocks[use] = drawn.facts, stored_blocks(work.run.folder, use)
+        work.text[use], work.blocks[use] = drawn, stored_blocks(work.run.folder, use)
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
         if use == "tuning" and (why := why_no_chats(work, drawn.reads)):
@@ -194,7 +194,7 @@ def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
     return "the dense model can write them only where it is in memory as a whole"
 
 
-def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
+def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
     """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
     wanted, text = text_wanted(work, use), work.config.text
     before: list[Any] = []
@@ -207,7 +207,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
         edition.append(work.preserved)
     reads = [*what_is_read(wanted["source"], reported=use == "evaluation")]
     inputs = [work.source, text.seed, text.chat_template, wanted, reads, before, *edition]
-    with work.run.stage(TextArtefact, f"text-{use}", inputs) as stage:
+    with work.run.stage(TextFacts, f"text-{use}", inputs) as stage:
         if stage.open:
             check_prompt(work)
             if has(wanted["source"], CHATS) and not work.writes:
@@ -221,8 +221,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
             work.run.drawn(f"text-{use}", blocks.facts.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: torch.tensor(sorted(blocks.keys), dtype=torch.int64)}, f"documents-{use}")
-            files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
-            stage.found = TextArtefact(**vars(blocks.facts), files=files)
+            stage.found, stage.files = blocks.facts, [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
     return stage.artefact
 
 
@@ -241,7 +240,7 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
 
     Of one stream no two uses have the same tokens; what such a text repeats is its own.
     """
-    with work.run.stage(SharedTextArtefact, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
+    with work.run.stage(SharedText, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
         if stage.open:
             drawn = {
                 use: Blocks(work.blocks[use], facts, frozenset(_keys(work.run.folder, use)))
@@ -260,12 +259,12 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
                 others = [blocks for blocks in used if blocks is not drawn["heldout"]]
                 check_held_out(drawn["heldout"], others, work.tokenizer)
             keys = frozenset().union(*(blocks.keys for blocks in used))
-            stage.found = SharedTextArtefact(
+            stage.found = SharedText(
                 documents=len(evaluated.keys & keys),
                 passages=passages,
                 passed_over=sum(blocks.facts.passed_over for blocks in drawn.values()),
             )
-    return stage.artefact.facts
+    return stage.artefact
 
 
 def _shared(blocks: Blocks, others: Sequence[torch.Tensor], tokenizer: Any) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -15,19 +14,16 @@ import pytest
 from safetensors import safe_open
 
 from layercut.cli.command_line import main
-from layercut.files.json_values import SEAL, decode, jsonable
-from layercut.pipeline import artefacts as kinds
-from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages import heal
 from layercut.pipeline.stages.heal import TUNING_STATE
 
+TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
+STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 MOMENTS = ["text-evaluation", "text-calibration", "text-shared", "search", "cut", "fold", "heal", "eval"]
 MOMENTS += ["export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes", "content_hash"}
-
-
 PLAIN = "search-plain"
 """Run within the stage search."""
 
@@ -46,6 +42,12 @@ def artefacts(run: Path) -> dict[str, int]:
 
 def summary(run: Path) -> dict[str, Any]:
     return {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if k not in VARY}
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run folder but what only tells how far commands were."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "metrics.jsonl"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
 def arguments(model: Path, texts: tuple[Path, Path], out: Path, *more: str) -> list[str]:
@@ -81,6 +83,8 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch, quick_runs):
     def stopped() -> None:
         for name in ("export.json", "summary.json"):
             (run / name).unlink()
+        env = json.loads((run / "env.json").read_text())
+        (run / "env.json").write_text(json.dumps({key: value for key, value in env.items() if key != "finished"}))
 
     rerun.run, rerun.stopped = run, stopped
     return rerun
@@ -128,21 +132,14 @@ def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts,
         with safe_open(state, framework="pt") as file:
             steps.append(json.loads(file.metadata()["facts"])["curve"][-1]["step"])
     assert steps == [1, 3, 4]
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("stopped; the same command resumes")
     assert main(argv) == 0
     assert not list(run.glob("*tuning-state*")), "the state is of use to nobody"
     assert (run / "tuned.safetensors").read_bytes() == (whole / "tuned.safetensors").read_bytes()
     curves = [json.loads((folder / "heal.json").read_text())["tuning"] for folder in (run, whole)]
     assert curves[0]["heldout"] == curves[1]["heldout"]
     assert [p["loss"] for p in curves[0]["curve"]] == [p["loss"] for p in curves[1]["curve"]]
-    assert curves[0]["best_step"] == curves[1]["best_step"] > 0
-
-
-def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path, run_until):
-    run, log = tmp_path / "run", tmp_path / "log"
-    assert run_until("search", signal.SIGINT, log, arguments(tiny_model, texts, run)) == 130
-    assert "Traceback" not in log.read_text()
-    assert log.read_text().splitlines()[-1].startswith("stopped; the same command resumes")
-    assert list(artefacts(run)) == [*TEXTS, "text-shared"]
 
 
 def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
@@ -154,8 +151,7 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
         broken.setattr("layercut.pipeline.stages.heal.tune_", fail)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             again()
-    assert "heal" not in artefacts(again.run)
-    assert "summary" not in artefacts(again.run), "a summary of what is no longer whole"
+    assert not {"heal", "summary"} & artefacts(again.run).keys(), "a summary of what is no longer whole"
     assert again() == ["heal", "summary"]
 
 
@@ -164,12 +160,10 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 LAST = ["export", "summary"]
 AFTER_TEXT = ["text-shared", *(stage for stage in STAGES if stage not in (*TEXTS, "text-shared", "cut"))]
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": ([], LAST),
     "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", *LAST]),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
-    "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
     "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "text-shared", "fold", "heal", "quantize", "eval", *LAST]),
-    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "text-shared", "eval", *LAST]),
+    "evaluation tokens": (["--eval-tokens=96"], ["text-evaluation", "text-shared", "eval", *LAST]),
     "bits": (["--bits=8"], ["quantize", "eval", *LAST]),
     "calibration tokens": (["--tokens=96"], [*TEXTS[1:], *AFTER_TEXT]),
     "seed": (["--seed=1"], [*TEXTS, *AFTER_TEXT]),
@@ -178,11 +172,10 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
 }
 """Of a run that was stopped before it was exported."""
 ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": ([], []),
+    "nothing": (["--mix=0.3"], []),
     "another place": (["--device=cpu", "--max-memory=20GB", "--device-map=off"], []),
     "layers on disk": (["--stream=on"], []),
     "speed": (["--speed"], ["eval", "summary"]),
-    "force": (["--force"], list(STAGES)),
     "force and other settings": (["--force", "--ratio=0.4"], list(STAGES)),
 }
 """Of a finished run."""
@@ -194,25 +187,47 @@ def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch
     flags, stages = {**CHANGES, **{f"finished: {name}": row for name, row in ADDITIONS.items()}}[change]
     if change in CHANGES:
         again.stopped()
+    (again.run / TUNING_STATE).write_bytes(b"of other code")
     assert again(*flags) == stages
     assert again(*[flag for flag in flags if flag != "--force"]) == []
 
 
-@pytest.mark.parametrize(
-    ("flag", "words"),
-    [
-        ("--ratio=0.4", ["ratio was 0.25 and is 0.4", "model, summary.json, report.html"]),
-        ("--bits=8", ["bits was 16 and is 8", "model, summary.json"]),
-        ("--eval-tokens=32", ["eval_tokens was 64 and is 32", "its summary.json, report.html"]),
-    ],
-)
-def test_a_finished_run_is_not_replaced_by_other_settings(flag, words, whole, tiny_model, texts, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+@pytest.mark.parametrize("flag", ["--ratio=0.4", "--bits=8", "--eval-tokens=256"])
+def test_a_finished_run_is_not_replaced_by_other_settings(flag, whole, tiny_model, texts, capsys):
+    before = contents(whole)
     assert main(arguments(tiny_model, texts, whole, flag)) == 2
-    said = capsys.readouterr().err
-    for word in (*words, "holds a finished run", "hint: name another --out, or pass --force"):
-        assert word in said
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+    said, (name, value) = capsys.readouterr().err, flag.removeprefix("--").split("=")
+    assert f"{name.replace('-', '_')} was " in said
+    assert f"and is {value}" in said
+    assert "--force" in said.partition("hint:")[2]
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("first", "other"), [("--segment=1:3", "--segment=2:4"), ("--ratio=0.25", "--ratio=0.4"), ("--seed=0", "--seed=1")]
+)
+def test_a_finished_search_is_not_replaced_by_another(first, other, tiny_model, texts, tmp_path, capsys):
+    run = tmp_path / "run"
+    search = ["search", str(tiny_model), "--tokens=64", "--window=16", f"--data={texts[0]}", f"--out={run}"]
+    search += [] if first.startswith(("--seg", "--ratio")) else ["--ratio=0.25"]
+    assert main([*search, first]) == 0
+    before = contents(run)
+    assert main([*search, other]) == 2
+    assert "--force" in capsys.readouterr().err.partition("hint:")[2]
+    assert contents(run) == before
+    assert main([*search, first]) == 0, "the same again is no other"
+    assert main([*search, other, "--force"]) == 0
+    assert contents(run)["search.json"] != before["search.json"]
+
+
+def test_a_search_is_gone_on_from(tiny_model, texts, tmp_path, quick_runs):
+    run = tmp_path / "run"
+    search = ["--tokens=64", "--window=16", "--ratio=0.25", f"--data={texts[0]}", f"--out={run}"]
+    assert main(["search", str(tiny_model), *search]) == 0
+    found = json.loads((run / "search.json").read_text())
+    assert main(arguments(tiny_model, texts, run)) == 0
+    assert json.loads((run / "summary.json").read_text())["segments"] == found["segments"]
+    assert started(run).count("search") == 1
 
 
 def test_files_may_be_named_from_another_folder(again, tiny_model, texts, monkeypatch):
@@ -220,25 +235,8 @@ def test_files_may_be_named_from_another_folder(again, tiny_model, texts, monkey
     monkeypatch.chdir(texts[0].parent)
     model, *named = (Path(os.path.relpath(path)) for path in (tiny_model, *texts))
     before = len(started(again.run))
-    text = f"--tune-data={texts[0]}"
     assert main(arguments(model, (named[0], named[1]), again.run)) == 0
     assert not {*started(again.run)[before:]} - {*TEXTS, "text-shared", "summary"}
-    again.stopped()
-    again(text)
-    assert not {*again(f"--tune-data={named[0]}")} - {*TEXTS, "text-shared", "summary"}
-
-
-def test_force_leaves_no_training_to_go_on_with(again, monkeypatch):
-    (again.run / TUNING_STATE).write_bytes(b"of other code")
-    seen, tune = [], heal.tune_
-
-    def tune_(*given: Any, **options: Any) -> Any:
-        seen.append((again.run / TUNING_STATE).exists())
-        return tune(*given, **options)
-
-    monkeypatch.setattr(heal, "tune_", tune_)
-    again("--force")
-    assert seen == [False]
 
 
 def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
@@ -249,7 +247,8 @@ def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
     assert {k: v for k, v in second.items() if k != "commands"} == {k: v for k, v in first.items() if k != "commands"}
     assert second["commands"][0] == first["commands"][0]
     assert len(second["commands"]) == 2
-    monkeypatch.setattr("layercut.pipeline.provenance.versions", lambda: {"python": "3", "layercut": "9"})
+    for module in ("environment", "run_folder"):
+        monkeypatch.setattr(f"layercut.pipeline.{module}.versions", lambda: {"python": "3", "layercut": "9"})
     again("--force")
     third = json.loads((again.run / "env.json").read_text())
     assert third["versions"] == {"python": "3", "layercut": "9"}, "all was made anew"
@@ -258,55 +257,31 @@ def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
     assert made_with == {"9"}
 
 
-def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
-    """Another weight in a file of the same size and time; a copy, of another time, is the same model."""
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    file = model / "model.safetensors"
-    os.utime(file, (1, 1))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    os.utime(file, (1, 1))
-    again.stopped()
-    assert again(model=model) == list(STAGES)
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run folder but what only tells how far commands were."""
-    files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "metrics.jsonl"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
-
-
 @pytest.mark.parametrize(
     ("edited", "more"),
-    [
-        ("text", []), ("text", ["--speed"]), ("evaluation text", ["--speed"]), ("model", ["--speed"]),
-        ("emptied text", []), ("code", ["--speed"]),
-    ],
-)  # fmt: skip
+    [("text", []), ("evaluation text", ["--speed"]), ("model", ["--speed"]), ("emptied text", []), ("code", [])],
+)
 def test_a_finished_run_is_not_replaced_by_edits_in_place(
     edited, more, again, tiny_model, texts, tmp_path, capsys, monkeypatch
 ):
     """What the command was given holds something else by now: nothing changes. Back as it was, the run is whole."""
     texts = [Path(shutil.copy(text, tmp_path / f"{i}.txt")) for i, text in enumerate(texts)]
-    model, words = shutil.copytree(tiny_model, tmp_path / "model"), "its text is another by now"
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     again.stopped()
     assert main(arguments(model, texts, again.run)) == 0
     file = {"model": model / "model.safetensors", "evaluation text": texts[1]}.get(edited, texts[0])
-    sound, before = file.read_bytes(), contents(again.run)
-    if edited == "model":
+    sound, times, before = file.read_bytes(), (file.stat().st_atime, file.stat().st_mtime), contents(again.run)
+    if edited == "model":  # another weight in a file of the same size and time
         file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-        words = "the model that it was made of is another by now"
+        os.utime(file, times)
     elif edited == "code":
         monkeypatch.setattr(heal, "keyed", lambda config: ["another"])
-        words = "code that its heal.json was made with is another by now"
     else:
         file.write_bytes(b"" if edited == "emptied text" else sound[::-1])
-        words = "holds no text" if edited == "emptied text" else words
     capsys.readouterr()
     assert main(arguments(model, texts, again.run, *more)) == 2
-    assert words in (said := capsys.readouterr().err)
-    assert edited == "emptied text" or "hint: name another --out, or pass --force to replace it" in said
+    said = capsys.readouterr().err
+    assert "holds no text" in said if edited == "emptied text" else "--force" in said.partition("hint:")[2]
     if edited == "model":
         for command in (["evaluate", f"--eval-data={texts[1]}"], ["chat"]):
             assert main([command[0], str(again.run), *command[1:]]) == 2
@@ -317,14 +292,6 @@ def test_a_finished_run_is_not_replaced_by_edits_in_place(
     already = len(started(again.run))
     assert main(arguments(model, texts, again.run)) == 0
     assert started(again.run)[already:] == []
-
-
-def test_a_damaged_export_is_made_again(again, whole):
-    file = again.run / "model" / "model.safetensors"
-    sound = file.read_bytes()
-    file.write_bytes(sound[:-1])
-    assert again() == ["export", "summary"]
-    assert file.read_bytes() == sound
 
 
 def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, monkeypatch):
@@ -339,14 +306,14 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
 
     again.stopped()
     with monkeypatch.context() as killed:
-        killed.setattr("layercut.pipeline.run_store.write_json", die)
+        killed.setattr("layercut.pipeline.run_folder.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
     assert again() == ["text-evaluation", "text-calibration", *LAST]
     assert summary(again.run) == summary(whole)
 
 
-@pytest.mark.parametrize("content", ["", '{"segments": [[', "[]", '"text"', "\x00\x00", '{"config_hash": null}'])
+@pytest.mark.parametrize("content", ["", '{"segments": [[', "[]", '{"config_hash": null}'])
 def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
     (again.run / "search.json").write_text(content)
     assert again() == ["search", "summary"]
@@ -354,46 +321,28 @@ def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
 
 
 @pytest.mark.parametrize(
-    ("file", "stages"),
+    ("file", "stage"),
     [
-        ("tokens-tuning.safetensors", ["text-tuning"]),
-        ("model/model.safetensors", ["export", "summary"]),
-        ("folded.safetensors", ["fold", "summary"]),
-        ("tuned.safetensors", ["heal", "summary"]),
-        ("model", ["export", "summary"]),
+        ("tokens-tuning.safetensors", "text-tuning"),
+        ("folded.safetensors", "fold"),
+        ("tuned.safetensors", "heal"),
+        ("model/model.safetensors", "export"),
+        ("model/config.json", "export"),
+        ("model", "export"),
     ],
 )
-def test_a_stage_whose_file_is_gone_runs_again(file, stages, again, whole):
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_stage_whose_file_is_gone_or_truncated_runs_again(file, stage, gone, again, whole):
     path = again.run / file
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert again() == stages
-    assert summary(again.run) == summary(whole)
-
-
-@pytest.mark.parametrize("file", ["tuned.safetensors", "model/model.safetensors", "model/config.json"])
-def test_a_stage_whose_file_was_truncated_runs_again(file, again, whole):
-    stage, path = "heal" if file.startswith("tuned") else "export", again.run / file
-    os.truncate(path, path.stat().st_size // 2)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif gone:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
     assert again() == [stage, "summary"]
-    assert path.read_bytes() == (whole / file).read_bytes()
-
-
-KINDS: dict[str, type[kinds.Artefact]] = {
-    **dict.fromkeys(TEXTS, kinds.TextArtefact), "text-shared": kinds.SharedTextArtefact, "search": kinds.SearchArtefact,
-    "cut": kinds.CutArtefact, "fold": kinds.FoldArtefact, "heal": kinds.HealArtefact,
-    "quantize": kinds.QuantizeArtefact, "eval": kinds.EvaluateArtefact, "export": kinds.ExportArtefact,
-    "summary": kinds.SummaryArtefact,
-}  # fmt: skip
-
-
-def test_every_artefact_of_a_run_is_of_its_type(whole):
-    """And of no more keys than its type has."""
-    for stage in STAGES:
-        content = json.loads((whole / f"{stage}.json").read_text())
-        found = decode(KINDS[stage], content)
-        assert jsonable(found) == {key: value for key, value in content.items() if key != SEAL}
-        assert found.versions
-        assert found.config_hash
+    assert path.is_dir() or path.read_bytes() == (whole / file).read_bytes()
+    assert summary(again.run) == summary(whole)
 
 
 def test_a_limit_on_the_size_of_files_is_the_users_to_mend(again, whole, tiny_model, texts, capsys):
@@ -409,7 +358,7 @@ def test_a_limit_on_the_size_of_files_is_the_users_to_mend(again, whole, tiny_mo
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
     assert f"error: {again.run / 'model'} cannot be written: File too large" in said
-    assert "hint: raise the limit on the size of a file" in said
+    assert "ulimit" in said.partition("hint:")[2]
     assert {path: path.read_bytes() for path in kept} == kept
     assert not list(again.run.glob(".*partial")), "partial files are left"
     assert again() == LAST
@@ -421,5 +370,4 @@ def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, capsys):
     assert main([*argv, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert main(argv) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z-]+  \S", line) for line in lines)
+    assert "heal" in capsys.readouterr().err

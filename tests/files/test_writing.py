@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from layercut.errors import RunError
+from layercut.files.json_values import Damaged, check_seal, decode, jsonable, seal
 from layercut.files.writing import appearing, disk_refusal, partial_of, remove_written, write_atomically
-from layercut.pipeline.provenance import check_finished
+from layercut.segments import Segment
 
 GONE = 2**22 + 1
 """No process has this number: it is above what Linux gives."""
@@ -101,8 +107,68 @@ def test_what_a_kill_left_of_a_file_goes_with_it(tmp_path):
     remove_written(file)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"model": 3}'])
-def test_a_summary_that_lacks_what_others_read_is_damaged(tmp_path, content):
-    (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(RunError, match=r"summary\.json is damaged"):
-        check_finished(tmp_path, "evaluate it")
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), write_atomically(path) as partial:
+        partial.write_text("ne")
+        raise KeyError
+    assert names(tmp_path) == ["file"]
+    assert path.read_text() == "old"
+    with write_atomically(path) as partial:
+        partial.write_text("new")
+    assert names(tmp_path) == ["file"]
+    assert path.read_text() == "new"
+
+
+def test_the_umask_decides_who_may_read_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with write_atomically(tmp_path / "x.safetensors") as partial:
+            save_file({"x": torch.ones(2)}, partial)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+    path, fsync = tmp_path / "file", os.fsync
+
+    def noted(number: int) -> None:
+        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{number}")), path.exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with write_atomically(path) as partial:
+        partial.write_text("new")
+    assert synced == [(".file.partial", False), (tmp_path.name, True)]
+
+
+# --- JSON ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    segments: list[Segment]
+    loss: float
+
+
+def test_a_dataclass_is_its_json_and_damage_is_named():
+    found = Loss(segments=[Segment(1, 2)], loss=math.inf)
+    content = json.loads(json.dumps(jsonable(found), allow_nan=False))
+    assert content == {"segments": [[1, 2]], "loss": "inf"}
+    assert decode(Loss, content | {"unknown": 1}) == found
+    for damaged, where in (({"segments": [[1]], "loss": 1}, r"segments\[0\]"), ({"segments": []}, "loss")):
+        with pytest.raises(Damaged, match=where):
+            decode(Loss, damaged)
+    with pytest.raises(Damaged):
+        decode(Loss, {"segments": [[2, 1]], "loss": 0})
+
+
+def test_what_a_seal_finds():
+    sealed = seal({"a": 1, "b": [1.5]})
+    check_seal(json.loads(json.dumps(sealed)))
+    for damaged in (sealed | {"a": 2}, {"a": 1}):
+        with pytest.raises(Damaged):
+            check_seal(damaged)
