@@ -172,7 +172,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
 }
 """Of a run that was stopped before it was exported."""
 ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": (["--mix=0.3"], []),
+    "nothing": ([], []),
     "another place": (["--device=cpu", "--max-memory=20GB", "--device-map=off"], []),
     "layers on disk": (["--stream=on"], []),
     "speed": (["--speed"], ["eval", "summary"]),
@@ -370,4 +370,4 @@ def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, capsys):
     assert main([*argv, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert main(argv) == 0
-    assert "heal" in capsys.readouterr().err
+    assert "tune" in capsys.readouterr().err
