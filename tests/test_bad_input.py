@@ -77,9 +77,11 @@ def check_words(stderr: str, *words: str) -> None:
 def nothing_left(out: Path) -> None:
     """No artefact of a stage that needs the model, no model, no partial file."""
     left = {path.name for path in out.glob("*")} if out.is_dir() else set()
-    assert not {name for name in left if name.endswith(".json")} - {"env.json", ".digests.json"} - {
-        f"text-{use}.json" for use in ("evaluation", "calibration", "heldout", "tuning", "shared")
-    }
+    assert (
+        not {name for name in left if name.endswith(".json")}
+        - {"env.json", ".digests.json"}
+        - {f"text-{use}.json" for use in ("evaluation", "calibration", "heldout", "tuning", "shared")}
+    )
     assert not [name for name in left if "partial" in name or name in ("model", "report.html")]
 
 
@@ -267,10 +269,6 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "text empty": (["--ratio=0.2", "--data={tmp}/blank.txt"], ["holds no text"]),
     "broken jsonl": (["--ratio=0.2", "--data={tmp}/broken.jsonl"], ["line 2", "not JSON"]),
     "no such column": (["--ratio=0.2", "--data={tmp}/rows.jsonl:body"], ["no field 'body'", "text"]),
-    "no chat template": (
-        ["--ratio=0.2", "--chat-template"],
-        ["no chat template", "leave out --chat-template"],
-    ),
     "held-out text is the calibration text": (
         ["--ratio=0.2", "--eval-data={text}"],
         ["calibration.txt", "reported on", "--eval-data"],

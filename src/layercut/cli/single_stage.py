@@ -109,7 +109,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     elif needed:
         tokens = load_blocks(
             text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
-            chat_template=text.chat_template, model=loaded.model,
+            model=loaded.model,
         ).tokens  # fmt: skip
         decoder_stack.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
     with memory.memory_limit(config.load.max_memory):  # in place: old weights leave memory

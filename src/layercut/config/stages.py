@@ -169,8 +169,6 @@ class DataConfig:
     """Calibration tokens."""
     window: int = 256
     """Tokens in a row, of calibration text and of what judges healing."""
-    chat_template: Annotated[bool, rare_switch] = False
-    """Render instruction data through the model's chat template."""
     seed: int = 0
     """Seed of everything random."""
 

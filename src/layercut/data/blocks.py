@@ -33,7 +33,6 @@ from layercut.models.runner import model_of
 Order = Literal["shuffled", "as written"]
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class TextFacts:
     """Where token blocks come from, for a run's provenance; fit to be published."""
@@ -185,7 +184,7 @@ class Reader:
                 f"{tokens} tokens in windows of {window} after {skip} blocks make no block", "give at least 1"
             )
         if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
-            raise DataError("the tokenizer has no chat template", "leave out --chat-template, or use a chat model")
+            raise DataError("the tokenizer has no chat template", "leave out chat_template=True, or use a chat model")
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
         count, order_of = math.ceil(tokens / window), turns(parts)
         blocks, marks = torch.empty(count, window, dtype=torch.int64), Marks.none(count, window)

@@ -21,7 +21,7 @@ from layercut.errors import DataError, ModelError
 
 START, LONGEST = 300.0, 10.0
 """Seconds that the process may take to start, and to render one chat; a chat of a thousand messages takes 0.01 s."""
-HINT = "leave out --chat-template, or correct the data"
+HINT = "leave out chat_template=True, or correct the data"
 PROMPT_HINT = "correct the checkpoint's chat template (chat_template.jinja or tokenizer_config.json), or delete it"
 
 

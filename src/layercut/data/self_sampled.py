@@ -146,7 +146,7 @@ def chat_prefix(tokenizer: Any, window: int) -> list[int]:
     if mark not in text:
         raise DataError(
             "the chat template leaves out the user's message",
-            "give another source of text, or leave out --chat-template",
+            "give another source of text, or leave out chat_template=True",
         )
     opening = text[: text.index(mark)].rstrip(" ")  # a blank there is part of the first word's token
     ids = tokenizer(opening, add_special_tokens=False).input_ids

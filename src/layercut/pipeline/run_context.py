@@ -184,9 +184,7 @@ class RunContext:
                 "give another text, or --stream off",
             )
         seed = text.seed if seed is None else seed
-        return Reader(
-            self.tokenizer, seed=seed, model=model, chat_template=text.chat_template, capabilities=self.preserved
-        )
+        return Reader(self.tokenizer, seed=seed, model=model, capabilities=self.preserved)
 
     @cached_property
     def reported_window(self) -> int:

@@ -206,7 +206,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
     if edition and work.config.search.preserve not in ("all", "none"):
         edition.append(work.preserved)
     reads = [*what_is_read(wanted["source"], reported=use == "evaluation")]
-    inputs = [work.source, text.seed, text.chat_template, wanted, reads, before, *edition]
+    inputs = [work.source, text.seed, wanted, reads, before, *edition]
     with work.run.stage(TextFacts, f"text-{use}", inputs) as stage:
         if stage.open:
             check_prompt(work)
