@@ -28,7 +28,7 @@ from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.source_card import source_card
-from layercut.pipeline.handover import describe_, destination, export, upload
+from layercut.pipeline.handover import describe_, export
 from layercut.pipeline.run_folder import is_run
 from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_
@@ -48,7 +48,6 @@ def cut(model: str, config: CutConfig) -> Path:
 
     A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
     """
-    repo_id = destination(config.hub)
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     stock = loading.load_config(checkpoint)
     written: engines.Written = "gguf" if config.out.suffix == ".gguf" else "float"
@@ -73,8 +72,6 @@ def cut(model: str, config: CutConfig) -> Path:
     done = f"{source.name} without layers {layer_names([*map(list, made['segments'])])}, counted from 0. Nothing was "
     done += "healed or measured: as it is, it writes worse than it could."
     describe_(config.out, Made(**made, done=done, gguf=config.out.name if written == "gguf" else None))
-    if repo_id:
-        upload(config.out, repo_id, private=config.hub.private)
     return config.out
 
 
@@ -86,10 +83,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     config.check()
     if config.out.suffix == ".gguf":
         kind = config.gguf_type or GGUF_OF_BITS[config.quantize.bits]
-        asked = ExportConfig(out=config.out, consumers=config.consumers, hub=config.hub, force=config.force)
+        asked = ExportConfig(out=config.out, consumers=config.consumers, force=config.force)
         return export(target, replace(asked, gguf_type=kind))
     engines.check_written(consumer_names(config.consumers), engines.written_by(config.quantize))
-    repo_id = destination(config.hub)
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target) if is_run(Path(target)) and (Path(target) / "summary.json").is_file() else None
@@ -131,6 +127,4 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         figures=[perplexity_again(run, again["value"], again["tokens"])] if run and again else [],
     )
     describe_(config.out, made, run)
-    if repo_id:
-        upload(config.out, repo_id, private=config.hub.private)
     return config.out

@@ -26,7 +26,6 @@ from layercut.config.commands import (
 )
 from layercut.config.results import (
     EvaluateConfig,
-    HubConfig,
     LogConfig,
     OutputConfig,
     PerplexityConfig,
@@ -78,7 +77,6 @@ __all__ = [
     "FindConfig",
     "GgufType",
     "HealConfig",
-    "HubConfig",
     "LogConfig",
     "MethodsConfig",
     "ModelConfig",

@@ -14,7 +14,6 @@ from cyclopts import Parameter
 from layercut.config.results import (
     AfterRoundingConfig,
     EvaluateConfig,
-    HubConfig,
     LongConfig,
     OutputConfig,
     QuantizeConfig,
@@ -85,7 +84,6 @@ class CompressConfig(TuneConfig):
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first."""
@@ -178,7 +176,6 @@ class CutConfig:
     """Replace what is at --out."""
     allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
-    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         consumer_names(self.consumers)
@@ -208,7 +205,6 @@ class QuantizeAloneConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
     consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
@@ -272,7 +268,6 @@ class ExportConfig:
     consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
-    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         consumer_names(self.consumers)

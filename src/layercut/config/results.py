@@ -249,22 +249,6 @@ class OutputConfig:
     importance matrix (extra llamacpp)."""
 
 
-@options(RUN)
-@dataclass(frozen=True, kw_only=True)
-class HubConfig:
-    """Upload of the result."""
-
-    push_to_hub: str | None = None
-    """Upload the result to the Hub under this name: owner/name, or name for your own. The token is checked before any
-    work begins; uploaded are the model and its card, and nothing else of a run."""
-    private: Annotated[bool, no_negative] = False
-    """Make that repository private."""
-
-    def __post_init__(self) -> None:
-        if self.private and self.push_to_hub is None:
-            raise ConfigError("--private is given without --push-to-hub", "--push-to-hub NAME --private")
-
-
 @flat
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:

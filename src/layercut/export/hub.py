@@ -38,7 +38,7 @@ def check_destination(name: str, *, private: bool = False) -> str:
     except Exception as error:
         raise _refused(error, "the Hub cannot be asked who the token belongs to") from None
     owner, _, short = name.rpartition("/")
-    owner, own = owner or who["name"], f"--push-to-hub {who['name']}/NAME"
+    owner, own = owner or who["name"], f"layercut push RUN {who['name']}/NAME"
     roles = {each["name"]: each.get("roleInOrg") for each in who.get("orgs", [])} | {who["name"]: "admin"}
     if owner not in roles:
         raise ConfigError(f"the token is {who['name']}'s, who is no member of {owner!r}", own)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from layercut.config import ExportConfig, HubConfig, consumer_names
+from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError
 from layercut.export import engines, hub
 from layercut.export.formats import ExportSource
@@ -53,7 +53,7 @@ def export(target: str, config: ExportConfig) -> Path:
     measured again by then. Of a GGUF file the run's `gguf.json` holds what was found, the tensor types really written,
     and whether the file is broken; the report shows it.
     """
-    place, exporter, repo_id = Path(target), exporters.get(config.format), destination(config.hub)
+    place, exporter = Path(target), exporters.get(config.format)
     run = place if is_run(place) else None
     if run:
         check_finished(run, "export")
@@ -85,8 +85,6 @@ def export(target: str, config: ExportConfig) -> Path:
         made = _made_gguf(plain, run, config.out, facts) if config.format == "gguf" else None
         floats = replace(plain, done="Float weights as a checkpoint folder.", number_format="", packed=False)
         describe_(config.out, made or floats, run)
-    if repo_id:
-        upload(config.out, repo_id, private=config.hub.private)
     return config.out
 
 
@@ -192,11 +190,6 @@ def mergekit_config(model: str, original_layer_index: Sequence[int], dtype: str)
 
 
 # --- to the Hub ---
-
-
-def destination(config: HubConfig) -> str | None:
-    """Where the result is to be uploaded, checked before any work begins; None where it is not."""
-    return hub.check_destination(config.push_to_hub, private=config.private) if config.push_to_hub else None
 
 
 def push(target: str, name: str, *, private: bool = False) -> str:

@@ -19,7 +19,7 @@ from layercut.models import checkpoints, memory
 from layercut.models.devices import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, SizeInBytes, SummaryArtefact
-from layercut.pipeline.handover import describe_result_, destination, export, result_of, upload
+from layercut.pipeline.handover import describe_result_, export, result_of
 from layercut.pipeline.resolve_options import Stage, default_folder, resolve, wanted_length
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import Run
@@ -51,7 +51,6 @@ def compress(
         sum_in_float32_()
     asked = resolve(model, config, until, shortlist=shortlist)
     config, checkpoint = asked.config, asked.checkpoint
-    repo_id = processes.on_main(lambda: destination(config.hub))
     folder = gguf_run.run_folder(config.run) or default_folder(model)
     with memory.memory_limit(config.load.max_memory), Run(folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)}, checkpoint)
@@ -122,8 +121,6 @@ def compress(
             processes.on_main(lambda: describe_result_(folder))
             processes.on_main(lambda: write_report(folder))
         run.finished()
-        if repo_id:
-            processes.on_main(lambda: upload(result_of(folder), repo_id, private=config.hub.private))
     if until == "report" and (file := gguf_run.file_of(config.run)):
         processes.on_main(lambda: write_file(folder, file, config))
     return folder

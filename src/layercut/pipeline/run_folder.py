@@ -52,7 +52,7 @@ MEASURED = ("eval", "export", "summary", "tasks", "long", "evaluations", "capabi
             "text-shared")  # fmt: skip
 """Stages that leave the model as it is, and are run again where that is asked for; of a comparison those that end in
 -judged."""
-ELSEWHERE = {"out", "device", "stream", "shard", "device_map", "max_memory", "push_to_hub", "private"}
+ELSEWHERE = {"out", "device", "stream", "shard", "device_map", "max_memory"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 
 
