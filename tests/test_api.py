@@ -182,11 +182,6 @@ def test_what_is_found_and_tuned_in_inference_mode_is_what_is_found_out_of_it(bl
     assert results[0] == results[1]
 
 
-def test_an_objective_that_is_neither_name_nor_objective_is_refused(blocks, model):
-    with pytest.raises(ConfigError, match="objective 3 is unknown; there are kl,"):
-        lc.search(model, blocks["calibration"], n_layers=1, objective=3)
-
-
 def test_the_package_is_imported_without_torch_and_names_what_it_has():
     import subprocess
     import sys

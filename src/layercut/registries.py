@@ -1,7 +1,7 @@
 """Where users extend layercut without editing it: one registry for each kind of part that can be replaced.
 
     criteria      which layers to remove            --method
-    objectives    what search and healing minimise  --objective
+    objectives    what healing minimises            --objective
     quantizers    how a weight is rounded           --quantizer
     evaluations   what else to measure              --evaluations
     exporters     into which format to write        layercut export --format

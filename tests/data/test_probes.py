@@ -38,10 +38,10 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation.probe_scores import TEST_ROWS, capability_figures, probes_for
 from layercut.files.json_values import digest
 from layercut.healing import tune_
-from layercut.layer_search import prices, search
+from layercut.layer_search import search
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.fisher import estimate
-from layercut.layer_search.prices import Prices
 from layercut.layer_search.race import least_sums
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
@@ -667,7 +667,7 @@ def test_the_mean_price_of_weighted_rows_is_the_objective(model, probes):
     heavier = ProbeRows(**(vars(probes) | {"weight": weight}))
     sets = [(Segment(1, 2),), (Segment(0, 1), Segment(3, 4))]
     stack = DecoderRunner(model)
-    found = prices.candidates(Prices(stack, text, Cost(), probes=heavier), sets)
+    found = CutCosts(stack, text, Cost(), heavier).candidates(sets)
     kl = {c.segments: c.kl for c in set_costs(stack, text, sets, Cost())}
     damage = capability_costs(stack, probes, sets, Cost())
     for candidate in found:
@@ -692,7 +692,7 @@ def test_tests_and_text_stand_in_turn_and_each_kind_has_its_own_mean(probes):
 def test_what_few_rows_propose_has_seen_the_tests(monkeypatch, model, probes):
     """On the first row alone, which is text, nothing would tell the layers that hold recall from the others."""
     planted(monkeypatch, {0: (0.9, 0.1), 1: (0.1, 9.0), 2: (0.8, 0.1), 3: (0.1, 9.0), 4: (0.8, 0.1)})
-    prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 512), Cost(), probes=probes)
+    prices = CutCosts(DecoderRunner(model), tiny.some_tokens(4, 512), Cost(), probes=probes)
     proposed = least_sums(prices, Restriction.none(5, 2), 2)
     assert {layer for segment in proposed[0] for layer in range(segment.start, segment.stop)} <= {0, 2, 4}
 
@@ -700,7 +700,7 @@ def test_what_few_rows_propose_has_seen_the_tests(monkeypatch, model, probes):
 def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, float]]) -> None:
     """Have every layer cost what a table says: (on text, on tests); sets cost their sum."""
 
-    def of_batch(self: Prices, sets: Any, batch: torch.Tensor, weights: Any, cost: Cost) -> torch.Tensor:
+    def of_batch(self: CutCosts, sets: Any, batch: torch.Tensor, weights: Any, cost: Cost) -> torch.Tensor:
         tests = [weights is not None and bool((row == 0).any()) for row in (weights if weights is not None else batch)]
         found = torch.zeros(len(sets), len(batch), dtype=torch.float64)
         for s, cuts in enumerate(sets):
@@ -710,7 +710,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, floa
                 found[s, r] = scale * (test if is_test else text)
         return found
 
-    monkeypatch.setattr(Prices, "_of_batch", of_batch)
+    monkeypatch.setattr(CutCosts, "_of_batch", of_batch)
 
 
 @pytest.mark.parametrize("method", ["fisher", "race", "exhaustive"])
@@ -764,8 +764,8 @@ def test_a_method_of_the_literature_takes_no_tests(model, probes):
 
 def test_the_estimate_goes_by_the_answers(model, probes):
     stack, text = DecoderRunner(model), tiny.some_tokens(4, 64)
-    seeing, blind = (estimate(Prices(stack, text, Cost(), probes=tests), 2, 0) for tests in (probes, None))
-    only = Prices(stack, text, Cost(), probes=probes)
+    seeing, blind = (estimate(CutCosts(stack, text, Cost(), probes=tests), 2, 0) for tests in (probes, None))
+    only = CutCosts(stack, text, Cost(), probes=probes)
     only.weights = torch.where(only.weighted.is_text[:, None], only.weights, 0.0)  # as if no answer counted
     assert not torch.equal(seeing.table, blind.table)
     assert not torch.equal(seeing.table, estimate(only, 2, 0).table)

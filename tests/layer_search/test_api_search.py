@@ -16,8 +16,6 @@ from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.layer_search import Candidate, Cost, SearchResult, search
 from layercut.layer_search.sweep import set_costs
-from layercut.models.losses import kl_divergence
-from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 
@@ -82,9 +80,7 @@ def test_a_share_a_number_and_a_runner_are_the_same_search(model):
         ({"n_layers": 2, "num_segments": "two"}, "num_segments='two'"),
         ({"n_layers": 2, "method": None}, "method=None is no criterion"),
         ({"n_layers": 2, "method": "sled"}, "'sled' is unknown"),
-        ({"n_layers": 2, "objective": "kk"}, "'kk' is unknown"),
         ({"n_layers": 2, "method": "sleb", "num_segments": 2}, "num_segments is not for the criterion 'sleb'"),
-        ({"n_layers": 2, "method": "cosine", "objective": "next-token"}, "objective is not for the criterion 'cosine'"),
     ],
 )
 def test_what_does_not_make_sense_is_refused_with_a_hint(model, changes, message):
@@ -122,7 +118,7 @@ def test_ids_beyond_the_vocabulary_are_refused(model):
 
 def test_a_result_is_frozen_serialises_and_shows_itself(model):
     mpl.use("agg")
-    found = search(model, tiny.some_tokens(), n_layers=2, objective="next-token")
+    found = search(model, tiny.some_tokens(), n_layers=2)
     with pytest.raises(FrozenInstanceError):
         found.method = "mine"
     told = json.loads(json.dumps(found.to_dict()))
@@ -173,9 +169,8 @@ def test_a_criterion_is_given_what_it_names(model):
 
 
 def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(model):
-    def pairs(runner, tokens, length, *, num_segments, objective, cost):
+    def pairs(runner, tokens, length, *, num_segments, cost):
         assert num_segments == length == 2
-        assert isinstance(objective, KL)
         best = Candidate((Segment(1, 2), Segment(4, 5)), 0.5)
         return SearchResult("whatever", [best, Candidate((Segment(1, 3),), 0.75)], cost)
 
@@ -227,66 +222,3 @@ def test_the_command_asks_a_criterion_of_ones_own_whether_it_takes_several_segme
     assert "num_segments is not for the criterion 'test-one'" in capsys.readouterr().err
     assert main(["search", str(tiny_model), *settings, "--method=sleb", "--num-segments=2"]) == 2
     assert "--num-segments is not for --method sleb" in capsys.readouterr().err
-
-
-# --- objectives of one's own ---
-
-
-class ReverseKL(Objective):
-    def loss(self, student, dense, targets):
-        q, p = student.log_softmax(-1), dense.log_softmax(-1)
-        return (q.exp() * (q - p)).sum(-1)
-
-
-class Rank(Objective):
-    """Without the dense model: it depends on the next token alone, and the last position has none."""
-
-    needs_dense = False
-
-    def loss(self, student, dense, targets):
-        assert dense is None
-        assert (targets >= 0).all()
-        return -student.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-
-
-@pytest.mark.parametrize("method", ["fisher", "exhaustive"])
-def test_an_objective_of_ones_own_is_what_candidates_are_scored_by(model, method, registered):
-    registries.objectives.register("test-reverse")(ReverseKL)
-    tokens = tiny.some_tokens()
-    found = search(model, tokens, n_layers=2, method=method, objective="test-reverse")
-    assert found == search(model, tokens, n_layers=2, method=method, objective=ReverseKL())
-    best = found.candidates[0]
-    student = tiny.llama()
-    cut = [
-        layer for i, layer in enumerate(student.model.layers) if not best.segments[0].start <= i < best.segments[0].stop
-    ]
-    student.model.layers = torch.nn.ModuleList(cut)
-    p, q = (each(input_ids=tokens, use_cache=False).logits for each in (model, student))
-    assert best.score == pytest.approx(kl_divergence(q, p).mean().item(), rel=1e-4)
-    assert best.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)
-    assert best.score == min(c.score for c in found.candidates)
-
-
-def test_objectives_of_ones_own_reach_what_layercuts_reach_with_the_same_formula(model):
-    tokens = tiny.some_tokens()
-
-    class SameKL(Objective):
-        def loss(self, student, dense, targets):
-            return kl_divergence(dense, student)
-
-    for mine, theirs in (
-        (SameKL(), "kl"),
-        (Rank(), "next-token"),
-        (KL(mix=1.0), "next-token"),
-    ):
-        one, other = (search(model, tokens, n_layers=2, objective=objective) for objective in (mine, theirs))
-        assert one.segments == other.segments
-        scores = (
-            [each.kl if each.score is None else each.score for each in found.candidates] for found in (one, other)
-        )
-        assert next(scores) == pytest.approx(next(scores), rel=1e-4)
-
-
-def test_a_warm_kl_is_searched_by_too(model):
-    found = search(model, tiny.some_tokens(), n_layers=2, objective=KL(mix=0.3))
-    assert found.candidates[0].score is not None

@@ -10,7 +10,7 @@ import tiny
 from layercut.data.probes import probe_rows
 from layercut.layer_search import concave_gate, search
 from layercut.layer_search.concave_gate import Schedule, gated_losses, gates, hardened, settle_, slopes
-from layercut.layer_search.prices import Prices
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
@@ -49,14 +49,14 @@ def test_a_well_is_closed_between_its_walls_and_open_outside():
 @pytest.mark.parametrize("walls", [[[2.0, 5.0]], [[0.0, 1.0], [3.0, 5.0]]])
 def test_closed_gates_give_the_kl_of_the_real_cut(walls):
     stack, tokens = DecoderRunner(tiny.llama(layers=6)), tiny.some_tokens(1)
-    loss = gated_losses(Prices(stack, tokens, Cost()), ROW, WHOLE, [torch.tensor(walls)], 60.0)
+    loss = gated_losses(CutCosts(stack, tokens, Cost()), ROW, WHOLE, [torch.tensor(walls)], 60.0)
     cuts = tuple(Segment(int(a), int(b)) for a, b in walls)
     assert loss.item() == pytest.approx(set_costs(stack, tokens, [cuts], Cost())[0].kl, rel=1e-5)
 
 
 def test_wells_that_share_the_dense_stream_give_the_losses_of_the_formula_and_their_slopes_are_differences():
     stack, tokens = DecoderRunner(tiny.llama(layers=6).double()), tiny.some_tokens(1)
-    prices = Prices(stack, tokens, Cost())
+    prices = CutCosts(stack, tokens, Cost())
 
     def plain(walls: torch.Tensor) -> float:
         h, calls = stack.enter(tokens)

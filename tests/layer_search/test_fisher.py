@@ -13,6 +13,7 @@ import folders
 import tiny
 from layercut.data.probes import probe_rows
 from layercut.layer_search import fisher, search
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import (
     Estimate,
     corrected,
@@ -22,7 +23,6 @@ from layercut.layer_search.fisher import (
     proposals,
     upstream_of,
 )
-from layercut.layer_search.prices import Prices
 from layercut.layer_search.race import least_sums
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
@@ -30,7 +30,6 @@ from layercut.layer_search.segment_sets import all_sets
 from layercut.layer_search.sweep import all_lengths
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
-from layercut.registries import objectives
 from layercut.segments import Segment
 
 
@@ -110,11 +109,11 @@ def test_three_segments_are_found_for_less_than_cutting_single_ones_takes():
     for i in (i for segment in deep for i in range(segment.start, segment.stop)):
         model.model.layers[i].self_attn.o_proj.weight.mul_(0.05)
         model.model.layers[i].mlp.down_proj.weight.mul_(0.05)
-    prices, every = Prices(DecoderRunner(model), tokens, Cost()), Cost()
+    prices, every = CutCosts(DecoderRunner(model), tokens, Cost()), Cost()
     found = estimate(prices, 2, 0)
     limits = Restriction.none(24, 6)
     assert proposals(found, limits, 3, 1) == [deep]
-    least_sums(Prices(prices.stack, tokens, every), limits, 3)
+    least_sums(CutCosts(prices.stack, tokens, every), limits, 3)
     assert prices.cost.layer_forwards + 2 * prices.cost.layer_backwards < every.layer_forwards
     assert tuple(search(model, tokens, n_layers=6, num_segments=3, method="fisher").segments) == deep
 
@@ -124,7 +123,7 @@ def test_same_seed_same_answer_and_another_draw_another_estimate():
     for method in ("fisher", "race"):
         runs = [search(stack, tokens, n_layers=2, method=method, seed=1, num_segments=2) for _ in range(2)]
         assert runs[0] == runs[1]
-    prices = Prices(stack, tokens, Cost())
+    prices = CutCosts(stack, tokens, Cost())
     assert not torch.equal(estimate(prices, 2, 0).table, estimate(prices, 2, 1).table)
 
 
@@ -139,18 +138,19 @@ def test_slopes_that_float16_does_not_hold_are_scaled_and_a_scale_that_overflows
     assert torch.equal(table(exact, 2.0**16), wanted), "a power of two, undone, changes no bit"
     assert (table(half, 1.0) - wanted).norm() > 0.9 * wanted.norm(), "below 6e-8 there is nothing"
     assert (table(half, 2.0**16) - wanted).norm() < 0.05 * wanted.norm()
-    found = estimate(Prices(half, tiny.some_tokens(2, 12), Cost()), 2, 0)
+    found = estimate(CutCosts(half, tiny.some_tokens(2, 12), Cost()), 2, 0)
     monkeypatch.setattr(fisher, "LOSS_SCALE", 2.0**30)
-    again = estimate(Prices(half, tiny.some_tokens(2, 12), Cost()), 2, 0)
+    again = estimate(CutCosts(half, tiny.some_tokens(2, 12), Cost()), 2, 0)
     assert torch.allclose(again.table, found.table, rtol=0.02)
 
 
 def test_what_probes_count_can_be_changed_afterwards():
     probes = probe_rows(folders.tokenizer(), rows=4, window=64, capabilities=["sums"])
     model = tiny.llama(vocab_size=folders.VOCABULARY)
-    prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 64), Cost(), probes=probes)
+    tokens = tiny.some_tokens(4, 64)
+    prices = CutCosts(DecoderRunner(model), tokens, Cost(), probes=probes)
     found = estimate(prices, 8, seed=0)
-    text = estimate(Prices(prices.stack, prices.text, Cost()), 4, seed=0)
+    text = estimate(CutCosts(prices.stack, tokens, Cost()), 4, seed=0)
     torch.testing.assert_close(text.weighing(0).table, text.table)
     torch.testing.assert_close(found.weighing(1).table, found.table)
     double = found.weighing(0).table + found.weighing(2).table
@@ -203,11 +203,11 @@ def test_what_segments_have_in_common_corrects_those_that_were_not_cut():
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An estimate that takes layers to do their work alone, and cuts which show that long segments cost far more."""
 
-    def of_batch(self: Prices, sets: Any, batch: torch.Tensor, weights: Any, cost: Cost) -> torch.Tensor:
+    def of_batch(self: CutCosts, sets: Any, batch: torch.Tensor, weights: Any, cost: Cost) -> torch.Tensor:
         costs = [sum(real(s.start, s.stop) for s in cuts) for cuts in sets]
         return torch.tensor(costs, dtype=torch.float64)[:, None].expand(-1, len(batch))
 
-    monkeypatch.setattr(Prices, "_of_batch", of_batch)
+    monkeypatch.setattr(CutCosts, "_of_batch", of_batch)
     monkeypatch.setattr(fisher, "estimate", lambda *given: additive())
 
 
@@ -217,7 +217,7 @@ def test_two_short_segments_are_found_where_the_estimate_sees_one_long_one():
     assert search(model, tokens, n_layers=6, num_segments=2).segments == [Segment(1, 4), Segment(8, 11)]
     limits = Restriction.none(LAYERS, 6)
     assert proposals(additive(), limits, 2, 1) == [(Segment(1, 7),)]
-    prices = Prices(DecoderRunner(model), tokens, Cost())
+    prices = CutCosts(DecoderRunner(model), tokens, Cost())
     (proposed,) = corrected_proposals(prices, additive(), limits, 2, [(1.0, 12)])
     singles = {segment for cuts in proposed for segment in cuts}
     assert all(len(prices.known[(segment,)]) == 1 for segment in singles), "on a few rows"
@@ -242,28 +242,20 @@ def model() -> Any:
 
 def test_an_overflow_on_a_row_of_probes_leaves_the_text_alone(monkeypatch, model):
     probes = probe_rows(folders.tokenizer(), rows=4, window=64, capabilities=["sums"])
-    prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 64), Cost(), probes=probes)
-    plain, tables = Prices._of_batch, []
+    prices = CutCosts(DecoderRunner(model), tiny.some_tokens(4, 64), Cost(), probes=probes)
+    plain, tables = CutCosts._of_batch, []
 
-    def overflowing(self: Prices, sets: Any, *given: Any) -> torch.Tensor:
+    def overflowing(self: CutCosts, sets: Any, *given: Any) -> torch.Tensor:
         found = plain(self, sets, *given)
         found[[len(cuts) == 1 and len(cuts[0]) == 2 for cuts in sets], 1] = torch.inf  # the second row is of probes
         return found
 
-    monkeypatch.setattr(Prices, "_of_batch", overflowing)
+    monkeypatch.setattr(CutCosts, "_of_batch", overflowing)
     monkeypatch.setattr(fisher, "corrected", lambda *given: tables.append(corrected(*given)) or tables[-1])
     corrected_proposals(prices, estimate(prices, 2, 0), Restriction.none(LAYERS, 4), 2, [(1.0, 6), (0.0, 6)])
     assert (tables[-1].table > 1e20).any()
     assert tables[-1].text.isfinite().all()
     assert tables[-1].text.max() < 1e3
-
-
-def test_an_objective_that_the_dense_model_does_not_have_at_0_is_counted_from_there(model):
-    tokens, segments = tiny.some_tokens(8, 16), [Segment(2, 3), Segment(4, 7)]
-    prices = Prices(DecoderRunner(model), tokens, Cost(), objectives.get("next-token")())
-    dense, *cut = prices.of([(), *((segment,) for segment in segments)], 1)
-    assert dense.item() > 1
-    assert torch.equal(prices.of_singles(segments)[:, 0], torch.stack(cut)[:, 0] - dense)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 2)])

@@ -6,16 +6,16 @@ import pytest
 
 import tiny
 from layercut.layer_search import search
-from layercut.layer_search.prices import Prices, halving
+from layercut.layer_search.cut_costs import CutCosts, halving
 from layercut.layer_search.result import Cost
 from layercut.layer_search.segment_sets import (
     all_sets,
     neighbours,
     number_of_sets,
 )
-from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, sweep_work
+from layercut.layer_search.sweep import DENSE, all_segments, set_costs, set_work
 from layercut.models import model_weights
-from layercut.models.losses import kl_divergence, next_token_loss
+from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.progress import progress_to
 from layercut.segments import Segment, joined_segments
@@ -35,12 +35,12 @@ def test_one_sweep_is_brute_force(make):
     model, tokens, cost = make(), tiny.some_tokens(), Cost()
     stack = DecoderRunner(model)
     segments = all_segments(2, len(stack))
-    found = segment_costs(stack, tokens, segments, cost, rows=4)
+    found = set_costs(stack, tokens, [(s,) for s in segments], cost, rows=4)
     assert [c.kl for c in found] == sorted(c.kl for c in found)
     assert {c.segments[0] for c in found} == set(segments)
     for candidate in found:
         assert candidate.kl == pytest.approx(brute_force(model, tokens, candidate.segments[0]), rel=1e-4, abs=1e-6)
-    assert cost.layer_forwards == sweep_work(segments, len(stack), len(tokens))
+    assert cost.layer_forwards == set_work([DENSE, *((s,) for s in segments)], len(stack), len(tokens))
     assert cost.dense_tokens == tokens.numel()
 
 
@@ -105,7 +105,7 @@ def test_prices_are_those_of_the_sweep_and_no_row_is_priced_twice():
     model, tokens, cost = tiny.llama(), tiny.some_tokens(8), Cost()
     stack = DecoderRunner(model)
     sets = [(segment,) for segment in all_segments(2, len(stack))]
-    prices = Prices(stack, tokens, cost)
+    prices = CutCosts(stack, tokens, cost)
     prices.of(sets[:3], 2)
     prices.of(sets, 5)
     exact = {c.segments: c.kl for c in set_costs(stack, tokens, sets, Cost())}
@@ -121,18 +121,18 @@ def test_prices_are_those_of_the_sweep_and_no_row_is_priced_twice():
 def test_a_race_ends_with_the_best_priced_on_all_rows():
     stack, tokens, cost = DecoderRunner(tiny.llama()), tiny.some_tokens(16), Cost()
     segments = all_segments(2, len(stack))
-    exact = segment_costs(stack, tokens, segments, Cost())
-    found = halving(Prices(stack, tokens, cost), [(segment,) for segment in segments])
+    exact = set_costs(stack, tokens, [(s,) for s in segments], Cost())
+    found = halving(CutCosts(stack, tokens, cost), [(segment,) for segment in segments])
     assert found[0].segments == exact[0].segments
     assert found[0].kl == pytest.approx(exact[0].kl, rel=1e-4)
-    assert cost.layer_forwards < 0.7 * sweep_work(segments, len(stack), len(tokens))
+    assert cost.layer_forwards < 0.7 * set_work([DENSE, *((s,) for s in segments)], len(stack), len(tokens))
 
 
 def test_a_race_says_how_far_it_is():
     """In prices of single rows, those that were known before among them."""
     stack, tokens, seen = DecoderRunner(tiny.llama()), tiny.some_tokens(16), []
     sets = [(segment,) for segment in all_segments(2, len(stack))]
-    prices = Prices(stack, tokens, Cost())
+    prices = CutCosts(stack, tokens, Cost())
     with progress_to(lambda *task: seen.append(task[:3])):
         halving(prices, sets, "all of them")
         assert {name for name, *_ in seen} == {"all of them"}
@@ -140,33 +140,3 @@ def test_a_race_says_how_far_it_is():
         assert done == total == 2 * 7 + 2 * 4 + 4 * 3 + 8 * 3
         assert firsts == sorted(firsts)
         assert len(firsts) > 3
-        halving(prices, sets, "again")
-        assert seen[-1] == ("again", total, total)
-        prices.of_singles(sets[0])
-        assert seen[-1][1] == seen[-1][2] > 0
-
-
-@pytest.mark.parametrize("objective", ["next-token"])
-@pytest.mark.parametrize("method", ["fisher", "race", "exhaustive"])
-def test_other_objectives_choose_by_their_own_score(objective, method):
-    model, tokens = tiny.llama(), tiny.some_tokens(8)
-    stack = DecoderRunner(model)
-    result = search(stack, tokens, n_layers=2, method=method, seed=0, objective=objective)
-    scores = {}
-    for segment in all_segments(2, len(stack)):
-        student = model_weights.share(model)
-        cut_segment_(student, [segment])
-        if objective == "next-token":
-            logits = student(input_ids=tokens, use_cache=False).logits
-            scores[segment] = next_token_loss(logits, tokens).mean().item()
-        else:
-            ends = []
-            for opened in (stack, DecoderRunner(student)):
-                hidden, calls = opened.enter(tokens)
-                ends.append(opened.run(hidden, calls, 0, len(opened)))
-            error = (ends[1] - ends[0]).square().sum(-1) / ends[0].square().sum(-1)
-            scores[segment] = error.mean().item()
-    best = min(scores, key=scores.get)
-    assert result.segments == [best]
-    assert result.candidates[0].score == pytest.approx(scores[best], rel=1e-4)
-    assert result.candidates[0].kl == pytest.approx(brute_force(model, tokens, best), rel=1e-4)

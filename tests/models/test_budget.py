@@ -12,10 +12,10 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import likelihood
 from layercut.healing import fold_, tune_, tuning_pass
 from layercut.layer_search import sweep
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import estimate
-from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
+from layercut.layer_search.sweep import all_segments, set_costs, set_losses
 from layercut.models import devices, memory, model_weights
 from layercut.models.memory import Budget, kept_bytes
 from layercut.models.passes import mean_kl
@@ -136,9 +136,9 @@ def stages():
     stack, student = DecoderRunner(model), DecoderRunner(cut_copy(model))
     sets = [(segment,) for segment in all_segments(2, 8)]
     return {
-        "sweep": lambda: [(c.segments, c.kl) for c in segment_costs(stack, tokens, all_segments(2, 8), Cost())],
+        "sweep": lambda: [(c.segments, c.kl) for c in set_costs(stack, tokens, sets, Cost())],
         "losses": lambda: list(set_losses(stack, tokens, sets, Cost()).items()),
-        "prices": lambda: list(zip(sets, Prices(stack, tokens, Cost()).of(sets, 7).mean(1).tolist(), strict=True)),
+        "prices": lambda: list(zip(sets, CutCosts(stack, tokens, Cost()).of(sets, 7).mean(1).tolist(), strict=True)),
         "kl": lambda: [("kl", mean_kl(stack, student, tokens))],
     }
 
@@ -169,10 +169,10 @@ def test_what_goes_on_in_halves_finds_the_same(name, monkeypatch):
 def test_cost_is_that_of_the_work_that_counts(monkeypatch):
     stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(7)
     plain, halved = Cost(), Cost()
-    segment_costs(stack, tokens, all_segments(2, 8), plain)
+    set_costs(stack, tokens, [(s,) for s in all_segments(2, 8)], plain)
     monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 2)[0])
     with memory_limit():
-        segment_costs(stack, tokens, all_segments(2, 8), halved)
+        set_costs(stack, tokens, [(s,) for s in all_segments(2, 8)], halved)
     assert (halved.layer_forwards, halved.dense_tokens) == (plain.layer_forwards, plain.dense_tokens)
 
 
@@ -243,7 +243,7 @@ def short_layers(most):
 
 def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
     stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(2)
-    wanted, cost = estimate(Prices(stack, tokens, Cost()), 2, 0).table, Cost()
+    wanted, cost = estimate(CutCosts(stack, tokens, Cost()), 2, 0).table, Cost()
     exit_ = DecoderRunner.exit
 
     def short_head(self, hidden, tokens, part=None):
@@ -254,7 +254,7 @@ def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
     monkeypatch.setattr(memory, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
     monkeypatch.setattr(DecoderRunner, "exit", short_head)
     with memory_limit():
-        found = estimate(Prices(stack, tokens, cost), 2, 0).table
+        found = estimate(CutCosts(stack, tokens, cost), 2, 0).table
         assert memory.budget(torch.device("cpu")).logit_tokens(tiny.VOCABULARY) == 4
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
     assert cost.dense_tokens == tokens.numel(), "what failed is not counted"
@@ -291,7 +291,7 @@ def test_what_no_halving_helps_ends_with_a_hint(monkeypatch):
     stack = DecoderRunner(tiny.llama())
     monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 0)[0])
     with memory_limit(), pytest.raises(ModelError, match="out of memory on cpu even with the least") as caught:
-        segment_costs(stack, tiny.some_tokens(2), all_segments(2, 8), Cost())
+        set_costs(stack, tiny.some_tokens(2), [(s,) for s in all_segments(2, 8)], Cost())
     assert "--stream on" in caught.value.hint
 
 
@@ -299,7 +299,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
     stack = DecoderRunner(tiny.llama())
     monkeypatch.setattr(sweep, "sweep", lambda *_: (_ for _ in ()).throw(RuntimeError("size mismatch")))
     with memory_limit(), pytest.raises(RuntimeError, match="size mismatch"):
-        segment_costs(stack, tiny.some_tokens(2), all_segments(2, 8), Cost())
+        set_costs(stack, tiny.some_tokens(2), [(s,) for s in all_segments(2, 8)], Cost())
 
 
 def test_a_command_has_gpus_sum_in_float32():

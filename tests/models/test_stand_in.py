@@ -21,9 +21,8 @@ from layercut import surgery
 from layercut.config import DataConfig, PlanConfig, SearchConfig
 from layercut.errors import ConfigError
 from layercut.evaluation import speed
-from layercut.layer_search.prices import Judge
+from layercut.layer_search.cut_costs import row_kl
 from layercut.models import checkpoints, model_weights, placement
-from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.plan import plan_run
 from layercut.quantization import quantize
@@ -253,7 +252,7 @@ def test_answers_are_weighed_on_the_device_that_computes(counts):
         stack = DecoderRunner(copy.deepcopy(model).to(place))
         hidden = stack.enter(tokens)[0]
         dense = stack.run(*stack.enter(tokens), 0, 2)
-        losses.append(Judge(KL(), stack, dense, tokens, weights=weights)(hidden).cpu())
+        losses.append(row_kl(stack, dense, tokens, weights)(hidden).cpu())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 

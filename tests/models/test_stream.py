@@ -27,7 +27,6 @@ from layercut.layer_search.sweep import (
     DENSE,
     all_lengths,
     all_segments,
-    segment_costs,
     set_costs,
     set_losses,
     streams_held,
@@ -131,7 +130,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
 
     monkeypatch.setattr(disk.files, "_read", watched)
     stack, tokens = DecoderRunner(model), tiny.some_tokens()
-    segment_costs(stack, tokens, all_segments(2, 8), Cost())
+    set_costs(stack, tokens, [(s,) for s in all_segments(2, 8)], Cost())
     assert len(most) == 8
     taylor_scores(stack, tokens, Cost())  # and the way down
     search(stack, tokens, n_layers=2, method="fisher", seed=0)
@@ -163,8 +162,8 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     checkpoint, tokens = saved(MODELS[name](), tmp_path), tiny.some_tokens(6)
     memory, stack, disk = both(checkpoint)
     segments, costs = all_segments(2, len(stack)), (Cost(), Cost())
-    expected = segment_costs(memory, tokens, segments, costs[0], rows=2)
-    assert segment_costs(stack, tokens, segments, costs[1], rows=2) == expected  # to the bit
+    expected = set_costs(memory, tokens, [(s,) for s in segments], costs[0], rows=2)
+    assert set_costs(stack, tokens, [(s,) for s in segments], costs[1], rows=2) == expected  # to the bit
     assert costs[0] == costs[1]
     assert disk.files.layers_read == [1] * len(stack)
     stored = checkpoints.stored_tensors(checkpoint.folder)
@@ -176,8 +175,8 @@ def test_a_sweep_of_all_lengths_reads_each_layer_once(llama):
     tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
     assert sorted(set(segments)) == sorted(segments)
     assert {(s.start, s.stop) for s in segments} == {(a, b) for a in range(8) for b in range(a + 1, a + 4) if b <= 8}
-    found = segment_costs(stack, tokens, segments, Cost())
-    assert found == segment_costs(memory, tokens, segments, Cost())
+    found = set_costs(stack, tokens, [(s,) for s in segments], Cost())
+    assert found == set_costs(memory, tokens, [(s,) for s in segments], Cost())
     assert disk.files.layers_read == [1] * 8
 
 
@@ -213,10 +212,10 @@ def test_other_methods_search_on_disk_too(llama, method):
 def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeypatch):
     memory, stack, disk = both(llama)
     tokens, segments = tiny.some_tokens(6), all_segments(2, 8)
-    expected = segment_costs(memory, tokens, segments, Cost(), rows=2)
+    expected = set_costs(memory, tokens, [(s,) for s in segments], Cost(), rows=2)
     per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
     monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row / passes.STREAMS_SHARE)
-    assert segment_costs(stack, tokens, segments, Cost(), rows=2) == expected
+    assert set_costs(stack, tokens, [(s,) for s in segments], Cost(), rows=2) == expected
     assert disk.files.layers_read == [2] * 8
     monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):

@@ -21,15 +21,14 @@ from layercut.layer_search.budgets import (
     split_rows,
 )
 from layercut.layer_search.criteria import Criterion, lowest, names, takes
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
-from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.race import MOST_SETS
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import number_of_sets
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
-from layercut.models.objectives import Objective
 from layercut.models.runner import prepared
 from layercut.progress import bar, say
 from layercut.segments import as_segments, checked_segments, layers_to_remove
@@ -54,7 +53,6 @@ def search(
     segments: Any = None,
     num_segments: int | Literal["auto"] = 1,
     method: str | Criterion = "auto",
-    objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     seed: int = 0,
     restriction: Restriction | None = None,
@@ -71,7 +69,6 @@ def search(
         segments: no search: the cost of these, removed together, each a `Segment`, (13, 19) or "13:19".
         num_segments: how many segments at most, for fisher, race and exhaustive; "auto": two where that pays.
         method: a name in `layercut.criteria`, or a `Criterion`; "auto" is "fisher", an estimate checked by real cuts.
-        objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
         probes: synthetic probes (`layercut.probe_rows`), whose KL such a search minimises with that of the text.
         seed: of everything drawn at random: the same seed gives the same result.
         restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
@@ -97,11 +94,11 @@ def search(
                 if probes is None:
                     found = set_costs(runner, tokens, [cuts], cost := Cost(), advance=advance)
                 else:
-                    found = candidates(Prices(runner, tokens, cost := Cost(), probes=probes), [cuts])
+                    found = CutCosts(runner, tokens, cost := Cost(), probes).candidates([cuts])
                 return SearchResult("given", found, cost)
         limits = restriction or Restriction.none(layers, wanted_length(layers, ratio, n_layers, given is not None))
         limits.needed([0.0] * layers)  # raises where no cut is allowed
-        length, by = limits.length, as_objective(objective)
+        length = limits.length
         if isinstance(method, str):
             name, criterion = "fisher" if method == "auto" else method, registries.criteria.get(method)
         elif callable(method):
@@ -109,7 +106,7 @@ def search(
         else:
             raise ConfigError(f"method={method!r} is no criterion", "a name in layercut.criteria, or your own function")
         several = num_segments not in (1, "auto")
-        for option, asked in {"num_segments": several, "objective": not is_kl(by), "probes": bool(probes)}.items():
+        for option, asked in {"num_segments": several, "probes": bool(probes)}.items():
             if asked and not names(criterion, option):
                 raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'fisher'")
         results = []
@@ -117,8 +114,8 @@ def search(
             cost, begun = Cost(), time.perf_counter()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options: dict[str, Any] = {
-                    "seed": seed, "cost": cost, "advance": advance, "num_segments": k, "objective": by,
-                    "probes": probes, "restriction": limits,
+                    "seed": seed, "cost": cost, "advance": advance, "num_segments": k, "probes": probes,
+                    "restriction": limits,
                 }  # fmt: skip
                 taken = {key: value for key, value in options.items() if takes(criterion, key)}
                 picked = criterion(runner, tokens, length, **taken)

@@ -266,7 +266,7 @@ def taylor_scores(stack: DecoderRunner, tokens: torch.Tensor, cost: Cost) -> tor
                         (p.detach().float() * g).abs().to(place_of_float64(g.device)).sum(dtype=torch.float64).item()
                         for p, g in zip(weights, sums.pop(i), strict=True)
                     )
-                del weights, totals  # a reference would keep a layer on disk in memory
+                del weights, totals, output, grads  # a reference would keep a layer on disk in memory
             for batch in batches:
                 cost.layer_forwards += 2 * layers * len(batch)
                 cost.layer_backwards += layers * len(batch)

@@ -27,12 +27,11 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.layer_search.prices import Judge, Prices, as_objective, halving
+from layercut.layer_search.cut_costs import CutCosts, halving, row_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, GateTrace, SearchResult
 from layercut.layer_search.sweep import Cuts
 from layercut.models.losses import LOSS_SCALE
-from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.progress import bar
 from layercut.segments import joined_segments
@@ -75,19 +74,19 @@ def gates(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
     return torch.where(g < EXACT, 0.0, torch.where(g > 1 - EXACT, 1.0, g))
 
 
-def gated_losses(prices: Prices, rows: slice, part: slice, wells: Sequence[torch.Tensor], s: float) -> torch.Tensor:
+def gated_losses(costs: CutCosts, rows: slice, part: slice, wells: Sequence[torch.Tensor], s: float) -> torch.Tensor:
     """The loss with each set of wells, differentiable in their walls, on some positions of some rows.
 
     Layers are outermost: each is entered once, for the dense stream and those of all wells.
     """
-    stack, cost = prices.stack, prices.cost
-    tokens = stack.place(prices.tokens[rows, part])
+    stack, cost = costs.stack, costs.cost
+    tokens = stack.place(costs.tokens[rows, part])
     with torch.no_grad():
         dense, calls = stack.enter(tokens)
     kept = 40 * dense.numel() * dense.element_size() * len(stack) * len(wells)  # what a layer keeps for its way back
     layer = recomputed_layer if stack.on_disk or kept > 2 * stack.budget.streams else type(stack).layer
     streams: list[torch.Tensor | None] = [None] * len(wells)  # None: the same as the dense stream so far
-    share = tokens.shape[1] / prices.tokens.shape[1] * len(tokens)  # of a row
+    share = tokens.shape[1] / costs.tokens.shape[1] * len(tokens)  # of a row
     entered = backwards = 0
     all_gates = [gates(walls, len(stack), s) for walls in wells]
     for i in range(len(stack)):
@@ -108,9 +107,9 @@ def gated_losses(prices: Prices, rows: slice, part: slice, wells: Sequence[torch
     cost.layer_forwards += math.ceil((entered + len(stack)) * share)
     cost.layer_backwards += math.ceil(backwards * share)
     cost.dense_tokens += tokens.numel()
-    weights = None if prices.weights is None else prices.weights[rows, part]
-    judge = Judge(prices.objective, stack, dense, tokens, weights=weights)
-    return torch.stack([judge(dense if h is None else h).mean().cpu() for h in streams])
+    weights = None if costs.weights is None else costs.weights[rows, part]
+    kl = row_kl(stack, dense, tokens, weights)
+    return torch.stack([kl(dense if h is None else h).mean().cpu() for h in streams])
 
 
 def slopes(losses: torch.Tensor, walls: Sequence[torch.Tensor], scale: float) -> list[torch.Tensor]:
@@ -140,17 +139,17 @@ def beginnings(starts: int, layers: int, length: int, count: int, draw: torch.Ge
     return [*torch.stack([a, a + length / count], -1)]
 
 
-def batches(prices: Prices, piece: int, draw: torch.Generator) -> Iterator[tuple[slice, slice]]:
+def batches(costs: CutCosts, piece: int, draw: torch.Generator) -> Iterator[tuple[slice, slice]]:
     """Rows and positions of each step: a piece of a row of text, or a row of text and one of probes beside it."""
-    window = prices.tokens.shape[1]
-    if prices.weights is not None:
-        rows = [slice(at, at + 2) for at in range(0, prices.rows - 1, 2)]
+    window = costs.tokens.shape[1]
+    if costs.weights is not None:
+        rows = [slice(at, at + 2) for at in range(0, costs.rows - 1, 2)]
         parts = [(some, slice(0, window)) for some in rows]
     else:
         size = min(piece, window)
         parts = [
             (slice(r, r + 1), slice(at, at + size))
-            for r in range(prices.rows)
+            for r in range(costs.rows)
             for at in range(0, window - size + 1, size)
         ]
     while True:
@@ -170,15 +169,15 @@ class Wells:
     gates: list[list[float]] = field(default_factory=list)
 
 
-def trained(prices: Prices, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
+def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
     """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
-    layers, draw = len(prices.stack), torch.Generator().manual_seed(seed)
+    layers, draw = len(costs.stack), torch.Generator().manual_seed(seed)
     starts = max(4, round((layers - length) / schedule.apart)) * count
     alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
     dropped: list[Wells] = []
     optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
-    scale = LOSS_SCALE if prices.stack.model.dtype == torch.float16 else 1.0
-    pieces = batches(prices, schedule.piece, draw)
+    scale = LOSS_SCALE if costs.stack.model.dtype == torch.float16 else 1.0
+    pieces = batches(costs, schedule.piece, draw)
     with bar("concave gate", schedule.steps) as advance:
         for step in range(schedule.steps):
             sharpness = schedule.at(step, schedule.sharpness)
@@ -186,7 +185,7 @@ def trained(prices: Prices, length: int, count: int, seed: int, schedule: Schedu
             optimizer.zero_grad()
             walls = [well.walls for well in alive]
             with torch.enable_grad():
-                losses = gated_losses(prices, *next(pieces), walls, sharpness)
+                losses = gated_losses(costs, *next(pieces), walls, sharpness)
                 found = slopes(losses, walls, scale)
             for well, loss, slope in zip(alive, losses.tolist(), found, strict=True):
                 well.gates.append(gates(well.walls.detach(), layers, sharpness).tolist())
@@ -242,19 +241,18 @@ def clp(
     cost: Cost,
     seed: int = 0,
     num_segments: int = 1,
-    objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
     schedule: Schedule = Schedule(),
 ) -> SearchResult:
     """The concave gate of CLP: its own proposals, of which a few real cuts decide."""
-    prices = Prices(runner, tokens, cost, as_objective(objective), probes)
+    costs = CutCosts(runner, tokens, cost, probes)
     limits = restriction or Restriction.none(len(runner), length)
-    wells = processes.from_main(trained(prices, length, num_segments, seed, schedule))
+    wells = processes.from_main(trained(costs, length, num_segments, seed, schedule))
     ways = [hardened(well.walls, limits, schedule.finalists) for well in wells]
     proposed = [way[k] for k in range(schedule.finalists) for way in ways[: schedule.least] if k < len(way)]
     sets = [*dict.fromkeys(proposed)][: schedule.finalists]
-    found = halving(prices, sets, "finalists of the concave gate", finalists=2)
+    found = halving(costs, sets, "finalists of the concave gate", finalists=2)
     first = next(w for w, way in enumerate(ways) if found[0].segments in way)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]
     trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered])

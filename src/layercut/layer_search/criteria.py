@@ -37,7 +37,6 @@ class Criterion(Protocol):
         cost: Cost                      to which it adds what it spends; `sweep.set_losses` and the like do so
         advance: Callable[[float], None]    to be called with the steps done, for a progress bar without an end
         num_segments: int               K; only a criterion that names it can be asked for more than one segment
-        objective: Objective            what makes a cut good; only a criterion that names it can be asked for one
         probes: ProbeRows | None        probes beside the text; only a criterion that names it can be given any
         restriction: Restriction        of the cuts that it may choose (`restriction.py`); a forbidden choice is refused
 

@@ -34,7 +34,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.layer_search.prices import WORST, Prices, beside_text, halving
+from layercut.layer_search.cut_costs import WORST, CutCosts, best_by_text, halving
 from layercut.layer_search.race import climb
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
@@ -42,7 +42,6 @@ from layercut.layer_search.segment_sets import cheapest_sums
 from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.losses import LOSS_SCALE, likelihood_slope_
 from layercut.models.memory import slices
-from layercut.models.objectives import Objective
 from layercut.models.passes import dense_logits
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
@@ -75,24 +74,23 @@ def fisher(
     cost: Cost,
     seed: int,
     num_segments: int,
-    objective: Objective,
     probes: ProbeRows | None,
     restriction: Restriction,
 ) -> SearchResult:
     """The sets of least estimated cost are cut for real: halving, and with several segments the climb, decide."""
-    prices = Prices(runner, shuffled(tokens, seed), cost, objective, probes)
+    costs = CutCosts(runner, shuffled(tokens, seed), cost, probes)
     several = num_segments > 1
-    found = estimate(prices, gradient_rows(prices.rows), seed)
+    found = estimate(costs, gradient_rows(costs.rows), seed)
     asked = [(1.0, PER_SEGMENT * num_segments if several else PROPOSALS)]
-    asked += [(LIGHTER, OTHERS), (0.0, OTHERS)] if prices.kinds > 1 else []
-    proposed = (corrected_proposals if several else proposals_of_each)(prices, found, restriction, num_segments, asked)
+    asked += [(LIGHTER, OTHERS), (0.0, OTHERS)] if costs.kinds > 1 else []
+    proposed = (corrected_proposals if several else proposals_of_each)(costs, found, restriction, num_segments, asked)
     sets = list(dict.fromkeys(cuts for some in proposed for cuts in some))
-    begin = first_of_proposals(prices.rows, prices.kinds)
-    best = halving(prices, sets, f"fisher: {len(sets)} proposals race", begin=begin)
+    begin = first_of_proposals(costs.rows, costs.kinds)
+    best = halving(costs, sets, f"fisher: {len(sets)} proposals race", begin=begin)
     if several:
-        best = climb(prices, best, restriction, num_segments)
+        best = climb(costs, best, restriction, num_segments)
     lighter = proposed[1] if len(asked) > 1 else []
-    return SearchResult("fisher", best, cost, by_text=beside_text(prices, best, sets), lighter=lighter)
+    return SearchResult("fisher", best, cost, by_text=best_by_text(costs, best, sets), lighter=lighter)
 
 
 def gradient_rows(rows: int) -> int:
@@ -133,30 +131,30 @@ class Estimate:
         return Estimate(self.text + probes * (self.table - self.text), self.text)
 
 
-def estimate(prices: Prices, rows: int, seed: int) -> Estimate:
+def estimate(costs: CutCosts, rows: int, seed: int) -> Estimate:
     """From one forward and one backward pass of each of the first rows; every process does the same."""
-    draw, layers, stack = torch.Generator().manual_seed(seed), len(prices.stack), prices.stack
+    draw, layers, stack = torch.Generator().manual_seed(seed), len(costs.stack), costs.stack
     scale = LOSS_SCALE if stack.model.dtype == torch.float16 else 1.0
     found, states = list[torch.Tensor](), dict[int, torch.Tensor]()  # of each row, and of `draw` before it
     queue = stack.parts("search", [slice(at, at + 1) for at in range(rows)])
     for part in queue:
         begun = states.setdefault(part.start, draw.get_state())
-        weights = None if prices.weights is None else prices.weights[part.start]
+        weights = None if costs.weights is None else costs.weights[part.start]
         with queue.trying(part):
             while True:  # what is drawn is the same again
                 draw.set_state(begun)
-                row = prices.tokens[part]
+                row = costs.tokens[part]
                 table = estimate_of_row(stack, row, draw, weights=weights, scale=scale)
                 if scale == 1 or table.isfinite().all():
                     break
                 scale /= 2
             found.append(table.flatten())
             # back to the first layer's output, each layer run again: what it computes inside is kept of one at a time
-            prices.cost.layer_forwards += 2 * layers - 1
-            prices.cost.layer_backwards += layers - 1
-            prices.cost.dense_tokens += prices.tokens.shape[1]
+            costs.cost.layer_forwards += 2 * layers - 1
+            costs.cost.layer_backwards += layers - 1
+            costs.cost.dense_tokens += costs.tokens.shape[1]
     of_rows = torch.stack(found, -1).nan_to_num(WORST, WORST, WORST)
-    both = [prices.weighted.mean(of_rows, probes).view(layers + 1, layers + 1) for probes in (1.0, 0.0)]
+    both = [costs.weighted.mean(of_rows, probes).view(layers + 1, layers + 1) for probes in (1.0, 0.0)]
     return Estimate(*processes.from_main(both))
 
 
@@ -242,27 +240,27 @@ def proposals(found: Estimate, limits: Restriction, count: int, most: int) -> li
 
 
 def proposals_of_each(
-    prices: Prices, found: Estimate, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
+    costs: CutCosts, found: Estimate, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
 ) -> list[list[Cuts]]:
     """So many proposals for each weight of the probes."""
     return [proposals(found.weighing(probes), limits, count, most) for probes, most in asked]
 
 
 def corrected_proposals(
-    prices: Prices, found: Estimate, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
+    costs: CutCosts, found: Estimate, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
 ) -> list[list[Cuts]]:
     """The same, the estimate corrected by real cuts of the segments in them, until all of these are known."""
     own, known = found, dict[Segment, tuple[float, float]]()
     for _ in range(MOST_ROUNDS):
-        proposed = proposals_of_each(prices, found, limits, count, asked)
+        proposed = proposals_of_each(costs, found, limits, count, asked)
         lacking = sorted({segment for some in proposed for cuts in some for segment in cuts} - known.keys())
         if not lacking:
             return proposed
-        costs = prices.of_singles(lacking)
-        both = (prices.weighted.mean(costs, probes).tolist() for probes in (1.0, 0.0))
+        alone = costs.of_singles(lacking)
+        both = (costs.weighted.mean(alone, probes).tolist() for probes in (1.0, 0.0))
         known |= dict(zip(lacking, zip(*both, strict=True), strict=True))
         found = corrected(own, known)
-    return proposals_of_each(prices, found, limits, count, asked)
+    return proposals_of_each(costs, found, limits, count, asked)
 
 
 def corrected(found: Estimate, known: dict[Segment, tuple[float, float]]) -> Estimate:

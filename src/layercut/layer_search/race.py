@@ -8,12 +8,11 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.prices import Prices, beside_text, candidates, halving, is_kl
+from layercut.layer_search.cut_costs import CutCosts, best_by_text, halving
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
 from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_costs, set_work
-from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 
@@ -33,7 +32,6 @@ def race(
     cost: Cost,
     seed: int,
     num_segments: int,
-    objective: Objective,
     probes: ProbeRows | None,
     restriction: Restriction,
 ) -> SearchResult:
@@ -43,34 +41,34 @@ def race(
     rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
     """
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    prices = Prices(runner, tokens[order], cost, objective, probes)
+    costs = CutCosts(runner, tokens[order], cost, probes)
     if num_segments == 1:
         sets: Sequence[Cuts] = [(segment,) for segment in restriction.needed_segments()]
-        found = halving(prices, sets)
+        found = halving(costs, sets)
     else:
-        sets = least_sums(prices, restriction, num_segments)
-        found = climb(prices, halving(prices, sets), restriction, num_segments)
-    return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
+        sets = least_sums(costs, restriction, num_segments)
+        found = climb(costs, halving(costs, sets), restriction, num_segments)
+    return SearchResult("race", found, cost, by_text=best_by_text(costs, found, sets))
 
 
-def least_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
+def least_sums(costs: CutCosts, limits: Restriction, count: int) -> list[Cuts]:
     """Sets of several segments by the sum of what each costs alone, by its real cut on a few rows."""
     singles = all_lengths(limits.length, len(limits.may))
-    costs = prices.weighted.mean(prices.of_singles(singles)).tolist()
-    ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
+    alone = costs.weighted.mean(costs.of_singles(singles)).tolist()
+    ranked = cheapest_sums(dict(zip(singles, alone, strict=True)), limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them
     return ranked[: COARSE_SETS * len(limits.may)]
 
 
-def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
+def climb(costs: CutCosts, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
     """Race the one-layer moves of the best candidate against it until none is better."""
     best = found[0].segments
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
         name = f"race beside {', '.join(map(str, best))}"
-        raced = halving(prices, {best, *moves}, name, finalists=CLIMB_FINALISTS)
+        raced = halving(costs, {best, *moves}, name, finalists=CLIMB_FINALISTS)
         known |= {candidate.segments: candidate for candidate in raced}
         ordered = sorted(known.values(), key=lambda each: each.merit)
         if ordered[0].segments == best:
@@ -86,7 +84,6 @@ def exhaustive(
     *,
     cost: Cost,
     num_segments: int,
-    objective: Objective,
     probes: ProbeRows | None,
     restriction: Restriction,
 ) -> SearchResult:
@@ -103,10 +100,10 @@ def exhaustive(
             f"no cut of {length} layers into {num_segments} segments is allowed: {restriction.why}",
             "give another --ratio, or leave out --for",
         )
-    if probes is not None or not is_kl(objective):
-        prices = Prices(runner, tokens, cost, objective, probes)
+    if probes is not None:
+        costs = CutCosts(runner, tokens, cost, probes)
         with bar(f"sweeping {len(sets)} sets", None):
-            found = candidates(prices, prices.ranked(sets, prices.rows))
-            return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
+            found = costs.candidates(costs.ranked(sets, costs.rows))
+            return SearchResult("exhaustive", found, cost, by_text=best_by_text(costs, found, sets))
     with bar(f"sweeping {len(sets)} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
         return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, advance=advance), cost)

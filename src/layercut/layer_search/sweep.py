@@ -5,15 +5,15 @@ what enters layer s + n is h_s. Layer j then serves the dense stream and every f
 all L - n + 1 candidates cost about half of running each in full, and each layer is entered once. A set of several
 segments forks at each of them; sets that begin with the same segments share a stream until they part.
 
-Of a model on disk each layer is read once, for all rows (`runner.passes`); that needs the streams of all rows at once,
-about L - n + 2 of them, N T D numbers each.
+Of a model on disk each layer is read once, for all rows; that needs the streams of all rows at once, about L - n + 2 of
+them, N T D numbers each.
 
-Several processes price a share of the rows each, all sets on every row; the sums are over all of them.
+Several processes run a share of the rows each, all sets on every row; the sums are over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -31,20 +31,6 @@ Cuts = tuple[Segment, ...]
 DENSE: Cuts = ()
 
 
-def segment_costs(
-    stack: DecoderRunner,
-    tokens: torch.Tensor,
-    segments: Sequence[Segment],
-    cost: Cost,
-    *,
-    rows: int | None = None,
-    advance: Callable[[int], None] = lambda layers: None,
-) -> list[Candidate]:
-    """KL(p || q) of each segment cut out alone: `set_costs` of sets of one."""
-    return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
-
-
-@torch.no_grad()
 def set_costs(
     stack: DecoderRunner,
     tokens: torch.Tensor,
@@ -54,29 +40,18 @@ def set_costs(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q) of each set of segments cut out together."""
-    totals, spent = dict.fromkeys(sets, 0.0), Cost()
-    wanted, tokens = [DENSE, *totals], stack.place(tokens)
-    queue = stack.parts("search", _passes(stack, tokens, rows, wanted))
-    for one in queue:
-        with queue.trying(one):
-            (batches, counts), own = one, Cost()
-            ends = sweep(stack, batches, wanted, own, advance)
-            found: list[torch.Tensor] = []  # of each chunk the KL of each set, read at the end
-            for b, batch in enumerate(batches):
-                for part, chunk_counts in row_chunks(stack, batch):
-                    teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])  # p [rows, T, V], for all sets
-                    kl = [teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum() for cuts in totals]
-                    found += [torch.stack(kl)] if kl and chunk_counts else []
-                own.dense_tokens += batch.numel()
-            spent += _add(totals, found, own, counts)
-    cost.add_(spent)
-    totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
-    candidates = [Candidate(cuts, as_price(total / tokens.numel(), 0.0)) for cuts, total in totals.items()]
-    return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
+    """KL(p || q) of each set of segments cut out together, from the best."""
+    sets = list(dict.fromkeys(sets))
+
+    def kl(ends: Mapping[Cuts, torch.Tensor], chunk: torch.Tensor) -> list[torch.Tensor]:
+        teacher = teacher_of(stack, ends[DENSE], chunk)  # p [rows, T, V], for all sets
+        return [teacher.kl(stack.exit(ends[cuts], chunk)).sum() for cuts in sets]
+
+    totals = _sums(stack, tokens, [DENSE, *sets], len(sets), kl, cost, rows, advance)
+    found = [Candidate(cuts, as_price(kl / tokens.numel(), 0.0)) for cuts, kl in zip(sets, totals, strict=True)]
+    return sorted(found, key=lambda candidate: (candidate.kl, candidate.segments))
 
 
-@torch.no_grad()
 def set_losses(
     stack: DecoderRunner,
     tokens: torch.Tensor,
@@ -87,43 +62,48 @@ def set_losses(
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, float]:
     """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork."""
-    totals, tokens, spent = dict.fromkeys(sets, 0.0), stack.place(tokens), Cost()
-    queue = stack.parts("search", _passes(stack, tokens, rows, list(totals)))
+    sets = list(dict.fromkeys(sets))
+
+    def losses(ends: Mapping[Cuts, torch.Tensor], chunk: torch.Tensor) -> list[torch.Tensor]:
+        return [next_token_loss(stack.exit(ends[cuts], chunk), chunk).sum() for cuts in sets]
+
+    totals = _sums(stack, tokens, sets, len(sets), losses, cost, rows, advance)
+    predictions = tokens.numel() - len(tokens)
+    return {cuts: as_price(loss / predictions) for cuts, loss in zip(sets, totals, strict=True)}
+
+
+@torch.no_grad()
+def _sums(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    wanted: Sequence[Cuts],
+    values: int,
+    of_chunk: Callable[[Mapping[Cuts, torch.Tensor], torch.Tensor], list[torch.Tensor]],
+    cost: Cost,
+    rows: int | None,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """The sums over all rows of what is found of the ends of a sweep, some rows at a time."""
+    totals, spent, tokens = [0.0] * values, Cost(), stack.place(tokens)
+    window = tokens.shape[1]
+    rows = rows or stack.budget.swept_rows(window, stack.stream_bytes(window), len(wanted))
+    queue = stack.parts("search", passes_in_step(stack, tokens, rows, streams_held(wanted, len(stack))))
     for one in queue:
         with queue.trying(one):
             (batches, counts), own = one, Cost()
-            ends = sweep(stack, batches, list(totals), own, advance)
-            found: list[torch.Tensor] = []
+            ends = sweep(stack, batches, wanted, own, advance)
+            found: list[torch.Tensor] = []  # of each chunk [values], read at the end
             for b, batch in enumerate(batches):
                 for part, chunk_counts in row_chunks(stack, batch):
-                    losses = [
-                        next_token_loss(stack.exit(ends[cuts][b][part], batch[part]), batch[part]).sum()
-                        for cuts in totals
-                    ]
-                    found += [torch.stack(losses)] if losses and chunk_counts else []
-            spent += _add(totals, found, own, counts)
+                    some = of_chunk({cuts: streams[b][part] for cuts, streams in ends.items()}, batch[part])
+                    found += [torch.stack(some)] if some and chunk_counts else []
+                own.dense_tokens += batch.numel() * (DENSE in ends)
+            if counts:
+                for chunk in torch.stack(found).tolist() if found else []:
+                    totals = [total + value for total, value in zip(totals, chunk, strict=True)]
+                spent += own
     cost.add_(spent)
-    sums = processes.summed([*totals.values()])
-    return {cuts: as_price(total / (tokens.numel() - len(tokens))) for cuts, total in zip(totals, sums, strict=True)}
-
-
-def _passes(
-    stack: DecoderRunner, tokens: torch.Tensor, rows: int | None, sets: Sequence[Cuts]
-) -> list[tuple[list[torch.Tensor], bool]]:
-    """This process's passes over the rows, each with whether it counts."""
-    window = tokens.shape[1]
-    rows = rows or stack.budget.swept_rows(window, stack.stream_bytes(window), len(sets))
-    return passes_in_step(stack, tokens, rows, streams_held(sets, len(stack)))
-
-
-def _add(totals: dict[Cuts, float], found: list[torch.Tensor], own: Cost, counts: bool) -> Cost:
-    """Add to the totals what a pass has found, [C] of each chunk; and its cost: none if it does not count."""
-    if not counts:
-        return Cost()
-    for chunk in torch.stack(found).tolist() if found else []:
-        for cuts, value in zip(totals, chunk, strict=True):
-            totals[cuts] += value
-    return own
+    return processes.summed(totals)
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
@@ -134,11 +114,6 @@ def all_segments(length: int, layers: int) -> list[Segment]:
 def all_lengths(longest: int, layers: int) -> list[Segment]:
     """Every segment of 1 … `longest` layers."""
     return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
-
-
-def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
-    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows."""
-    return set_work([DENSE, *((segment,) for segment in segments)], layers, rows)
 
 
 def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:

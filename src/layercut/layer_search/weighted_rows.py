@@ -1,12 +1,12 @@
-"""Text and generated tests as one set of rows that a search prices: the objective that sees what a user needs.
+"""Text and probes as one set of rows: the cost that sees what a user needs.
 
-    J(S) = KL_text(S) + weight · mean_c D_c(S)
+    J(S) = KL_text(S) + weight · mean_c KL_c(S)
 
-KL_text is the mean over all tokens of text, D_c the mean over the answers' tokens of capability c (`data/probes.py`),
-both of KL(dense || cut), in nats per token. Each row carries a weight for every position, so that J is the plain mean
-of the rows' prices, sum_t w_t KL_t: whatever goes by rows (the estimate, the race) minimises J and need not know.
-Rows of text and of tests stand in turn until the fewer run out, and the mean of the first rows is taken of each kind by
-itself: a coarse pricing on few rows sees both, or it would propose what is cheap on text alone.
+KL_text is the mean over all tokens of text, KL_c that over the answers' tokens of capability c (`data/probes.py`), both
+of KL(dense || cut), in nats per token. Each row carries a weight for every position, so that J is the plain mean of the
+rows' costs, sum_t w_t KL_t: whatever goes by rows (the estimate, the race) minimises J and need not know. Rows of text
+and of probes stand in turn until the fewer run out, and the mean of the first rows is taken of each kind by itself:
+few rows see both, or they would propose what is cheap on text alone.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ from layercut.models.runner import DecoderRunner
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """Rows of tokens, and what each position counts in the price of its row."""
+    """Rows of tokens, and what each position counts in the cost of its row."""
 
     tokens: torch.Tensor
     """int64 [N, T]."""
     weights: torch.Tensor | None
-    """float32 [N, T]; None: the price of a row is the mean over its tokens."""
+    """float32 [N, T]; None: the cost of a row is the mean over its tokens."""
     is_text: torch.Tensor
     """bool [N]."""
     probe_weight: float = 0.0
-    """What the damage counts in the mean."""
+    """What the KL on probes counts in the mean."""
 
-    def part(self, prices: torch.Tensor, *, text: bool) -> torch.Tensor:
-        """The share of the mean price that text has, KL_text, or that tests have, mean_c D_c, each in its own unit."""
-        share = prices[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
+    def part(self, costs: torch.Tensor, *, text: bool) -> torch.Tensor:
+        """The share of the mean that text has, KL_text, or that probes have, mean_c KL_c, each in its own unit."""
+        share = costs[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
         return share if text else share / self.probe_weight
 
-    def mean(self, prices: torch.Tensor, tests: float = 1.0) -> torch.Tensor:
-        """J as the first rows tell it: of each kind its share of all rows times its mean over those that are there."""
-        is_text, total = self.is_text[: prices.shape[1]], len(self.is_text)
-        found = torch.zeros(len(prices), dtype=prices.dtype)
+    def mean(self, costs: torch.Tensor, probes: float = 1.0) -> torch.Tensor:
+        """J by the first rows: of each kind its share of all rows times its mean over those that are there.
+
+        probes: how many times as much they count.
+        """
+        is_text, total = self.is_text[: costs.shape[1]], len(self.is_text)
+        found = torch.zeros(len(costs), dtype=costs.dtype)
         for kind in (True, False):
-            some = prices[:, is_text == kind]
+            some = costs[:, is_text == kind]
             if some.shape[1]:
                 share = int((self.is_text == kind).sum()) / total
-                found += some.mean(-1) * (share if kind else tests * share)
+                found += some.mean(-1) * (share if kind else probes * share)
         return found
 
     def text_only(self, rows: int) -> torch.Tensor:
@@ -56,24 +59,21 @@ class WeightedRows:
         return self.is_text[:rows].nonzero()[:, 0]
 
 
-def tests_alone(probes: ProbeRows) -> WeightedRows:
-    """Rows of tests without text: the mean of their prices is weight · mean_c D_c.
-
-    probes: M rows of tests.
-    """
+def probes_alone(probes: ProbeRows) -> WeightedRows:
+    """Rows of probes without text: the mean of their costs is weight · mean_c KL_c."""
     none = torch.zeros(len(probes.tokens), dtype=torch.bool)
     return WeightedRows(probes.tokens, probes.weights() * probes.weight, none, probes.weight)
 
 
 def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
-    """Rows of text and of tests, in turn."""
+    """Rows of text and of probes, in turn."""
     if probes is None or not probes.names or probes.weight == 0:
         return WeightedRows(text, None, torch.ones(len(text), dtype=torch.bool))
-    texts, tests = len(text), len(probes.tokens)
-    total, longest = texts + tests, max(text.shape[1], probes.tokens.shape[1])
+    texts, others = len(text), len(probes.tokens)
+    total, longest = texts + others, max(text.shape[1], probes.tokens.shape[1])
     even = torch.full(text.shape, total / texts / text.shape[1])
-    weighed = probes.weights() * (probes.weight * total / tests)
-    order = torch.cat([torch.arange(texts) * 2, torch.arange(tests) * 2 + 1]).argsort()
+    weighed = probes.weights() * (probes.weight * total / others)
+    order = torch.cat([torch.arange(texts) * 2, torch.arange(others) * 2 + 1]).argsort()
 
     def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in (a, b)])[order]
@@ -84,7 +84,7 @@ def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
 
 
 def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
-    """Refuse calibration tokens, and tests, that the model cannot run on."""
+    """Refuse calibration tokens, and probes, that the model cannot run on."""
     config = runner.model.config
     for tokens in texts:
         if not isinstance(tokens, torch.Tensor):

@@ -22,12 +22,11 @@ from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
-from layercut.layer_search.on_trial import LONGER, tried
-from layercut.layer_search.prices import Judge, Prices
-from layercut.layer_search.weighted_rows import WeightedRows, tests_alone, weighted_rows
+from layercut.layer_search.cut_costs import CutCosts, row_kl
+from layercut.layer_search.shortlist import LONGER, shortlist
+from layercut.layer_search.weighted_rows import WeightedRows, probes_alone, weighted_rows
 from layercut.models.losses import as_price
 from layercut.models.memory import slices
-from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import RunContext
@@ -72,7 +71,7 @@ def go_on(
     left_of = Left(work.stack, unseen_rows(work, tests))
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
-    prices, known = Prices(work.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
+    prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownPrices(work.run, stage)
     folds = cache(lambda: fold_prices(work, tokens, tests))
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
@@ -95,12 +94,12 @@ def go_on(
             say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
             return sum(left)
 
-        found = tried(result, prices, fold_price, limits, count, healed=healed_price)
+        found = shortlist(result, prices, fold_price, limits, count, healed_price)
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
-    shortlist = [replace(one, text=of_text.get(one.segments)) for one in found.shortlist]
-    return replace(found, cost=cost, shortlist=shortlist)
+    each = [replace(one, text=of_text.get(one.segments)) for one in found.shortlist]
+    return replace(found, cost=cost, shortlist=each)
 
 
 def fold_prices(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
@@ -119,7 +118,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
     windows = {heal.tune_window or text.window: LONG_TESTS, text.window: SHORT_TESTS}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
     unseen = [weighted_rows(work.held_out_text, None)]
-    return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
+    return unseen + [probes_alone(replace(each, weight=each.weight / len(others))) for each in others]
 
 
 def healed_for_a_while(
@@ -178,8 +177,8 @@ class Left:
                 if key not in self.kept:
                     self.kept[key] = dense.last(tokens).cpu()
                 weights = None if rows.weights is None else rows.weights[part]
-                judge = Judge(KL(), dense, self.kept[key].to(dense.device), tokens, weights=weights)
-                found.append(judge(student.last(tokens)).cpu().double())
+                kl = row_kl(dense, self.kept[key].to(dense.device), tokens, weights)
+                found.append(kl(student.last(tokens)).cpu().double())
                 advance(len(tokens))
         return as_price(rows.mean(torch.cat(found)[None]).item())
 

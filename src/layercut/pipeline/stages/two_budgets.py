@@ -19,7 +19,7 @@ from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, written_by
 from layercut.files.sizes import size_flag
-from layercut.layer_search.on_trial import LONGER
+from layercut.layer_search.shortlist import LONGER
 from layercut.models import decoder_stack, model_weights
 from layercut.models.losses import as_price
 from layercut.pipeline.artefacts import FrontierArtefact, FrontierRecord

@@ -1,15 +1,14 @@
-"""A search that goes on by prices too dear for many cuts: what is left of each after a fold, and after some healing.
+"""The shortlist: candidates are compared after a quick fold, and the best few after a short healing.
 
     1. the search's best by plain cuts, of each number of segments and by the text alone, and the proposals in which
-       tests count less, are priced after a fold
+       probes count less, are folded
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
-       the VARIANTS best of those that do not differ from the best of them, and from the next where it is CLOSE
-    5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least is
-       left
+    4. the HEALED best by then that differ are healed for a while, with the best by text alone, then the VARIANTS best
+       of those that do not differ from the best of them, and from the next where it is CLOSE
+    5. where several of these are CLOSE, they are healed LONGER times as long, and the one of least cost is taken
 
-Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
+Plain cuts only propose; what decides is `healing/fold_prices.py`, and healing itself.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from layercut.layer_search.prices import Prices, candidates
+from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import SearchResult, Shortlisted
 from layercut.layer_search.segment_sets import neighbours
@@ -26,39 +25,46 @@ from layercut.layer_search.sweep import Cuts
 from layercut.segments import layers_of
 
 POOL, PROPOSED, MOST_MOVES = 6, 8, 6
-"""Candidates that are priced, moves that are in each round, and rounds at most."""
-TRIED, PLACES, VARIANTS, FINALISTS = 4, 2, 2, 4
+"""Candidates that are folded, moves that are in each round, and rounds at most."""
+HEALED, PLACES, VARIANTS, FINALISTS = 4, 2, 2, 4
 """Cuts healed that differ from each other, how many close ones have variants healed, so many each, and at most of these
 that are healed again."""
 CLOSE, LONGER = 0.15, 4
-"""What more than the least may be left of cuts whose variants are healed and that are healed again, as a share, and on
-how many times the rows; on so many times these again the choice will be healed."""
+"""Cuts whose cost is at most this share above the least have variants healed and are healed again, on so many times the
+rows; on so many times these again the choice will be healed."""
 GAIN = 0.01
-"""A move is taken where the price falls by more than this share; smaller gains are chance."""
-Price = Callable[[Cuts], float]
-Healing = Callable[[Cuts, int], float]
-"""The price of a cut after a short healing, and after one on so many times the rows."""
+"""A move is taken where the cost falls by more than this share; smaller gains are chance."""
 
 
-def tried(
+def shortlist(
     result: SearchResult,
-    prices: Prices,
-    folded: Price,
+    costs: CutCosts,
+    folded: Callable[[Cuts], float],
     limits: Restriction,
     count: int,
-    *,
-    healed: Healing | None = None,
+    healed: Callable[[Cuts, int], float] | None = None,
 ) -> SearchResult:
-    """Go on from a search's candidates by what each cut costs once it is folded, and then by healing the best."""
+    """Go on from a search's candidates by their costs after a quick fold, and after healing on so many times the rows.
+
+    Without `healed` the fold decides.
+    """
     by_text = [result.by_text] if result.by_text else []
     begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number, *by_text]]
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
-    best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
+    best = min(known, key=known.__getitem__)
+    for _ in range(MOST_MOVES):
+        moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
+        nearest = costs.ranked(moves, min(costs.rows, 2 * costs.kinds))[:PROPOSED] if moves else []
+        known |= {cuts: folded(cuts) for cuts in nearest}
+        ahead = min([best, *nearest], key=known.__getitem__)
+        if known[ahead] > (1 - GAIN) * known[best] or ahead == best:
+            break
+        best = ahead
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     short, longer = after_healing(ordered, healed, [each.segments for each in by_text]) if healed else ({}, {})
     ordered.sort(key=lambda cuts: (longer.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
-    chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
+    chosen = found.get(ordered[0]) or costs.candidates(ordered[:1])[0]
     rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
     return replace(
         result,
@@ -67,32 +73,17 @@ def tried(
     )
 
 
-def climbed_(
-    known: dict[Cuts, float], best: Cuts, prices: Prices, folded: Price, limits: Restriction, count: int
-) -> Cuts:
-    """Where one-layer moves lead from a cut, each of which has to gain more than GAIN."""
-    for _ in range(MOST_MOVES):
-        moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
-        nearest = prices.ranked(moves, min(prices.rows, 2 * prices.kinds))[:PROPOSED] if moves else []
-        known |= {cuts: folded(cuts) for cuts in nearest}
-        ahead = min([best, *nearest], key=known.__getitem__)
-        if known[ahead] > (1 - GAIN) * known[best] or ahead == best:
-            break
-        best = ahead
-    return best
-
-
 def after_healing(
-    ordered: Sequence[Cuts], healed: Healing, by_text: Sequence[Cuts] = ()
+    ordered: Sequence[Cuts], healed: Callable[[Cuts, int], float], by_text: Sequence[Cuts] = ()
 ) -> tuple[dict[Cuts, float], dict[Cuts, float]]:
-    """What is left of the best cuts once they are healed: far apart first, then around the best, then the best longer.
+    """Costs of the best cuts once they are healed: far apart first, then around the best, then the best longer.
 
     A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
     round finds the places. Which of close ones is better after a short healing says little, since some cuts heal
-    faster at first than others and no further; what both prices foretell took the one that found fewer keys
-    twice (docs/log.md).
+    faster at first than others and no further; a forecast from both costs took the one that found fewer keys twice
+    (research/search.md).
     """
-    short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, TRIED), *by_text])}
+    short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, HEALED), *by_text])}
     for place in close_ones(short)[:PLACES]:
         near = [cuts for cuts in ordered if cuts not in short and differing([place, cuts], 2) == [place]]
         short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
@@ -101,15 +92,13 @@ def after_healing(
 
 
 def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
-    """The cuts of which at most CLOSE more than of the best is left, the best first; healed: what is left of each."""
+    """The cuts whose cost is at most CLOSE above the least, the best first."""
     ranked = sorted(healed, key=healed.__getitem__)
     return [cuts for cuts in ranked if healed[cuts] <= (1 + CLOSE) * healed[ranked[0]]]
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are
-    others.
-    """
+    """The first cuts of which a third of the layers, two where there are two, are not in any before."""
     found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
         layers = {*layers_of(cuts)}
