@@ -110,9 +110,9 @@ def test_every_part_of_layercut_can_be_imported(kind):
 def test_a_part_that_was_edited_is_another_one(tiny_model, texts, tmp_path):
     """Of one's own parts the source is among what a stage depends on; of layercut's own the version is."""
 
-    def chosen() -> list[list[int]]:
+    def chosen(*more: str) -> list[list[int]]:
         where = [f"--data={texts[0]}", f"--out={tmp_path / 'run'}", "--tokens=64", "--window=16", "--preserve=none"]
-        assert main(["search", str(tiny_model), "--ratio=0.25", "--method=here-edited", *where]) == 0
+        assert main(["search", str(tiny_model), "--ratio=0.25", "--method=here-edited", *where, *more]) == 0
         return json.loads((tmp_path / "run" / "search.json").read_text())["segments"]
 
     def first(runner, tokens, length, **_):
@@ -125,7 +125,7 @@ def test_a_part_that_was_edited_is_another_one(tiny_model, texts, tmp_path):
         lc.criteria.registered["here-edited"] = first
         assert chosen() == chosen() == [[1, 3]]
         lc.criteria.registered["here-edited"] = second
-        assert chosen() == [[3, 5]]
+        assert chosen("--force") == [[3, 5]], "without it what a finished command made is not replaced"
     finally:
         del lc.criteria.registered["here-edited"]
     assert lc.criteria.edition("fisher") == []
