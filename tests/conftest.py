@@ -34,7 +34,7 @@ LONGEST = [
     "test_journey.py",
     "test_processes.py",
     "test_probes.py",
-    "test_trial.py",
+    "test_shortlist.py",
     "test_resume.py",
     "test_from_disk.py",
 ]

@@ -55,7 +55,7 @@ def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, A
     stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
     two = {"n_layers": 2}
     found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
-    several = {"n_layers": 3, "num_segments": 2, "objective": "next-token"}
+    several = {"n_layers": 3, "num_segments": 2}
     for method in ("fisher", "race"):
         found[f"two, {method}"] = search(stack, tokens, method=method, **several).to_dict()
     cost = Cost()  # of three passes one process has two
