@@ -126,6 +126,8 @@ def test_the_same_seed_gives_the_same_and_the_trace_shows_a_well_that_sharpens()
     first, again = (search(stack, tokens, n_layers=4, method="clp", seed=3) for _ in range(2))
     assert first == again
     assert first.gate is not None
+    assert {c.segments for c in first.candidates} <= {*first.gate.proposed}
+    assert len(first.gate.proposed) <= 4
     shown = torch.tensor(first.gate.gates)
     assert shown.shape == (Schedule().steps, 16)
     assert len(first.gate.losses[0]) == Schedule().steps

@@ -255,5 +255,5 @@ def clp(
     found = halving(costs, sets, "finalists of the concave gate", finalists=2)
     first = next(w for w, way in enumerate(ways) if found[0].segments in way)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]
-    trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered])
+    trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered], proposed=sets)
     return SearchResult("clp", found, cost, gate=trace)

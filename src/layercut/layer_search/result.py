@@ -80,6 +80,8 @@ class GateTrace:
     losses: list[list[float]]
     """KL of the gated model by step, in nats per token, of all sets of wells until they were dropped; the choice's
     first."""
+    proposed: list[tuple[Segment, ...]]
+    """Whole layers nearest to the trained walls, from the least loss: what real cuts decided among."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
-"""Claim: the gate's gradients find the segments that real cuts would find, for a fraction of the cuts.
+"""Claim: the concave gate, and the Fisher estimate, find the segments that real cuts of all would find, at less work.
 
-    python research/gate_ablation.py families [--seeds 2]                       random weights, four families
-    python research/gate_ablation.py pairs [--seeds 2]                          as they, K = 2, beside all sets priced
-    python research/gate_ablation.py one --data TEXT [--ratios 0.1 0.2 …] [--seeds 3]
-    python research/gate_ablation.py several --data TEXT [--ratios 0.2 0.3]      K = 3, against SLEB and evolution
-    python research/gate_ablation.py deep                                       80 and 126 layers, planted segments
+    python research/gates.py families [--seeds 1]                      random weights, four families
+    python research/gates.py pairs [--seeds 1]                         as they, K = 2, beside all sets cut for real
+    python research/gates.py one --data TEXT [--ratios 0.1 0.2 …]      a real model, beside the baselines
+    python research/gates.py several --data TEXT [--ratios 0.2 0.3]    K = 3, against SLEB and evolution
+    python research/gates.py deep                                      80 and 126 layers, planted segments
 
-Each is added, case by case, to research/results/gate_ablation.json; cases that are there are not run again, and a run
-that was stopped goes on. `--again fisher` runs these methods of the cases that are there once more, and nothing else;
-seconds of the others stay those of before. Regret is the price of what was found, KL of the real cut on all calibration
-rows, over the best there is, or, with several segments, over the best that any method found. Cost is counted in layers
-applied to a row of tokens, a backward as `backward_over_forward` of them, measured beside.
+Cases are added to research/results/gates.json; those that are there are not run again, and a run that was stopped goes
+on. `--again clp` runs this method of the cases that are there once more. Regret is the KL of the real cut on all
+calibration rows over the best there is, or, with several segments, over the best that any method found. Work is counted
+in layers applied to a row of tokens, a backward as `backward_over_forward` of them. `clp-uncut` is the first place that
+the concave gate proposes, with no real cut made.
 
-families, pairs: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many
-landscapes.
-deep: as they, and K segments whose layers add little, in a stack in which all sets cannot be priced.
+families, pairs: layers scaled by random factors, so that the landscape has several minima.
+deep: as they, and segments whose layers add little, in a stack in which all sets cannot be cut.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -42,8 +40,9 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.environment import environment
 from layercut.segments import Segment, joined_segments, layers_to_remove
 
-ALONE = ("race", "fisher", "exhaustive")
-SEVERAL = ("fisher", "race", "sleb", "evolution")
+ALONE = ("clp", "fisher", "race", "exhaustive")
+BASELINES = ("random", "reverse-order", "angular", "cosine", "block-influence", "perplexity", "taylor")
+SEVERAL = ("clp", "fisher", "race", "sleb", "evolution")
 KEYS = ("kind", "model", "layers", "ratio", "seed")
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
@@ -131,7 +130,7 @@ class Cases:
             if "backward_over_forward" in old:
                 case["backward_over_forward"] = old["backward_over_forward"]
         self.there["cases"][at : at + 1] = [case]
-        command = [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]
+        command = ["gates.py", "families|pairs|one|several|deep"]
         self.there["environment"] = environment() | {"command": command}
         write_json(self.file, self.there)
         print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
@@ -145,17 +144,20 @@ def by_methods(
     """What each method finds and spends, and its regret against the best that any of them, or of `before`, found."""
     found = dict(before)
     for method in methods:
-        takes: dict[str, Any] = {} if method in ("sleb", "evolution") else {"num_segments": count}
+        takes: dict[str, Any] = {} if method in (*BASELINES, "sleb", "evolution") else {"num_segments": count}
         begun = time.process_time()
         result = search(stack, tokens, n_layers=length, method=method, seed=seed, **takes)
         found[method] = row_of(result, time.process_time() - begun)
-    # priced once more in one sweep, so that equal sets have equal prices
+        if result.gate:
+            first = " ".join(map(str, result.gate.proposed[0]))
+            found["clp-uncut"] = {"segments": first, "cpu_seconds": None, "layer_forwards": 0, "layer_backwards": 0}
+    # cut once more in one sweep, so that equal sets have equal costs
     sets = {name: joined_segments(i for text in row["segments"].split() for i in range(*map(int, text.split(":"))))
             for name, row in found.items()}  # fmt: skip
-    prices = {c.segments: c.kl for c in set_costs(stack, tokens, sets.values(), Cost())}
-    best = min(prices.values())
+    costs = {c.segments: c.kl for c in set_costs(stack, tokens, sets.values(), Cost())}
+    best = min(costs.values())
     for name, row in found.items():
-        row |= {"kl": prices[sets[name]], "regret": prices[sets[name]] / best}
+        row |= {"kl": costs[sets[name]], "regret": costs[sets[name]] / best}
     return found
 
 
@@ -167,10 +169,10 @@ def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             case = {"kind": args.what, "model": family, "layers": layers, "ratio": ratio, "seed": seed}
             if asked := args.cases.lacking(case, ALONE):
                 stack = rugged(family, layers, seed)
-                tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
+                tokens = torch.randint(128, (64, 32), generator=torch.Generator().manual_seed(seed))
                 length = layers_to_remove(ratio, layers)
                 found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
-                yield case | {"length": length, "rows": 16, "segments": count, "methods": found}
+                yield case | {"length": length, "rows": 64, "segments": count, "methods": found}
 
 
 def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -184,7 +186,7 @@ def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for ratio in args.ratios:
             name = Path(model.checkpoint.name).name
             case = {"kind": args.what, "model": name, "layers": len(stack), "ratio": ratio, "seed": seed}
-            if asked := args.cases.lacking(case, ALONE if count == 1 else SEVERAL):
+            if asked := args.cases.lacking(case, ALONE + BASELINES if count == 1 else SEVERAL):
                 backward = backward or backward_cost(stack, text.tokens[:2])
                 length = layers_to_remove(ratio, len(stack))
                 found = by_methods(stack, text.tokens, length, seed, asked, count, before=args.cases.found(case))
@@ -206,7 +208,7 @@ def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, (layers, planted) in product(range(args.seeds), DEEP):
         length, count = sum(map(len, planted)), len(planted)
         case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
-        if asked := args.cases.lacking(case, ("fisher", "race")):
+        if asked := args.cases.lacking(case, ("clp", "fisher", "race")):
             stack = rugged("llama", layers, seed, planted)
             tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
             found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
@@ -223,11 +225,11 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; the demo's SmolLM2 where not given")
     parser.add_argument("--data", default="python-docstrings")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--again", nargs="+", default=[], choices=sorted({*ALONE, *SEVERAL}))
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--again", nargs="+", default=[], choices=sorted({*ALONE, *BASELINES, *SEVERAL}))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gates.json")
     args = parser.parse_args()
     args.cases = Cases(args.out, args.again)
     for case in {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args):
