@@ -9,12 +9,11 @@ Every layer is mixed with the identity, and the gates of all layers form K wells
 All weights are frozen; gradient descent trains the walls alone. Then the gate is hardened (walls to whole layers), and
 a few finalists are compared by the real cut.
 
-The paper's abstract gives a differentiable concave gate, the best contiguous segment found by gradient descent, and no
-code. The rest is ours: the formula, several wells, and the schedule. A soft well ranks segments wrongly, since
-half-open layers are nearly harmless (research/search.md). So walls are sharp from the start and sharpen further, wells
-start at several places and see a fresh piece of text in every step, and steps of about one layer let them leave a local
-minimum. A gate within EXACT of 0 or 1 is 0 or 1: layers inside a well are not computed, and wells share the dense
-stream up to their first wall.
+The paper's abstract states the gate and the gradient descent; no code of it is public. The formula, several wells and
+the schedule are ours. A soft well ranks segments wrongly, since half-open layers are nearly harmless
+(research/search.md): so walls are sharp and sharpen further, wells start at several places, every step sees other text,
+and steps of about one layer leave local minima. A gate within EXACT of 0 or 1 is 0 or 1, so that layers inside a well
+are not computed, and wells share the dense stream up to their first wall.
 """
 
 from __future__ import annotations
@@ -45,13 +44,14 @@ class Schedule:
     """How the wells are trained."""
 
     apart: int = 5
-    """A set of K wells begins for every so many layers that stay, and for each of the K; four at least."""
+    """A set of K wells begins for every so many layers that stay, of narrow wells for fewer; K times as many."""
     steps: int = 14
     """Steps of gradient descent."""
     piece: int = 64
     """Tokens of text in a step."""
     sharpness: tuple[float, float] = (3.0, 8.0)
-    """s in the first and the last step."""
+    """s in the first and the last step, of wells of three layers and more; narrower ones are sharper, or their middle
+    would be half open."""
     rate: tuple[float, float] = (1.0, 0.25)
     """Learning rate of Adam, in layers, in the first and the last step."""
     every: int = 3
@@ -114,7 +114,8 @@ def gated_losses(costs: CutCosts, rows: slice, part: slice, wells: Sequence[torc
 
 def slopes(losses: torch.Tensor, walls: Sequence[torch.Tensor], scale: float) -> list[torch.Tensor]:
     """d log loss / d walls of each set of wells, without the part that would change its length."""
-    found = torch.autograd.grad((losses.clamp_min(1e-12).log() * scale).sum(), walls)
+    nothing = sum(0 * w.sum() for w in walls)  # where no gate is half open there is no slope
+    found = torch.autograd.grad((losses.clamp_min(1e-12).log() * scale).sum() + nothing, walls)
     outward = torch.tensor([-1.0, 1.0])
     return [(g - outward * (g * outward).mean()) / scale for g in found]
 
@@ -172,15 +173,15 @@ class Wells:
 def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
     """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
     layers, draw = len(costs.stack), torch.Generator().manual_seed(seed)
-    starts = max(4, round((layers - length) / schedule.apart)) * count
+    starts = max(4, round((layers - length) / min(schedule.apart, length / count + 1.5))) * count
     alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
     dropped: list[Wells] = []
     optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
     scale = LOSS_SCALE if costs.stack.model.dtype == torch.float16 else 1.0
-    pieces = batches(costs, schedule.piece, draw)
+    pieces, narrow = batches(costs, schedule.piece, draw), max(1.0, 3 * count / length)
     with bar("concave gate", schedule.steps) as advance:
         for step in range(schedule.steps):
-            sharpness = schedule.at(step, schedule.sharpness)
+            sharpness = narrow * schedule.at(step, schedule.sharpness)
             optimizer.param_groups[0]["lr"] = schedule.at(step, schedule.rate)
             optimizer.zero_grad()
             walls = [well.walls for well in alive]
@@ -215,45 +216,34 @@ def apart(ranked: Sequence[Wells], least: int) -> list[Wells]:
     return kept[: max(least, (len(kept) + 1) // 2)]
 
 
-def hardened(walls: torch.Tensor, limits: Restriction, most: int) -> list[Cuts]:
+def hardened(walls: torch.Tensor, limits: Restriction) -> list[Cuts]:
     """The sets of whole layers nearest to a set of wells that are allowed, nearest first."""
-    layers, length = len(limits.may), limits.length
-    near: dict[Cuts, float] = {}
+    layers, near = len(limits.may), dict[Cuts, float]()
     low = [math.floor(x) for x in walls.flatten().tolist()]
     for bits in range(2 ** len(low)):
         ends = [min(layers, x + (bits >> k & 1)) for k, x in enumerate(low)]
         gone = sorted({i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)})
-        if len(gone) != length:
-            continue
-        cuts = joined_segments(gone)
-        if limits.allows(cuts):
+        if len(gone) == limits.length and limits.allows(cuts := joined_segments(gone)):
             near[cuts] = (torch.tensor(ends) - walls.flatten()).abs().sum().item()
     if not near and walls.numel() == 2:
         near = {(one,): abs(one.start - walls[0, 0].item()) for one in limits.needed_segments()}
-    return sorted(near, key=near.__getitem__)[:most]
+    return sorted(near, key=near.__getitem__)
 
 
 def clp(
-    runner: DecoderRunner,
-    tokens: torch.Tensor,
-    length: int,
-    *,
-    cost: Cost,
-    seed: int = 0,
-    num_segments: int = 1,
-    probes: ProbeRows | None = None,
-    restriction: Restriction | None = None,
-    schedule: Schedule = Schedule(),
-) -> SearchResult:
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, seed: int = 0, num_segments: int = 1,
+    probes: ProbeRows | None = None, restriction: Restriction | None = None, schedule: Schedule = Schedule(),
+) -> SearchResult:  # fmt: skip
     """The concave gate of CLP: its own proposals, of which a few real cuts decide."""
     costs = CutCosts(runner, tokens, cost, probes)
     limits = restriction or Restriction.none(len(runner), length)
     wells = processes.from_main(trained(costs, length, num_segments, seed, schedule))
-    ways = [hardened(well.walls, limits, schedule.finalists) for well in wells]
-    proposed = [way[k] for k in range(schedule.finalists) for way in ways[: schedule.least] if k < len(way)]
-    sets = [*dict.fromkeys(proposed)][: schedule.finalists]
+    ways = [hardened(well.walls, limits) for well in wells]
+    last, before = ways[: schedule.least], ways[schedule.least :]
+    proposed = [way[k] for some in (last, before) for k in range(2) for way in some if k < len(way)]
+    sets = [*dict.fromkeys(proposed)][: schedule.finalists] or [(one,) for one in limits.needed_segments()]
     found = halving(costs, sets, "finalists of the concave gate", finalists=2)
-    first = next(w for w, way in enumerate(ways) if found[0].segments in way)
+    first = next((w for w, way in enumerate(ways) if found[0].segments in way), 0)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]
     trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered], proposed=sets)
     return SearchResult("clp", found, cost, gate=trace)
