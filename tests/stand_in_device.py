@@ -4,7 +4,7 @@ What a GPU would refuse or make wait is refused or counted here, on any machine:
 
 * an operation on tensors of several devices is refused, but for 0-dimensional ones of the CPU, as torch allows;
 * there is no float64, as on Apple's GPUs;
-* `counts` holds operations launched, values read by the host (each of which waits for the device) and bytes copied;
+* `counts` holds operations launched and bytes copied between devices;
 * memory is counted by device, so that its peak can be asked for as of CUDA.
 
 torch's Python backend over PrivateUse1 makes the tensors that are created on the device; they are a tensor subclass
@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,15 @@ VIEWS = {"view", "expand", "t", "transpose", "permute", "slice", "select", "unsq
          "_reshape_alias", "narrow", "view_as", "chunk", "expand_as", "movedim"}  # fmt: skip
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """Operations that launch nothing either: memory is taken, as torch's own allocator does it."""
-READS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
-"""Operations whose result, or its shape, the host waits for."""
 
 
 @dataclass
 class Counts:
-    """What has happened on all devices since `reset_`."""
+    """What has happened on all devices since they are present."""
 
     launches: int = 0
-    reads: int = 0
-    to_device: int = 0
-    """Bytes."""
-    to_host: int = 0
     between: int = 0
-
-    def reset_(self) -> None:
-        for each in fields(self):
-            setattr(self, each.name, 0)
+    """Bytes."""
 
 
 counts = Counts()
@@ -103,10 +94,6 @@ class StandInTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
-def crossed(what: str) -> None:
-    raise CrossedDevicesError(what)
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.name().partition("::")[2].partition(".")[0]
     if func is torch.ops.prim.device.default:
@@ -121,10 +108,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     cpu_kwargs = {name: _unwrapped(value, own, foreign) for name, value in kwargs.items()}
     places = {tensor.on for tensor in own}
     if len(places) > 1 or (places and foreign):
-        crossed(f"{func} of tensors on {sorted(map(str, places | {x.device for x in foreign}))}")
+        raise CrossedDevicesError(f"{func} of tensors on {sorted(map(str, places | {x.device for x in foreign}))}")
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else places.pop()
     counts.launches += name not in VIEWS and name not in ALLOCATIONS
-    counts.reads += name in READS
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = torch.device("cpu")
     out = func(*cpu_args, **cpu_kwargs)
@@ -162,19 +148,16 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return target
     source = args[0]
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else source.device
-    _count_copy(source, on, kwargs.get("dtype"))
+    _count_copy(source, on)
     out = func(_raw(source), *args[1:], **{**kwargs, "device": torch.device("cpu")})
     if out is _raw(source):
         out = out.clone()
     return StandInTensor(out, on) if on.type == NAME else out
 
 
-def _count_copy(source: torch.Tensor, to: torch.device, dtype: torch.dtype | None = None) -> None:
-    if source.device == to:
-        return
-    kind = "to_host" if to.type == "cpu" else "between" if source.device.type == NAME else "to_device"
-    counts.reads += kind == "to_host"
-    setattr(counts, kind, getattr(counts, kind) + source.nbytes)
+def _count_copy(source: torch.Tensor, to: torch.device) -> None:
+    if source.device != to and NAME == to.type == source.device.type:
+        counts.between += source.nbytes
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,58 +192,22 @@ def _freed(key: int, index: int) -> None:
 class _Module:
     """torch.standin: what torch.cuda has, as far as anyone asks."""
 
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return self.device_count() > 0
-
-    def device_count(self) -> int:
-        return int(os.environ.get(AVAILABLE, "0"))
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: Any) -> None:
-        pass
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def manual_seed_all(self, seed: int) -> None:
-        pass
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()  # random numbers are the CPU's
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "stand-in accelerator"
-
-    def synchronize(self, device: Any = None) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-    def memory_allocated(self, device: Any = 0) -> int:
-        return _held.get(_index(device), 0)
-
-    memory_reserved = memory_allocated
-
-    def max_memory_allocated(self, device: Any = 0) -> int:
-        return _peak.get(_index(device), 0)
+    is_initialized = is_available = lambda self: self.device_count() > 0
+    device_count = lambda self: int(os.environ.get(AVAILABLE, "0"))  # noqa: E731
+    current_device = lambda self: 0  # noqa: E731
+    _is_in_bad_fork = lambda self: False  # noqa: E731
+    set_device = manual_seed_all = synchronize = lambda self, given=None: None
+    empty_cache = lambda self: None  # noqa: E731
+    get_rng_state = lambda self, device=None: torch.get_rng_state()  # noqa: E731  random numbers are the CPU's
+    set_rng_state = lambda self, state, device=None: torch.set_rng_state(state)  # noqa: E731
+    get_amp_supported_dtype = lambda self: [torch.float16, torch.bfloat16]  # noqa: E731
+    get_device_name = lambda self, device=None: "stand-in accelerator"  # noqa: E731
+    memory_allocated = memory_reserved = lambda self, device=0: _held.get(_index(device), 0)
+    max_memory_allocated = lambda self, device=0: _peak.get(_index(device), 0)  # noqa: E731
+    mem_get_info = lambda self, device=0: (MEMORY - self.memory_allocated(device), MEMORY)  # noqa: E731
 
     def reset_peak_memory_stats(self, device: Any = 0) -> None:
         _peak[_index(device)] = _held.get(_index(device), 0)
-
-    def mem_get_info(self, device: Any = 0) -> tuple[int, int]:
-        return MEMORY - self.memory_allocated(device), MEMORY
 
 
 def _index(device: Any) -> int:
@@ -318,7 +265,7 @@ def present(folder: Path, devices: int = 1) -> Iterator[Counts]:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with torch.autograd.set_multithreading_enabled(False):
-            counts.reset_()
+            counts.launches = counts.between = 0
             yield counts
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swapped)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import shutil
 import signal
 from collections import namedtuple
@@ -109,15 +108,6 @@ def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny
     next(loaded.model.parameters()).data[:, 0] += 1  # in memory, and not in the files
     with pytest.raises(checkpoint.ReloadError, match="logits differ"):
         checkpoint.verify(loaded.model, tmp_path / "model")
-
-
-def test_what_was_not_measured_is_null(both):
-    summary = read(both[0], "summary")
-    assert summary["speed"] is None
-    assert summary["generation_health"] is None
-    assert summary["perplexity"] == read(both[1], "summary")["perplexity"]
-    assert (both[0] / "report.html").is_file()
-    assert not list(both[0].glob("tuning*"))
 
 
 # --- a second model over the same layers ---
@@ -228,16 +218,6 @@ def test_a_fold_that_does_not_help_is_undone(llama, monkeypatch):
 def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path):
     with pytest.raises(SurgeryError, match="another way"):
         check_checkpoint_cut(llama.folder, CUT, {"model.layers.9.mlp.down_proj.weight": torch.zeros(32, 64)})
-
-
-def test_files_in_another_number_format(llama, tmp_path):
-    cut_checkpoint(llama.folder, CUT, tmp_path / "cut", dtype=torch.bfloat16)
-    written = loading.load(checkpoints.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
-    assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
-    expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
-    stored = checkpoints.stored_tensors(tmp_path / "cut").values()
-    assert {tensor.dtype for tensor in stored} == {"BF16"}
 
 
 def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
@@ -375,10 +355,3 @@ def test_several_processes_do_not_heal_from_disk(tiny_model, texts, tmp_path, mo
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
     assert main([*argv, f"--out={tmp_path / 'run'}"]) == 2
     assert "start one process" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_limit_on_the_process_counts(monkeypatch):
-    place = torch.device("cpu")
-    free = memory.available_bytes(place)
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6))  # less than the process has
-    assert memory.available_bytes(place) == 0 < free

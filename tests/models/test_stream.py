@@ -18,7 +18,6 @@ from transformers import (
 
 import folders
 import tiny
-from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.layer_search import search
 from layercut.layer_search.baselines import cosines, taylor_scores
@@ -142,18 +141,6 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     assert all(p.is_meta for layer in disk.layers for p in layer.parameters())
 
 
-def test_the_next_layer_is_read_while_this_one_computes(llama):
-    _, disk = on_disk(llama)
-    disk.enter_(3)
-    ahead, future = disk.files._ahead
-    future.result()
-    assert ahead == 4
-    assert disk.files.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
-    disk.enter_(2)  # downwards: what was read ahead is of no use, from here on it is
-    disk.files._ahead[1].result()
-    assert disk.files.layers_read == [0, 1, 1, 1, 1, 0, 0, 0]
-
-
 # --- what it is for ---
 
 
@@ -170,16 +157,6 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     assert disk.files.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
 
 
-def test_a_sweep_of_all_lengths_reads_each_layer_once(llama):
-    memory, stack, disk = both(llama)
-    tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
-    assert sorted(set(segments)) == sorted(segments)
-    assert {(s.start, s.stop) for s in segments} == {(a, b) for a in range(8) for b in range(a + 1, a + 4) if b <= 8}
-    found = set_costs(stack, tokens, [(s,) for s in segments], Cost())
-    assert found == set_costs(memory, tokens, [(s,) for s in segments], Cost())
-    assert disk.files.layers_read == [1] * 8
-
-
 def test_statistics_and_losses_are_the_same(llama):
     memory, stack, disk = both(llama)
     tokens = tiny.some_tokens(6)
@@ -191,14 +168,6 @@ def test_statistics_and_losses_are_the_same(llama):
     assert disk.files.layers_read == [2] * 8
     torch.testing.assert_close(taylor_scores(stack, tokens, Cost()), taylor_scores(memory, tokens, Cost()))
     assert disk.files.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
-
-
-def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
-    _, disk = on_disk(llama)
-    disk.enter_(2)
-    next(disk.layers[2].parameters()).mul_(2)
-    with pytest.raises(ModelError, match="changes the weights"):
-        disk.enter_(3)
 
 
 @pytest.mark.parametrize("method", ["fisher", "race", "sleb"])
@@ -350,24 +319,3 @@ def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
     monkeypatch.setattr(placement, "available_bytes", lambda device: weights * 1.3)
     assert not placement.wanted(llama)
     assert not layer_reader.layers_on_disk(placement.load(llama).model)
-
-
-def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):
-    found = {}
-    flags = ["--ratio=0.25", "--method=exhaustive", "--tokens=256", "--window=32"]
-    own, flags = flags, [*flags, f"--data={texts[0]}"]
-    for mode in ("on", "off"):
-        assert main(["search", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
-        found[mode] = json.loads((tmp_path / mode / "search.json").read_text())
-    assert "layers left on disk" in " ".join(capsys.readouterr().err.split())  # lines are broken at 80 columns
-    assert found["on"]["candidates"] == found["off"]["candidates"]
-    own += ["--data=self", f"--out={tmp_path / 'self'}"]
-    assert main(["search", str(tiny_model), *own, "--stream=on"]) == 2
-    assert "--stream off" in capsys.readouterr().err
-
-
-def test_costs_of_sets_on_disk(llama):
-    memory, stack, _ = both(llama)
-    sets = [(Segment(1, 2), Segment(4, 6)), (Segment(1, 2),)]
-    tokens = tiny.some_tokens(3)
-    assert set_costs(stack, tokens, sets, Cost()) == set_costs(memory, tokens, sets, Cost())
