@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -27,9 +26,7 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning, tune_
-from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
-from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
@@ -98,10 +95,6 @@ def healings(model: Any = None) -> dict[str, Any]:
     return found
 
 
-class Stopped(Exception):
-    """What a signal becomes here."""
-
-
 def spreading(model: Path) -> dict[str, Any]:
     """A model that each process reads layer by layer and keeps a part of, and what tuning makes of the parts."""
     install, whole = layer_reader.LayerFiles._install_, []
@@ -134,43 +127,6 @@ def spreading(model: Path) -> dict[str, Any]:
     }
 
 
-def stop_and_resume(folder: Path, then: Any = None) -> list[float]:
-    """Tuning that only the last process is told to stop, after its second step, and that then goes on.
-
-    then: the model that it goes on with; the same where not given.
-    """
-    model, step = tiny.llama(), endpoint_tuning._Training.step_
-    tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
-    state = folder / f"state-{then is None}"
-
-    def stopped(*_: object) -> None:
-        raise Stopped
-
-    def told(training: Any) -> int:
-        if training.report.step == 1 and processes.rank() == processes.world() - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return step(training)
-
-    def tune(model: Any) -> Any:
-        student, files = DecoderRunner(student_of(model)), TuningFiles(state=StateFile(state), stopping=asked_to_stop)
-        return tune_(
-            student, DecoderRunner(model), tokens, heldout=heldout, learning_rate=3e-3, batch_tokens=80, files=files
-        )
-
-    before = signal.signal(signal.SIGTERM, stopped)
-    endpoint_tuning._Training.step_ = told  # type: ignore[method-assign]
-    try:
-        tune(model)
-        raise AssertionError("nothing stopped it")
-    except Stopped:
-        pass
-    finally:
-        endpoint_tuning._Training.step_ = step  # type: ignore[method-assign]
-        signal.signal(signal.SIGTERM, before)
-    report = tune(model if then is None else then)
-    return [point["loss"] for point in report.curve]
-
-
 def command(argv: list[str], folder: Path, name: str) -> int:
     """The exit code of a command; what it says goes to FOLDER/NAME.out and .err of each process."""
     out_file, err_file = (folder / f"{name}.{processes.rank()}.{kind}" for kind in ("out", "err"))
@@ -197,11 +153,10 @@ def main(folder: Path) -> int:
     processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
     commands = json.loads((folder / "commands.json").read_text())
     found: dict[str, Any] = {"world": processes.world(), "rank": processes.rank()}
-    found |= {"searches": searches(), "healings": healings(), "resumed": stop_and_resume(folder), "codes": {}}
+    found |= {"searches": searches(), "healings": healings(), "codes": {}}
     found["spread"] = {
         "searches": searches(spread_llama(**ODD), SPREAD_METHODS),
         "healings": healings(spread_llama(**ODD)),
-        "resumed": stop_and_resume(folder, spread_llama()),
         **spreading(Path(commands["compress"][1])),
     }
     last = commands.pop("last")

@@ -124,7 +124,7 @@ def test_every_method_finds_the_same(folder):
     assert of(folder, 0)["searches"] == of(folder, 1)["searches"]  # to the bit
 
 
-def test_fold_and_tuning_go_the_same_way(folder, tmp_path):
+def test_fold_and_tuning_go_the_same_way(folder):
     expected = together.healings()
     first, second = (of(folder, rank)["healings"] for rank in (0, 1))
     assert first == second  # to the bit: all processes make the same steps
@@ -132,13 +132,6 @@ def test_fold_and_tuning_go_the_same_way(folder, tmp_path):
     for name, curves in expected.items():
         close(first[name], curves, LOSSES)
         assert len(curves[0]) == 5, name
-
-
-def test_a_signal_to_one_stops_both_after_the_same_step(folder, tmp_path):
-    expected = together.stop_and_resume(tmp_path)
-    assert of(folder, 0)["resumed"] == of(folder, 1)["resumed"]
-    close(of(folder, 0)["resumed"], expected, LOSSES)
-    assert len(expected) == 3
 
 
 @pytest.mark.parametrize("kind", ["whole", "spread"])
@@ -154,7 +147,7 @@ def test_tuning_that_was_killed_and_terminated_ends_in_the_same_bits(killed, kin
         assert straight == resumed
 
 
-def test_a_spread_model_is_searched_and_healed_alike(folder, tmp_path):
+def test_a_spread_model_is_searched_and_healed_alike(folder):
     first, second = (of(folder, rank)["spread"] for rank in (0, 1))
     assert first["searches"] == second["searches"]
     assert first["healings"] == second["healings"]
@@ -162,7 +155,6 @@ def test_a_spread_model_is_searched_and_healed_alike(folder, tmp_path):
     healed = together.healings(model)
     close(first["healings"], healed, LOSSES)
     close(first["searches"], together.searches(model, together.SPREAD_METHODS), LOSSES)
-    close(first["resumed"], together.stop_and_resume(tmp_path), LOSSES)  # stopped by processes with a whole model each
 
 
 def test_a_spread_model_is_held_in_parts(folder):
