@@ -38,8 +38,6 @@ class OtherProcessError(RuntimeError):
 
 @dataclass
 class _Started:
-    """What `start` set up."""
-
     store: Any
     """Keys and values that all processes see, and that outlast a process."""
     control: Any
@@ -98,14 +96,11 @@ def check_device(device: torch.device) -> None:
     if device.type == "cpu" or here == 1:
         return
     if device.index is not None:
-        raise ConfigError(
-            f"--device {device} is given to {here} processes", f"each takes its own: --device {device.type}"
-        )
+        hint = f"each takes its own: --device {device.type}"
+        raise ConfigError(f"--device {device} is given to {here} processes", hint)
     if here > (count := torch.accelerator.device_count()):
-        raise ConfigError(
-            f"{here} processes were started on a machine with {count} {device.type} devices",
-            f"start {count}, or give --device cpu",
-        )
+        words = f"{here} processes were started on a machine with {count} {device.type} devices"
+        raise ConfigError(words, f"start {count}, or give --device cpu")
 
 
 # --- who is who ---------------------------------------------------------------------------------------------------
@@ -199,7 +194,8 @@ class MainAlone:
 def main_alone() -> Iterator[MainAlone]:
     """Work that the main process alone does, while the others wait; all get its `value`, or fail with it.
 
-    Inside, there is one process: `world()` is 1, and what is split elsewhere is not.
+    Inside, there is one process: `world()` is 1, and what is split elsewhere is not. Of its error, the others get a
+    user's as it is, and a fault of layercut by its name.
     """
     work = MainAlone(is_main())
     if not (several := _several()):
@@ -214,7 +210,10 @@ def main_alone() -> Iterator[MainAlone]:
         error = caught
     finally:
         several.alone -= work.mine
-    told, work.value = from_main((error and _portable(error), work.value))
+    told = error
+    if error and not isinstance(error, LayercutError):
+        told = OtherProcessError(f"the main process failed: {type(error).__name__}")
+    told, work.value = from_main((told, work.value))
     if failed := error or told:
         raise failed
 
@@ -226,13 +225,6 @@ def on_main(compute: Callable[[], Result]) -> Result:
             work.value = compute()
     result: Result = work.value
     return result
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as another process can raise it: a user's as it is, a fault of layercut by its name."""
-    if isinstance(error, LayercutError):
-        return error
-    return OtherProcessError(f"the main process failed: {type(error).__name__}")
 
 
 # --- failing together ---------------------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def is_spread(model: nn.Module) -> bool:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def part_of(whole: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor that this process holds: as even as torch.chunk splits them, perhaps none."""
-    size = math.ceil(len(whole) / dist.get_world_size())
-    return whole[dist.get_rank() * size :][:size]
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's shard of a tensor: the memory itself. All of it where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -60,7 +54,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def part_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor, as it holds a parameter."""
-    return part_of(whole) if isinstance(parameter, DTensor) else whole
+    return _part(whole) if isinstance(parameter, DTensor) else whole
+
+
+def _part(whole: torch.Tensor) -> torch.Tensor:
+    """This process's rows, as even as torch.chunk splits them, perhaps none."""
+    size = math.ceil(len(whole) / dist.get_world_size())
+    return whole[dist.get_rank() * size :][:size]
 
 
 def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +86,7 @@ def bytes_held(model: nn.Module) -> int:
 
 
 def _spread(value: torch.Tensor, device: torch.device, mesh: DeviceMesh, *, requires_grad: bool) -> nn.Parameter:
-    part = part_of(value).to(device, copy=True).contiguous()
+    part = _part(value).to(device, copy=True).contiguous()
     return nn.Parameter(_assembled(part, value.shape, mesh), requires_grad=requires_grad)
 
 

@@ -75,13 +75,8 @@ def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams
 
 def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
     """`DecoderRunner.enter` of several batches."""
-    hidden: list[torch.Tensor] = []
-    calls: list[Calls] = []
-    for batch in batches:
-        embedded, arguments = stack.enter(batch)
-        hidden.append(embedded)
-        calls.append(arguments)
-    return hidden, calls
+    found = [stack.enter(batch) for batch in batches]
+    return [hidden for hidden, _ in found], [calls for _, calls in found]
 
 
 def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
@@ -144,21 +139,19 @@ def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
     all.
     """
 
-    def damaged(parameter: torch.Tensor) -> bool:
-        return not sharding.local(parameter.detach()).isfinite().all()
+    def damaged(module: nn.Module, prefix: str = "") -> list[str]:
+        named = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
+        return [prefix + name for name, p in named if not sharding.local(p.detach()).isfinite().all()]
 
     number = str(stack.model.dtype).removeprefix("torch.")
-    what = f"the model's predictions are not finite (computed in {number})"
-    held = [name for name, p in stack.model.named_parameters() if not p.is_meta and damaged(p)]
-    where = ""
+    what, where = f"the model's predictions are not finite (computed in {number})", ""
+    held = damaged(stack.model)
     if not sharding.is_spread(stack.model):
         prefix, first = find_decoder(stack.model).path, None
         with torch.no_grad():
             hidden, calls = stack.enter(row)
             for i in range(len(stack)):
-                layer = stack.loaded(i)
-                if stack.on_disk:
-                    held += [f"{prefix}.{i}.{name}" for name, p in layer.named_parameters() if damaged(p)]
+                held += damaged(stack.loaded(i), f"{prefix}.{i}.") if stack.on_disk else []
                 hidden = stack.layer(i, hidden, calls)
                 first = i if first is None and not hidden.isfinite().all() else first
         where = ": the layers' outputs are, what the head makes of them is not"
@@ -166,15 +159,11 @@ def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
             where = f": layer {first} is the first of {len(stack)}, counted from 0, whose output is not"
     if held := list(dict.fromkeys(held)):  # a layer of a copy that is on disk may have weights in memory as well
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-        return ModelError(
-            f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf",
-            "the checkpoint is damaged: fetch or convert it again",
-        )
+        words = f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf"
+        return ModelError(words, "the checkpoint is damaged: fetch or convert it again")
     wider = "--dtype bfloat16 or --dtype float32" if number == "float16" else "--dtype float32"
-    return ModelError(
-        f"{what}{where}; no weight holds NaN or Inf",
-        "compute in a wider dtype: " + wider if number != "float32" else "this model cannot be used",
-    )
+    hint = "compute in a wider dtype: " + wider if number != "float32" else "this model cannot be used"
+    return ModelError(f"{what}{where}; no weight holds NaN or Inf", hint)
 
 
 @torch.no_grad()
