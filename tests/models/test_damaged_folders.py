@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ import folders
 from fuzz import folders as fuzz
 from layercut.cli import evaluate_alone, single_stage
 from layercut.config import CutConfig, PerplexityConfig
-from layercut.errors import LayercutError, ModelError, shown
+from layercut.errors import LayercutError, ModelError
 from layercut.export import checkpoint
 from layercut.files import reading
-from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_folder import Run
@@ -284,10 +282,6 @@ def test_the_lock_is_never_written_through_a_link(tmp_path):
     assert victim.read_text() == "precious"
 
 
-def test_control_characters_do_not_reach_the_terminal():
-    assert shown("a\x1b[31mb\u202e\nc – 2 %\u00a0é") == "a\\x1b[31mb\\x202e\\x0ac – 2 %\u00a0é"
-
-
 def test_errors_are_printed_without_control_characters(folder, tmp_path, capsys):
     from layercut.cli.command_line import main
 
@@ -299,21 +293,6 @@ def test_errors_are_printed_without_control_characters(folder, tmp_path, capsys)
 
 
 # --- what is written ----------------------------------------------------------------------------------------
-
-
-def test_files_get_the_permissions_of_any_new_file(tiny_model, tmp_path):
-    loaded = loading.load(resolve(str(tiny_model)), device="cpu")
-    old = os.umask(0o022)
-    try:
-        StateFile(tmp_path / "state.safetensors", key="k").save("k", {"a": [torch.zeros(1)]}, {})
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(checkpoint, "verify", lambda *_: {})
-            checkpoint.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "out")
-    finally:
-        os.umask(old)
-    written = [tmp_path / "state.safetensors", *(tmp_path / "out").iterdir()]
-    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in written} == {"0o644"}
-    assert not [file for file in written if file.name.endswith(".mode")]
 
 
 def test_a_record_tells_damage(tmp_path):
@@ -363,6 +342,3 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     )
     assert len(alive) == 2
     assert found["ratio"]["value"] == 1.0
-
-
-# --- small figures ------------------------------------------------------------------------------------------
