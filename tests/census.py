@@ -29,14 +29,9 @@ from layercut.surgery import cut_checkpoint, cut_segment_
 NEW_TOKENS = 5
 """After a prompt of five: together beyond the sliding windows of `families`."""
 CUTS: dict[str, list[tuple[int, int]]] = {
-    "middle": [(2, 4)],
-    "odd": [(3, 4)],
-    "long": [(1, 6)],
-    "first": [(0, 1)],
-    "last": [(7, 8)],
-    "two": [(1, 2), (4, 6)],
-    "period": [(2, 6)],
-}
+    "middle": [(2, 4)], "odd": [(3, 4)], "long": [(1, 6)], "first": [(0, 1)], "last": [(7, 8)],
+    "two": [(1, 2), (4, 6)], "period": [(2, 6)],
+}  # fmt: skip
 """The cuts of the census, of a stack of `families.LAYERS`."""
 
 
@@ -93,31 +88,24 @@ def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdi
         wanted = reference_logits(source.model, segments)
     except ModelError as error:
         return Verdict("refused", f"{error.message} / {error.hint}")
-    cut = copy.deepcopy(source.model)
-    before = fingerprint(source.model)
-    out = scratch / "cut"
-    shutil.rmtree(out, ignore_errors=True)
+    cut, before = copy.deepcopy(source.model), fingerprint(source.model)
+    out, saved = scratch / "cut", scratch / "saved"
+    for folder in (out, saved):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         cut_segment_(cut, segments)
     except LayercutError as error:
         return _judge_refusal(source, cut, segments, out, error)
-    saved = scratch / "saved"
-    shutil.rmtree(saved, ignore_errors=True)
     cut.save_pretrained(saved)  # before it runs: RWKV changes its weights when it does
     if fingerprint(source.model) != before:
         return Verdict("wrong", "the original model was changed")
-    if trouble := _logits_trouble(cut, wanted, tolerance(cut.config)):
-        return Verdict("wrong", f"in memory: {trouble}")
-    if source.generates and (trouble := generation_trouble(cut)):
+    trouble = _logits_trouble(cut, wanted, tolerance(cut.config)) or (source.generates and generation_trouble(cut))
+    if trouble:
         return Verdict("wrong", f"in memory: {trouble}")
     if source.trouble:
         return Verdict("unjudged", f"transformers, saving and loading the uncut model: {source.trouble}")
     if trouble := _reload_trouble(cut, saved, source.generates):
         return Verdict("wrong", f"saved and reloaded: {trouble}")
-    return _judge_on_disk(source, cut, segments, out)
-
-
-def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out: Path) -> Verdict:
     try:
         cut_checkpoint(source.folder, segments, out)
     except ModelError as error:  # a class that is no language model by transformers' own mappings
@@ -132,10 +120,8 @@ def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out:
 
 def _judge_refusal(source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError) -> Verdict:
     """A refusal must be a SurgeryError with a hint, leave the model as it was, and be the same on disk."""
-    if not isinstance(error, SurgeryError):
-        return Verdict("wrong", f"{type(error).__name__}: {error.message}")
-    if not error.hint or len(error.message) < 30:
-        return Verdict("wrong", f"a refusal that does not help: {error.message} / {error.hint}")
+    if not isinstance(error, SurgeryError) or not error.hint or len(error.message) < 30:
+        return Verdict("wrong", f"a refusal that does not help: {type(error).__name__} {error.message} / {error.hint}")
     if fingerprint(cut) != fingerprint(source.model) or cut.config.to_dict() != source.model.config.to_dict():
         return Verdict("wrong", "refused after the model had been changed")
     try:
@@ -167,23 +153,24 @@ def reference_logits(model: Any, segments: Sequence[Segment]) -> torch.Tensor:
 
 @contextmanager
 def _skipped_xlm(stack: Any, removed: Sequence[int]) -> Iterator[None]:
-    attention, feedforward = stack.attentions, stack.ffns
-    parts = [part[i] for i in removed for part in (attention, feedforward, stack.layer_norm1, stack.layer_norm2)]
-    for part in parts:
-        norm = isinstance(part, torch.nn.LayerNorm)
-        forward = part.forward
+    parts = [(part[i], norm) for i in removed for part, norm in (
+        (stack.attentions, False), (stack.ffns, False), (stack.layer_norm1, True), (stack.layer_norm2, True),
+    )]  # fmt: skip
 
-        def skip(x: Any, *args: Any, norm: bool = norm, forward: Any = forward, **kwargs: Any) -> Any:
+    def skip(forward: Any, norm: bool) -> Any:
+        def skipping(x: Any, *args: Any, **kwargs: Any) -> Any:
             output = forward(x, *args, **kwargs)
-            if norm:
-                return x
-            return (torch.zeros_like(x), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(x)
+            nothing = x if norm else torch.zeros_like(x)
+            return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
 
-        part.forward = skip
+        return skipping
+
+    for part, norm in parts:
+        part.forward = skip(part.forward, norm)
     try:
         yield
     finally:
-        for part in parts:
+        for part, _ in parts:
             del part.forward
 
 
@@ -266,16 +253,14 @@ def _align_(model: Any) -> None:
 def generation_trouble(model: Any, other: Any = None) -> str:
     """Greedy generation with the cache must be what it is without, beyond the sliding window."""
     try:
-        with_cache = _written(model)
+        tokens, scores = _written(model)
     except Exception as error:
         return f"cached generation raises {type(error).__name__}: {str(error)[:120]}"
-    without = _generate(model, use_cache=False) if other is None else _written(other)
-    if with_cache[0].tolist() != without[0].tolist():
+    wanted, theirs = _generate(model, use_cache=False) if other is None else _written(other)
+    if tokens.tolist() != wanted.tolist():
         return "cached generation differs"
-    scale = without[1].abs().max().clamp(min=1)
-    if (with_cache[1] - without[1]).abs().max() > 1e-3 * scale:
-        return f"scores of cached generation differ by {(with_cache[1] - without[1]).abs().max().item():.2g}"
-    return ""
+    away = (scores - theirs).abs().max()
+    return f"scores of cached generation differ by {away:.2g}" if away > 1e-3 * theirs.abs().max().clamp(min=1) else ""
 
 
 _WRITTEN: WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
@@ -292,16 +277,9 @@ def _generate(model: Any, *, use_cache: bool) -> tuple[torch.Tensor, torch.Tenso
     prompt = families.tokens(length=5, batch=1)
     with torch.no_grad():
         result = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            use_cache=use_cache,
-            output_scores=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, use_cache=use_cache, output_scores=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
     scores = torch.stack(result.scores)
     return result.sequences, torch.where(scores.isfinite(), scores, torch.zeros_like(scores))

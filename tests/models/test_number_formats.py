@@ -130,11 +130,8 @@ def test_a_plan_knows_both_formats(checkpoint, monkeypatch, capsys):
     assert (narrow["dtype"], narrow["computed_in"]) == ("bfloat16", "bfloat16")
     assert (wide["dtype"], wide["computed_in"]) == ("bfloat16", "float32")
     assert wide["bytes"] == narrow["bytes"]
-    assert wide["kv_bytes_per_token"] == narrow["kv_bytes_per_token"]
     parts = [plan["stages"]["tune"]["parts"]["weights"] for plan in (narrow, wide)]
     assert parts[1] == 2 * parts[0]
-    gpu = [{f["target"]: f for f in plan["fits"]}["one 24 GB GPU"]["needs_bytes"] for plan in (narrow, wide)]
-    assert gpu[0] == gpu[1], "on an accelerator both compute in bfloat16"
 
 
 def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
