@@ -86,6 +86,7 @@ class Run:
         self._artefacts: dict[str, Any] = {}
         self._depth, self._earlier = 0, 0.0
         """Stages that are open, and the seconds that an earlier command spent on the innermost."""
+        self._processes = processes.world()  # that share the run; inside `on_main` there is one
         self._config: dict[str, Any] | None = None
         """The command's, until config.yaml holds it."""
         self._finished: list[str] = []
@@ -291,7 +292,7 @@ class Run:
         """Write config.yaml and env.json, once: of the command that began what the folder holds, and of every one."""
         if self._config is None:
             return
-        before, now = self._env(), environment() | {"processes": processes.world()}
+        before, now = self._env(), environment() | {"processes": self._processes}
         earlier = before.pop("commands", [])
         is_new = self.force or "command" not in before or bool(self._changed())
         told = {key: now[key] for key in ("date", "command", "hardware", "processes", "versions")}
