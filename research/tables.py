@@ -1,4 +1,4 @@
-"""Writes the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md and docs/engines.md.
+"""Writes the tables between `<!-- NAME -->` and `<!-- /NAME -->` in the pages that hold one.
 
 python research/tables.py      # each from the file of research/results that its function names
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "engines.md")
+PAGES = (*(ROOT / page for page in ("README.md", "docs/results.md", "docs/engines.md", "research/search.md")),)
 
 
 def read(name: str) -> Any:
@@ -126,8 +127,41 @@ def engines() -> str:
     return "\n".join([intro, "", markdown(["engine", *names, "date"], table, left=len(names) + 2), "", *ends])
 
 
+KINDS = {"one": "{}", "families": "random stacks of four architectures", "pairs": "the same, two segments",
+         "several": "{}, three segments", "deep": "segments planted in 80 and 126 layers"}  # fmt: skip
+
+
+def gates() -> str:
+    """Each search method on each kind of model: regret, and work over that of cutting all candidates in one sweep."""
+    table, groups = [], dict[str, list[dict[str, Any]]]()
+    for case in read("gates")["cases"]:
+        groups.setdefault(
+            KINDS[case["kind"]].format(case["model"].split("-Instruct")[0].split("-instruct")[0]), []
+        ).append(case)
+    for kind, cases in groups.items():
+        for method in dict.fromkeys(name for case in cases for name in case["methods"]):
+            rows = [(case, case["methods"][method]) for case in cases if method in case["methods"]]
+            regrets = sorted(row["regret"] for _, row in rows)
+            work, seconds = [], []
+            for case, row in rows:
+                if whole := case["methods"].get("exhaustive"):
+                    backward = case.get("backward_over_forward", 1.0)
+                    layers = row["layer_forwards"] + backward * row["layer_backwards"]
+                    work.append(layers / whole["layer_forwards"])
+                    if row["cpu_seconds"] is not None:
+                        seconds.append(row["cpu_seconds"] / whole["cpu_seconds"])
+            best = f"{sum(regret < 1.0005 for regret in regrets)} of {len(regrets)}"
+            cells = [f"{statistics.median(some):.2f}" if some else "–" for some in (work, seconds)]
+            most = f"{max(work):.2f}" if work else "–"
+            table.append([kind, f"`{method}`", f"{statistics.median(regrets):.2f}", f"{regrets[-1]:.2f}", best,
+                          cells[0], most, cells[1]])  # fmt: skip
+    heads = ["model", "method", "regret, median", "worst", "best found", "work, median", "most", "seconds"]
+    return markdown(heads, table, left=2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "methods": methods, "healing": healing, "speed": speed, "engines": engines,
+    "gates": gates,
 }  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     )
     assert tuning["learning_rate"] == trained.rate_from(tuning["heldout"][0]["loss"]) < trained.rate
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
-    assert "tuning" not in runs["none"]["quantize"]
+    assert not runs["none"]["quantize"]["tuning"]
     (how,) = asked
     assert how["row_lengths"].tolist() == [64, 32] * 16, "rows are done as healing does them"
     assert how["tolerated"] == trainable.ROUNDING_RISE, "a first rise below a tenth is no setback"

@@ -269,7 +269,7 @@ def test_a_run_says_which_tests_are_no_chats(tiny_model, texts, tmp_path, capsys
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", "--tune-tokens=1024"]
     flags += ["--preserve=sums,copy", f"--out={tmp_path / 'run'}"]
     assert main(["tune", str(model), *flags]) == 0
-    said = re.search("leaves out turns: generated tests of (.*) are no chats", capsys.readouterr().err)
+    said = re.search("leaves out turns: probes of (.*) are no chats", capsys.readouterr().err)
     assert (said and said[1]) == (None if template == CHAT else "copy, sums")
 
 

@@ -126,7 +126,7 @@ def test_a_size_is_counted_in_the_bits_that_are_saved(tiny_model, texts, tmp_pat
     assert main(["plan", str(tiny_model), *flags[1:6], "--no-calibrate", "--json", f"--target-size={target}"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["after"] == 8 - 2
     out = tmp_path / "run"
-    plain = [*flags[:3], "--method=cosine", f"--target-size={target}", f"--out={out}"]
+    plain = [*flags[:3], "--method=cosine", f"--target-size={target}", f"--out={tmp_path / 'plain'}"]
     assert main(["search", str(tiny_model), "--preserve=none", *plain]) == 0, "in 16 bits, of which nothing is taken"
     assert main(["compress", str(tiny_model), *flags, f"--target-size={target}", f"--out={out}"]) == 0
     found = json.loads((out / "quantize.json").read_text())["bytes"]

@@ -18,7 +18,16 @@ from layercut.distributed import processes
 from layercut.models import checkpoints, memory
 from layercut.models.devices import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
-from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, SizeInBytes, SummaryArtefact
+from layercut.pipeline.artefacts import (
+    BeforeAfter,
+    CutArtefact,
+    EvaluationsArtefact,
+    FoundByLength,
+    LongContext,
+    SizeInBytes,
+    SummaryArtefact,
+    TasksArtefact,
+)
 from layercut.pipeline.handover import describe_result_, export, result_of
 from layercut.pipeline.resolve_options import Stage, default_folder, resolve, wanted_length
 from layercut.pipeline.run_context import RunContext
@@ -86,10 +95,14 @@ def compress(
             tasks = config.tasks
             evaluated = stages.evaluate.evaluate(work, segments)
             capabilities = stages.evaluate.capabilities(work, segments)
-            scored = stages.evaluate.score(work, segments) if tasks.names else None
-            probes = stages.evaluate.probes(work, segments) if tasks.probes else None
-            long = stages.evaluate.long(work, segments) if config.long.long_context else None
-            others = stages.evaluate.others(work, segments) if tasks.evaluation_names else None
+            scored = stages.evaluate.score(work, segments) if tasks.names else run.earlier(TasksArtefact, "tasks")
+            probes = stages.evaluate.probes(work, segments) if tasks.probes else run.earlier(FoundByLength, "probes")
+            wants_long, wants_others = config.long.long_context, tasks.evaluation_names
+            long = stages.evaluate.long(work, segments) if wants_long else run.earlier(LongContext, "long")
+            others = (
+                stages.evaluate.others(work, segments)
+                if wants_others else run.earlier(EvaluationsArtefact, "evaluations")
+            )  # fmt: skip
 
             # what the user gets
             exported = stages.export.export(work, segments)

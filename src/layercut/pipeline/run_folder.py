@@ -48,10 +48,8 @@ from layercut.pipeline.environment import environment, versions
 from layercut.progress import warn
 
 Kind = TypeVar("Kind")
-MEASURED = ("eval", "export", "summary", "tasks", "long", "evaluations", "capabilities", "probes", "compare",
-            "text-shared")  # fmt: skip
-"""Stages that leave the model as it is, and are run again where that is asked for; of a comparison those that end in
--judged."""
+MEASURED = ("eval", "export", "summary", "tasks", "capabilities", "compare", "text-shared")
+"""Stages that any command makes anew where their inputs changed; of a comparison those that end in -judged."""
 ELSEWHERE = {"out", "device", "stream", "shard", "device_map", "max_memory"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 
@@ -89,6 +87,7 @@ class Run:
         self._processes = processes.world()  # that share the run; inside `on_main` there is one
         self._config: dict[str, Any] | None = None
         """The command's, until config.yaml holds it."""
+        self._processes = processes.world()  # on the main one alone it would be 1
         self._finished: list[str] = []
         """Stages of a finished command, which are not made anew of other inputs."""
         self._lock: IO[str] | None = None
@@ -159,6 +158,11 @@ class Run:
         found = self._artefacts[name]
         assert isinstance(found, kind)
         return found
+
+    def earlier(self, kind: type[Kind], name: str) -> Kind | None:
+        """What a finished command measured of the same model, where this one does not ask for it."""
+        content = self.read(name) if name in self._finished else None
+        return decode(kind, content) if content is not None and not self._damage(content) else None
 
     def inputs_of(self, name: str) -> str:
         """Hash of all that goes into a stage that was begun, earlier stages included."""
