@@ -87,7 +87,6 @@ class Run:
         self._processes = processes.world()  # that share the run; inside `on_main` there is one
         self._config: dict[str, Any] | None = None
         """The command's, until config.yaml holds it."""
-        self._processes = processes.world()  # on the main one alone it would be 1
         self._finished: list[str] = []
         """Stages of a finished command, which are not made anew of other inputs."""
         self._lock: IO[str] | None = None
