@@ -31,7 +31,7 @@ docs: $(STAMP)
 	$(BIN)/python -m zensical build --strict
 
 # What other engines make of the models that layercut writes, each in an environment of its own under build/engines:
-# two minutes once they are installed. vLLM (3.4 GB) only where ENGINES names it. Writes the table of docs/guides/engines.md.
+# two minutes once they are installed. vLLM (3.4 GB) only where ENGINES names it. Writes the table of docs/engines.md.
 ENGINES :=
 test-engines: $(STAMP)
 	$(BIN)/python -m tests.engines $(ENGINES)
@@ -45,8 +45,8 @@ MINIMUM := build/minimum
 test-minimum:
 	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints/minimum.txt --editable '.[dev]' $(MINIMUM_PIP)
-	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/test_cli.py tests/test_artefacts.py \
-		tests/test_progress.py tests/test_journey.py tests/surgery/test_cut.py tests/surgery/test_cut_gguf.py tests/data/test_data.py tests/test_lora.py
+	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/cli tests/pipeline/test_run_folder.py \
+		tests/pipeline/test_journey.py tests/surgery/test_cut.py tests/surgery/test_cut_gguf.py tests/data/test_data.py tests/test_lora.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
