@@ -89,19 +89,18 @@ def gated_losses(costs: CutCosts, rows: slice, part: slice, wells: Sequence[torc
     share = tokens.shape[1] / costs.tokens.shape[1] * len(tokens)  # of a row
     entered = backwards = 0
     all_gates = [gates(walls, len(stack), s) for walls in wells]
+    values = torch.stack(all_gates).tolist()
     for i in range(len(stack)):
         for w, g in enumerate(all_gates):
-            value, h = g[i].item(), streams[w] if streams[w] is not None else dense
-            if value == 1 and streams[w] is None:
+            value, h = values[w][i], streams[w]
+            if value == 1 and h is None:
                 continue
-            assert h is not None
-            if value < 1:
-                if value > 0:
-                    out = layer(stack, i, h, calls)
-                    h = h + (g[i].to(h.device) * (out - h).float()).to(h.dtype)
-            else:
-                h = layer(stack, i, h, calls)
-            entered, backwards, streams[w] = entered + (value > 0), backwards + (value > 0 and h.requires_grad), h
+            h = dense if h is None else h
+            if value > 0:
+                out = layer(stack, i, h, calls)
+                h = out if value == 1 else h + (g[i].to(h.device) * (out - h).float()).to(h.dtype)
+                entered, backwards = entered + 1, backwards + h.requires_grad
+            streams[w] = h
         with torch.no_grad():
             dense = stack.layer(i, dense, calls)
     cost.layer_forwards += math.ceil((entered + len(stack)) * share)
@@ -231,17 +230,16 @@ def hardened(walls: torch.Tensor, limits: Restriction) -> list[Cuts]:
 
 
 def clp(
-    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, seed: int = 0, num_segments: int = 1,
-    probes: ProbeRows | None = None, restriction: Restriction | None = None, schedule: Schedule = Schedule(),
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, seed: int, num_segments: int,
+    probes: ProbeRows | None, restriction: Restriction, schedule: Schedule = Schedule(),
 ) -> SearchResult:  # fmt: skip
     """The concave gate of CLP: its own proposals, of which a few real cuts decide."""
     costs = CutCosts(runner, tokens, cost, probes)
-    limits = restriction or Restriction.none(len(runner), length)
     wells = processes.from_main(trained(costs, length, num_segments, seed, schedule))
-    ways = [hardened(well.walls, limits) for well in wells]
+    ways = [hardened(well.walls, restriction) for well in wells]
     last, before = ways[: schedule.least], ways[schedule.least :]
     proposed = [way[k] for some in (last, before) for k in range(2) for way in some if k < len(way)]
-    sets = [*dict.fromkeys(proposed)][: schedule.finalists] or [(one,) for one in limits.needed_segments()]
+    sets = [*dict.fromkeys(proposed)][: schedule.finalists] or [(one,) for one in restriction.needed_segments()]
     found = halving(costs, sets, "finalists of the concave gate", finalists=2)
     first = next((w for w, way in enumerate(ways) if found[0].segments in way), 0)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]

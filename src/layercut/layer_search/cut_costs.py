@@ -176,6 +176,11 @@ def rounds(sets: int, rows: int, begin: int, finalists: int) -> Iterator[tuple[i
         sets, seen = min(sets, max(finalists, math.ceil(sets / 2))), min(rows, 2 * seen)
 
 
+def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows in the order in which halving takes them."""
+    return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+
+
 def halving(
     costs: CutCosts, sets: Iterable[Cuts], name: str = "race", *, begin: int | None = None, finalists: int = FINALISTS
 ) -> list[Candidate]:

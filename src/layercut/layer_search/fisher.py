@@ -34,7 +34,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.layer_search.cut_costs import WORST, CutCosts, best_by_text, halving
+from layercut.layer_search.cut_costs import WORST, CutCosts, best_by_text, halving, shuffled
 from layercut.layer_search.race import climb
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
@@ -101,11 +101,6 @@ def gradient_rows(rows: int) -> int:
 def first_of_proposals(rows: int, kinds: int = 1) -> int:
     """Rows that proposals are first run on: two of each kind at least."""
     return min(rows, max(2 * kinds, rows // BEGIN_SHARE))
-
-
-def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Rows in the order in which halving takes them."""
-    return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
 
 
 # --- the estimate ---

@@ -8,7 +8,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.cut_costs import CutCosts, best_by_text, halving
+from layercut.layer_search.cut_costs import CutCosts, best_by_text, halving, shuffled
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
@@ -40,8 +40,7 @@ def race(
     With one segment all race. With several, where not all sets can be run, each segment is run alone on a few
     rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
     """
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    costs = CutCosts(runner, tokens[order], cost, probes)
+    costs = CutCosts(runner, shuffled(tokens, seed), cost, probes)
     if num_segments == 1:
         sets: Sequence[Cuts] = [(segment,) for segment in restriction.needed_segments()]
         found = halving(costs, sets)
