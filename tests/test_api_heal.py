@@ -133,7 +133,7 @@ def test_what_cannot_be_healed_is_refused():
 
 
 def test_the_rate_is_a_share_of_the_weights_that_are_trained():
-    """By the width instead, a model of small weights is torn apart (docs/log.md)."""
+    """By the width instead, a model of small weights is torn apart (measured)."""
     rates = []
     for scale in (1.0, 0.1):
         model = tiny.llama()

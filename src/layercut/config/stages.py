@@ -35,11 +35,11 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 COARSE_BITS = 3
 """Up to which groups have zero points by themselves: for 1 % more bytes 8 and 10 % less perplexity of
-Qwen2.5-Coder-0.5B (docs/log.md), and no engine but transformers reads so few bits."""
+Qwen2.5-Coder-0.5B (measured), and no engine but transformers reads so few bits."""
 NEAR_ENOUGH = 8
 """Bits of a head from which on it is rounded to nearest, without calibration."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
-"""Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
+"""Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried)."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
 """The same, or chosen for each matrix."""
 EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]
@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
 defaults. Nothing that another flag could forbid is here, and no other method: fast is less text, not another way.
-More tokens heal more (docs/log.md); how many are enough is a guess."""
+More tokens heal more (measured); how many are enough is a guess."""
 WHAT, RUN, TEXT, SEARCH, HEALING, QUANTIZATION, MEASURING, LOADING, RARE = (
     Group(name, sort_key=place)
     for place, name in enumerate(

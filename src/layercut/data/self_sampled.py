@@ -22,7 +22,7 @@ from layercut.progress import bar
 ROWS = 32
 """Rows sampled from the model in one batch."""
 CHAT_HEAT = 0.7
-"""Temperature of chats: at 1 a small model loses the thread, and nobody asks it so (docs/log.md)."""
+"""Temperature of chats: at 1 a small model loses the thread, and nobody asks it so (measured)."""
 
 
 def sample(

@@ -1,9 +1,9 @@
 """What a model makes of probes: generated tests of each capability, keys in long text, values in long lists.
 
 Beside perplexity, which does not show it: a model may lose every key hidden in its context at a loss of text that looks
-like any other cut's (docs/log.md). Tests go through both models once, and greedy decoding answers what is asked for in
-free text. They are the same for every model of a tokenizer, and of the judging family, on which nothing is searched or
-tuned.
+like any other cut's (research/what-survives.md). Tests go through both models once, and greedy decoding answers what is
+asked for in free text. They are the same for every model of a tokenizer, and of the judging family, on which nothing is
+searched or tuned.
 """
 
 from __future__ import annotations

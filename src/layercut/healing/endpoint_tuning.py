@@ -304,7 +304,7 @@ def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2
     A step of AdamW is the rate whatever the gradient, so it is a share of what it changes. Of SmolLM2-135M, whose
     weights are 0.19, 1.6e-3 was the best in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
     of either, and 19 were trained well at an eighth. Of Qwen2.5-0.5B, whose weights are 0.016 at nearly that width,
-    eight times as much ruined the first steps (docs/log.md). Where few ends, and 2 / N, are guesses.
+    eight times as much ruined the first steps (measured). Where few ends, and 2 / N, are guesses.
     """
     return weight / 120 * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
 
@@ -313,7 +313,7 @@ def usual_weight(parameters: Sequence[torch.Tensor]) -> float:
     """Each matrix' root mean square, of these the median; of the vectors where there is no matrix, 0 of nothing.
 
     That of all entries together would be the fold's, which solves a few of the matrices: it has some entries hundreds
-    of times the others where removed layers wrote them, and a rate by those ruins the rest (docs/log.md).
+    of times the others where removed layers wrote them, and a rate by those ruins the rest (measured).
     """
     counted = [p for p in parameters if p.dim() > 1] or parameters
     squares = [float(sharding.whole(p.detach().float().square().sum())) / max(1, p.numel()) for p in counted]
@@ -653,7 +653,7 @@ def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tol
     """Whether the last held-out score says that the rate is too high.
 
     So it does above the start's by more than is tolerated, and above it for the second time in a row. A smaller rise
-    may pass by itself, where the rate that it would cost does not come back (docs/log.md).
+    may pass by itself, where the rate that it would cost does not come back (measured).
     """
     start, *later = heldout
     if not later:

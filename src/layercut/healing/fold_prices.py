@@ -1,7 +1,7 @@
 """What cuts cost once each has a quick fold: a price nearer to what healing leaves, for a search.
 
 A plain cut's price is that of a model that nobody will use. Of SmolLM2's pairs of segments this one tells the good
-from the bad where plain prices do not, but not neighbours from each other (docs/log.md). It is the fold of
+from the bad where plain prices do not, but not neighbours from each other (measured). It is the fold of
 `least_squares.py` made cheap: of the layer before a cut the last projection alone, the dense states computed once for
 all cuts:
 

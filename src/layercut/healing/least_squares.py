@@ -10,9 +10,9 @@ the MLP's on what it really reads: X minimising
 
 with h the stream that leaves layer s - 1, in float64 from streamed Z'Z and Z'Y. What follows reads the stream through a
 norm, so that an error counts as a share of the token's own size: else the few tokens of massive activations, a thousand
-times as large as others, would decide alone (docs/log.md). The result stays a stock
+times as large as others, would decide alone (measured). The result stays a stock
 architecture (after ReplaceMe, 2505.02819, equation 5, which multiplies the MLP's *output* by a square matrix:
-W + X is any matrix, of which that is the part of the form W T; docs/log.md has what this brings). The ridge pulls
+W + X is any matrix, of which that is the part of the form W T). The ridge pulls
 towards the weight as it is, so that without evidence nothing changes; it is relative to the mean of Z'Z's diagonal
 and is chosen on tokens that the statistics have not seen.
 
@@ -44,8 +44,7 @@ from layercut.progress import bar
 from layercut.segments import Segment
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Relative ridges that are tried. Which is best depends on the number of tokens; the largest guard against few
-(docs/log.md)."""
+"""Relative ridges that are tried. Which is best depends on the number of tokens; the largest guard against few."""
 
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
@@ -118,7 +117,7 @@ class Normal:
     def solve_best(self, ridges: Sequence[float], check: Normal) -> tuple[float, torch.Tensor]:
         """The ridge that leaves least of what the sums have not seen.
 
-        What is left falls up to that ridge and rises behind it (docs/log.md), so that half of them need no solving: the
+        What is left falls up to that ridge and rises behind it (measured), so that half of them need no solving: the
         middle one is, then larger ones as long as less is left, or else smaller ones.
         """
         middle = len(ridges) // 2

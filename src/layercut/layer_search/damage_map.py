@@ -30,7 +30,7 @@ from layercut.progress import bar
 from layercut.segments import Segment
 
 MAP_ROWS, MAP_WINDOW = 32, 256
-"""Rows of generated tests and their tokens: some 8,000. A guess that held on SmolLM2 (docs/log.md)."""
+"""Rows of generated tests and their tokens: some 8,000. A guess that held on SmolLM2."""
 TEXT = "text"
 """The column of plain text, where some is given."""
 HELD_SHARE = 0.5

@@ -58,7 +58,7 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
 def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
 
-    Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2, docs/log.md).
+    Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2).
     """
     if dtype != "auto" or device.type != "cpu" or stored not in INSTRUCTIONS:
         return stored

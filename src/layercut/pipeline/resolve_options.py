@@ -32,7 +32,7 @@ from layercut.segments import Segment, checked_segments, layers_to_remove
 ENOUGH_TOKENS = 65536
 """To tune on: from here on a share of them is spent on cuts on trial, and their rows are long."""
 LONG_ROW = 1024
-"""Tokens in a long row to tune on: perplexity was 2 to 7 % lower than by rows of 256 alone (docs/log.md)."""
+"""Tokens in a long row to tune on: perplexity was 2 to 7 % lower than by rows of 256 alone (measured)."""
 Stage = Literal["search", "tune", "report"]
 """How far a run goes: until the segments are known, the model is healed, or all is measured and reported."""
 

@@ -40,9 +40,9 @@ TUNING_STATE = "tuning-state.safetensors"
 TUNING_STATES = "tuning-states"
 """What the frozen layers make of the tuning tokens, where those are on disk; gone when the stage is done."""
 DEFAULT_MIX = 0.3
-"""Of the next-token loss: lower perplexity by 3 to 5 %, tasks and keys as without (docs/log.md)."""
+"""Of the next-token loss: lower perplexity by 3 to 5 %, tasks and keys as without (measured)."""
 FOLD_TOKENS = 65536
-"""Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (docs/log.md)."""
+"""Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (measured)."""
 
 
 def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:

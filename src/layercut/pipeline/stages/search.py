@@ -39,7 +39,7 @@ from layercut.segments import Segment
 
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
-recall from the others (docs/log.md)."""
+recall from the others (measured)."""
 
 SHORTEST_TESTED = 64
 """Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
