@@ -8,9 +8,10 @@
 
 Cases are added to research/results/gates.json; those that are there are not run again, and a run that was stopped goes
 on. `--again clp` runs this method of the cases that are there once more. Regret is the KL of the real cut on all
-calibration rows over the best there is, or, with several segments, over the best that any method found. Work is counted
-in layers applied to a row of tokens, a backward as `backward_over_forward` of them. `clp-uncut` is the first place that
-the concave gate proposes, with no real cut made.
+calibration rows over that of the exhaustive search, or, where that is not run, over the best that any method found. A
+baseline may have less than 1 where it takes layers that are not neighbours. Work is counted in layers applied to a row
+of tokens, a backward as `backward_over_forward` of them. `clp-uncut` is the first place that the concave gate proposes,
+with no real cut made.
 
 families, pairs: layers scaled by random factors, so that the landscape has several minima.
 deep: as they, and segments whose layers add little, in a stack in which all sets cannot be cut.
@@ -30,8 +31,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
-from common import RESULTS, blocks, named, open_model
-from layercut.files.json_values import write_json
+from common import RESULTS, blocks, compact, named, open_model
+from layercut.files.json_values import write_text
 from layercut.layer_search import SearchResult, search
 from layercut.layer_search.baselines import sleb_work
 from layercut.layer_search.result import Cost
@@ -132,7 +133,7 @@ class Cases:
         self.there["cases"][at : at + 1] = [case]
         command = ["gates.py", "families|pairs|one|several|deep"]
         self.there["environment"] = environment() | {"command": command}
-        write_json(self.file, self.there)
+        write_text(self.file, compact(self.there))
         print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
               row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
 
@@ -141,7 +142,7 @@ def by_methods(
     stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1,
     *, before: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """What each method finds and spends, and its regret against the best that any of them, or of `before`, found."""
+    """What each method finds and spends, and its regret; `before`: what others found of the same case."""
     found = dict(before)
     for method in methods:
         takes: dict[str, Any] = {} if method in (*BASELINES, "sleb", "evolution") else {"num_segments": count}
@@ -155,7 +156,7 @@ def by_methods(
     sets = {name: joined_segments(i for text in row["segments"].split() for i in range(*map(int, text.split(":"))))
             for name, row in found.items()}  # fmt: skip
     costs = {c.segments: c.kl for c in set_costs(stack, tokens, sets.values(), Cost())}
-    best = min(costs.values())
+    best = costs[sets["exhaustive"]] if "exhaustive" in sets else min(costs.values())
     for name, row in found.items():
         row |= {"kl": costs[sets[name]], "regret": costs[sets[name]] / best}
     return found
