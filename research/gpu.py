@@ -39,7 +39,7 @@ from layercut.cli.demo import fetch_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, PlanConfig, SearchConfig
 from layercut.evaluation.speed import peak_device_bytes, speed
 from layercut.files.json_values import write_json
-from layercut.healing.endpoint_tuning import endpoints
+from layercut.healing.recipe import endpoints
 from layercut.models import checkpoints, devices, loading, model_weights
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.environment import environment

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
+from layercut.healing.endpoint_tuning import own_parameters_
+from layercut.healing.inputs import Batch
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
 from layercut.healing.lora import adapters_
-from layercut.healing.tuning_pass import Batch, HeldOut, Pair, loss_gradient
+from layercut.healing.recipe import warmup_then_cosine
+from layercut.healing.tuning_pass import HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.passes import common_prefix
@@ -101,7 +103,7 @@ def train_(
     autograd: both models run whole, on float32 logits (without a mixture).
     """
     reuse_freed()
-    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1, objective=KL(mix=mix))
+    pair = Pair(dense=dense, student=student, prefix=prefix, objective=KL(mix=mix))
     masters = [p.detach().float().clone() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
@@ -151,7 +153,7 @@ def train_(
 def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
     rows = torch.arange(len(tokens))
-    batch = Batch(tokens, rows, torch.zeros_like(rows), weight)
+    batch = Batch(tokens, rows, torch.zeros_like(rows), weight=weight)
     if pair.prefix:
         return sum(loss.sum().item() for loss in pair.backward([batch]))
     with torch.no_grad():

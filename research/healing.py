@@ -41,12 +41,13 @@ from transformers import AutoModelForCausalLM
 
 from common import arguments, blocks, open_model
 from healers import BASELINES, PASS_TOKENS, judged, patch_, train_
+from layercut.config import TuneSettings
 from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json, write_text
 from layercut.healing import tune_
-from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, usual_weight
 from layercut.healing.least_squares import fold_cut_
+from layercut.healing.recipe import default_learning_rate, usual_weight
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.models import loading, model_weights
 from layercut.models.memory import reuse_freed
@@ -445,7 +446,7 @@ def healed_by_peer(
 
 def model_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor) -> float:
     """Mean KL to the dense model, also of a student with embeddings of its own."""
-    pair = Pair(dense=dense, student=student, prefix=0, last=len(student) - 1)
+    pair = Pair(dense=dense, student=student, prefix=0, objective=KL())
     return judged(HeldOut(pair, tokens, rows=max(1, PASS_TOKENS // tokens.shape[1])))
 
 

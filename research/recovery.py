@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import arguments, blocks, finish, open_model
+from layercut.config import TuneSettings
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json
 from layercut.healing import tune_
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
+from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.models import model_weights
@@ -89,8 +90,9 @@ def main() -> None:
         ]
         write_json(part, rows)
     for radius in args.radius:
+        objective: Any = KL(mix=args.mix)
         settings = TuneSettings(
-            radius=radius, objective=KL(mix=args.mix),
+            radius=radius, objective=objective,
             learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens,
         )  # fmt: skip
         for count in sorted(args.tokens):
@@ -105,7 +107,7 @@ def main() -> None:
                 TuningFiles(state=state, stopping=asked_to_stop),
                 math.ceil(count / args.window),
             )
-            report = tune_(student, dense, tokens[:rows_of_count], heldout=heldout, files=files, **vars(settings))
+            report = tune_(student, dense, tokens[:rows_of_count], heldout=heldout, files=files, settings=settings)
             taken: dict[str, Any] = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
             row = {"state": "tuned", **settled, "batch_tokens": args.batch_tokens, **taken}
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")

@@ -20,17 +20,13 @@ import torch
 
 from common import blocks
 from healers import lora_, train_
+from layercut.config import TuneSettings
 from layercut.data.self_sampled import ROWS, generating, plain_distribution, sample
 from layercut.data.sources import CHATS, TESTS
 from layercut.healing import fold_, tune_
-from layercut.healing.endpoint_tuning import (
-    TuneSettings,
-    default_learning_rate,
-    endpoints,
-    own_parameters_,
-    tune_parameters_,
-    usual_weight,
-)
+from layercut.healing.endpoint_tuning import own_parameters_, tune_parameters_
+from layercut.healing.inputs import Rows as TunedRows
+from layercut.healing.recipe import default_learning_rate, endpoints, usual_weight
 from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL
@@ -169,7 +165,7 @@ def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows)
     """Train the layers beside the cuts, in place, and those that are named beside them."""
     given = {"heldout": rows.heldout, **vars(rows.treated)}
     if asked.also:
-        found = tuned_with_others_(model, small, asked, rows.tuning, given)
+        found = tuned_with_others_(model, small, asked, rows)
     else:
         found = tune_(
             small, model.model, rows.tuning, objective=KL(mix=asked.mix), radius=asked.radius,
@@ -180,16 +176,14 @@ def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows)
         "trained_layers",
         "trained_parameters",
         "heldout",
-        "heldout_label",
+        "label",
         "best_step",
         "setbacks",
     )
     return {name: getattr(found, name) for name in kept}
 
 
-def tuned_with_others_(
-    model: loading.LanguageModel, small: Any, asked: Healing, tokens: torch.Tensor, given: dict[str, Any]
-) -> Any:
+def tuned_with_others_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows) -> Any:
     """`tune_` of the endpoints and of the layers `also` names, in place, by the rate for as many layers."""
     student = DecoderRunner(small)
     segments, layers = [Segment.parse(one) for one in asked.segments.split(",")], len(DecoderRunner(model.model))
@@ -197,9 +191,11 @@ def tuned_with_others_(
     others = {kept.index(int(layer)) for layer in asked.also.split("+")}
     positions = sorted({*endpoints(segments, layers, asked.radius), *others})
     parameters = own_parameters_(student, positions)
-    rate = default_learning_rate(usual_weight(parameters), tokens.numel() // 1024, len(positions))
-    settings = TuneSettings(objective=KL(mix=asked.mix), learning_rate=asked.rate or rate, batch_tokens=1024)
-    found = tune_parameters_(small, model.model, [(p, 1.0) for p in parameters], tokens, settings=settings, **given)
+    rate = default_learning_rate(usual_weight(parameters), rows.tuning.numel() // 1024, len(positions))
+    objective: Any = KL(mix=asked.mix)
+    settings = TuneSettings(objective=objective, learning_rate=asked.rate or rate, batch_tokens=1024)
+    given, tuned = [(p, 1.0) for p in parameters], TunedRows(tokens=rows.tuning, **vars(rows.treated))
+    found = tune_parameters_(small, model.model, given, tuned, heldout=rows.heldout, settings=settings)
     return replace(found, trained_layers=positions)
 
 

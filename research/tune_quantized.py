@@ -40,12 +40,13 @@ from safetensors.torch import load_file
 from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
-from layercut.config import NEAR_ENOUGH, QuantizeConfig
+from layercut.config import NEAR_ENOUGH, QuantizeConfig, TuneSettings
 from layercut.data.probes import probe_rows
 from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
-from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
+from layercut.healing.endpoint_tuning import tune_parameters_
+from layercut.healing.inputs import Rows
 from layercut.models import loading, memory, model_weights
 from layercut.models.model_weights import parameter_bytes
 from layercut.models.objectives import KL
@@ -132,14 +133,14 @@ def trained_(found: Quantized, student: Any, asked: dict[str, Any], text: Text) 
     """What `rounded` made of the student, trained towards it; and how that went."""
     parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
     rows = slice(max(1, asked["tokens"] // text.tuning.shape[1]))
+    objective: Any = KL(mix=asked.get("mix", 0.0))
     settings = TuneSettings(
-        objective=KL(mix=asked.get("mix", 0.0)),
-        learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),
+        objective=objective, learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),
     )  # fmt: skip
     told = tune_parameters_(
-        parts.model, student, parts.parameters, text.tuning[rows], heldout=text.heldout, settings=settings,
-        rate_from=None if "rate" in asked else parts.rate_from, tolerated=parts.tolerated,
-        **vars(text.treated.of(lambda each: each[rows])),
+        parts.model, student, parts.parameters,
+        Rows(tokens=text.tuning[rows], **vars(text.treated.of(lambda each: each[rows]))), heldout=text.heldout,
+        settings=settings, rate_from=None if "rate" in asked else parts.rate_from, tolerated=parts.tolerated,
     )  # fmt: skip
     kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
     return parts.finished_(), {name: getattr(told, name) for name in kept}

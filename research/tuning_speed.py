@@ -28,8 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import arguments, blocks, finish, open_model
 from healers import autograd_
+from layercut.config import TuneSettings
 from layercut.healing import tune_
-from layercut.healing.endpoint_tuning import TuneSettings, endpoints, own_parameters_
+from layercut.healing.endpoint_tuning import own_parameters_
+from layercut.healing.recipe import endpoints
 from layercut.models import model_weights
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner

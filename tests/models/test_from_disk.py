@@ -16,13 +16,15 @@ from test_stream import MODELS, saved
 import quick
 import tiny
 from layercut.cli.command_line import main
+from layercut.config import TuneSettings
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, tune_
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
+from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
+from layercut.healing.inputs import Batch, Rows
 from layercut.healing.least_squares import fold_cut_
 from layercut.models import (
     checkpoints,
@@ -252,9 +254,9 @@ def tuned(checkpoint, mode, folder, segments, settings, tokens, lengths, **how):
     dense, student = opened(checkpoint, segments, mode, **how)
     states = None
     if mode == "on":
-        states = frozen_states(student, dense, tokens, settings, folder, key="", row_lengths=lengths)
+        states = frozen_states(student, dense, Rows(tokens=tokens, row_lengths=lengths), settings, folder, key="")
     files, heldout = TuningFiles(states=states), tiny.some_tokens(8, 16, seed=3)
-    report = tune_(student, dense, tokens, heldout=heldout, row_lengths=lengths, files=files, **vars(settings))
+    report = tune_(student, dense, tokens, heldout=heldout, row_lengths=lengths, files=files, settings=settings)
     weights = {n: p for n, p in student.model.named_parameters() if n.startswith("model.layers.") and not p.is_meta}
     return report, weights, dense
 
@@ -284,27 +286,28 @@ def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch)
 def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "SCORES", 1)
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
+    rows, parted_rows = Rows(tokens=tokens), Rows(tokens=tokens, row_lengths=LENGTHS)
     dense, student = opened(llama, CUT, "on")
     disk = layer_reader.layers_on_disk(dense.model)
-    states = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
+    states = frozen_states(student, dense, rows, settings, tmp_path / "states", key="")
     assert disk.files.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4
     heldout, files = tiny.some_tokens(4, 16, seed=3), TuningFiles(states=states)
-    tune_(student, dense, tokens, heldout=heldout, files=files, **vars(settings))
+    tune_(student, dense, tokens, heldout=heldout, files=files, settings=settings)
     steps, scores = 6, 2
     assert max(disk.files.layers_read[:2]) <= 3  # for the tuning tokens, for the rows held out, and ahead in vain
     assert max(disk.files.layers_read[2:6]) <= 4  # and to be copied before training
     # of the two above the cut one is still there at either turn
     assert max(disk.files.layers_read[6:]) <= 2 + scores + steps + 2
     below = disk.files.layers_read[:2]
-    again = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
-    part = torch.tensor([5]), torch.tensor([0]), 16
-    assert torch.equal(again.read("wanted", *part), states.read("wanted", *part))
+    again = frozen_states(student, dense, rows, settings, tmp_path / "states", key="")
+    part = Batch(tokens[5:6], torch.tensor([5]), torch.tensor([0]))
+    assert torch.equal(again.read("last", part), states.read("last", part))
     assert disk.files.layers_read[:2] == below, "states that are there are made again"
     with pytest.raises(ConfigError, match="the states were stored of rows of other lengths"):
-        tune_(student, dense, tokens, heldout=heldout, files=files, row_lengths=LENGTHS, **vars(settings))
-    parted = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="", row_lengths=LENGTHS)
-    assert not torch.equal(again.read("wanted", *part), parted.read("wanted", *part)), "those of whole rows stay"
+        tune_(student, dense, tokens, heldout=heldout, files=files, row_lengths=LENGTHS, settings=settings)
+    parted = frozen_states(student, dense, parted_rows, settings, tmp_path / "states", key="")
+    assert not torch.equal(again.read("last", part), parted.read("last", part)), "those of whole rows stay"
 
 
 def test_states_need_room(llama, tmp_path, monkeypatch):
@@ -312,7 +315,9 @@ def test_states_need_room(llama, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(RunError, match=r"1\.0 kB are free"):
-        frozen_states(student, dense, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
+        frozen_states(
+            student, dense, Rows(tokens=tiny.some_tokens(24, 16)), TuneSettings(), tmp_path / "states", key=""
+        )
 
 
 def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, texts, tmp_path, run_until, monkeypatch):
@@ -325,10 +330,10 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
     tune = ["tune", *(flag for flag in argv[1:] if not flag.startswith(("--eval", "--no-speed", "--out")))]
     assert main([*tune, f"--out={whole}"]) == 0
     assert run_until("step/1", signal.SIGKILL, log, argv) == -signal.SIGKILL, log.read_text()
-    made = (run / TUNING_STATES / "wanted").stat().st_mtime_ns
+    made = (run / TUNING_STATES / "last").stat().st_mtime_ns
     assert run_until("step/2", signal.SIGTERM, log, argv) == -signal.SIGTERM, log.read_text()
     assert (run / TUNING_STATE).is_file()
-    assert (run / TUNING_STATES / "wanted").stat().st_mtime_ns == made
+    assert (run / TUNING_STATES / "last").stat().st_mtime_ns == made
     assert main([*tune, f"--out={run}"]) == 0
     assert not list(run.glob("tuning*"))
     assert (run / "tuned.safetensors").read_bytes() == (whole / "tuned.safetensors").read_bytes()

@@ -17,7 +17,7 @@ from layercut.cli.command_line import main
 from layercut.config import CompareConfig, MethodsConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
-from layercut.healing.endpoint_tuning import endpoints
+from layercut.healing.recipe import endpoints
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner

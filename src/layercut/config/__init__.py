@@ -51,6 +51,7 @@ from layercut.config.stages import (
     SearchConfig,
     ShardMode,
     StreamMode,
+    TuneSettings,
     consumer_names,
     joined_names,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "StreamMode",
     "TasksConfig",
     "TuneConfig",
+    "TuneSettings",
     "consumer_names",
     "flattened",
     "from_flat",

@@ -277,7 +277,37 @@ class SearchConfig:
 
 @options(HEALING)
 @dataclass(frozen=True, kw_only=True)
-class HealConfig:
+class TuneSettings:
+    """How layers are trained, and towards what."""
+
+    objective: Annotated[
+        str,
+        one_of(
+            objectives,
+            "kl: match the dense model's predictions. next-token: the text's.",
+        ),
+    ] = "kl"
+    learning_rate: float | None = None
+    """Peak rate of AdamW, quartered where the held-out loss rises above the start's by 1 %, or twice in a row. Not
+    given: a 120th of the usual weight tuned (the median of the matrices' root mean squares), half of it in fewer than
+    64 steps, 2 / N of it where N > 2 layers are."""
+    batch_tokens: Annotated[int, rare] = 1024
+    """Tokens in one optimizer step."""
+    radius: Annotated[int, rare] = 1
+    """Layers tuned on each side of a cut. With more of them perplexity gets lower, and fewer keys are kept."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, str):  # in Python also an objective itself
+            objectives.check(self.objective, "--objective")
+        at_least("batch_tokens", self.batch_tokens, 1)
+        at_least("radius", self.radius, 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
+
+
+@options(HEALING)
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(TuneSettings):
     """How the cut is healed."""
 
     fold: bool = True
@@ -296,31 +326,12 @@ class HealConfig:
     chat_share: float = 0.1
     """Share of these that are chats which the model writes before it is cut, the user's messages too, so that it still
     replies as it did; where it has a chat template, which opens with 128 tokens at most, and is in memory. 0: none."""
-    objective: Annotated[
-        str,
-        one_of(
-            objectives,
-            "kl: match the dense model's predictions. next-token: the text's.",
-        ),
-    ] = "kl"
-    learning_rate: float | None = None
-    """Peak rate of AdamW, quartered where the held-out loss rises above the start's by 1 %, or twice in a row. Not
-    given: a 120th of the usual weight tuned (the median of the matrices' root mean squares), half of it in fewer than
-    64 steps, 2 / N of it where N > 2 layers are."""
-    batch_tokens: Annotated[int, rare] = 1024
-    """Tokens in one optimizer step."""
-    radius: Annotated[int, rare] = 1
-    """Layers tuned on each side of a cut. With more of them perplexity gets lower, and fewer keys are kept."""
 
     def __post_init__(self) -> None:
-        objectives.check(self.objective, "--objective")
+        super().__post_init__()
         at_least("tune_tokens", self.tune_tokens, 0)
         if self.tune_window is not None:
             at_least("tune_window", self.tune_window, 8)
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
-        at_least("batch_tokens", self.batch_tokens, 1)
-        at_least("radius", self.radius, 1)
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")

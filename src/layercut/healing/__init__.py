@@ -5,6 +5,6 @@ Fourth stage of the journey. Only the layers beside a cut change, and only where
 
 from layercut.healing.endpoint_tuning import tune_
 from layercut.healing.least_squares import FoldResult, fold_
-from layercut.healing.tuning_result import TuningResult
+from layercut.healing.tuning_state import TuningResult
 
 __all__ = ["FoldResult", "TuningResult", "fold_", "tune_"]

@@ -1,13 +1,13 @@
 """Cutoff endpoint tuning: train the layers beside the cut, and nothing else (CLP, arXiv 2510.23652).
 
-Dense teacher and cut student share every frozen weight and, below the first trained layer, every hidden state, so
-the prefix runs once and without gradients. Gradients flow from the logits down to the first trained layer; weight
-gradients, float32 master weights and AdamW's moments exist for the trained layers only. The student is at all
-times the stock model, its weights rounded to the dtype they are saved in: what is measured is what is saved. Of
-several processes each takes a share of every step's rows.
+Dense teacher and cut student share every frozen weight and, below the first trained layer, every hidden state.
+Gradients flow from the logits down to the first trained layer; weight gradients, float32 master weights and AdamW's
+moments exist for the trained layers only. The student is at all times the stock model, its weights rounded to the dtype
+they are saved in: what is measured is what is saved. Of several processes each takes a share of every step's rows.
 
-What is minimised is an `Objective` (`models/objectives.py`): "kl" (KL(p || q) on the logits, the default),
-"next-token" (the paper's setting), or one of the caller's own.
+What is minimised is an `Objective` (`models/objectives.py`). The held-out loss is taken SCORES times. The state that
+scored best is what the student is left in; where the loss has risen above that of the start, training goes on from that
+state, at SETBACK of the rate.
 """
 
 from __future__ import annotations
@@ -18,36 +18,41 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercut.data.blocks import fingerprint
+from layercut.config import TuneSettings
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.files.json_values import digest
-from layercut.healing.inputs import removed_segments, with_held_out
+from layercut.healing.inputs import Batch, Rows, removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
-from layercut.healing.row_parts import RowParts, check_lengths, row_parts
-from layercut.healing.tuning_pass import Batch, HeldOut, Pair
-from layercut.healing.tuning_result import TuningResult
-from layercut.healing.tuning_state import StateFile, Stop, never_asked
+from layercut.healing.recipe import (
+    SETBACK,
+    TOLERATED,
+    default_learning_rate,
+    endpoints,
+    is_setback,
+    usual_weight,
+    warmup_then_cosine,
+)
+from layercut.healing.tuning_pass import HeldOut, Pair
+from layercut.healing.tuning_state import StateFile, Stop, TuningResult, never_asked
 from layercut.models import memory
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.memory import kept_bytes
 from layercut.models.model_weights import weight_as_stored
-from layercut.models.objectives import KL, Objective, objective_of
+from layercut.models.objectives import KL, objective_of
 from layercut.models.passes import shared_layers
 from layercut.models.runner import DecoderRunner, prepared
 from layercut.progress import bar
-from layercut.segments import Segment, kept_layers
 
 Given = Sequence[tuple[nn.Parameter, float]]
 """Parameters to train, each with the unit of which the learning rate is a share."""
@@ -55,40 +60,8 @@ STATE_BYTES = 4 * 4
 """Of a trained parameter, in float32: the master, its gradient and AdamW's two moments."""
 SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
-SETBACK = 0.25
-"""What the rate is multiplied by where the held-out loss has risen above that of the start: see `is_setback`."""
-TOLERATED = 0.01
-"""Rise above the start, as a share of the start's loss, of a mixture of its KL, that is no setback the first time."""
-FEW_STEPS = 64
-"""Fewer take half the default rate."""
 RAISE_EVERY = 64
 """Steps after which a loss scale that was not too large is doubled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneSettings:
-    """How long and how fast to train, and towards what: the arguments of `tune_` by these names."""
-
-    objective: str | Objective = "kl"
-    learning_rate: float | None = None
-    """Peak rate of AdamW; None takes `default_learning_rate` of the weights, the steps and the layers."""
-    batch_tokens: int = 1024
-    """Tokens in one optimizer step."""
-    radius: int = 1
-    """Layers trained on each side of a cut."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_tokens", "radius"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {value}, below 1", f"the least is {name}=1")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What decides the result, as JSON values."""
-        objective = objective_of(self.objective)
-        return vars(self) | {"mix": 0.0} | objective.options | {"objective": objective.name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,40 +76,18 @@ class TuningFiles:
     """Opened while steps are made: a stop that it notes is acted on after the step, once the state is written."""
 
 
-@dataclass
-class _Progress:
-    """What changes from step to step, beside tensors: see `TuningResult`."""
-
-    tokens: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    heldout: list[dict[str, float]] = field(default_factory=list)
-    best_step: int = 0
-    setbacks: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    pass_rows: int = 1
-    loss_scale: float = 1.0
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return len(self.curve)
-
-
 def tune_(
     student: Any,
     dense: Any,
     tokens: torch.Tensor,
     *,
     heldout: torch.Tensor | None = None,
-    objective: str | Objective = "kl",
-    learning_rate: float | None = None,
-    batch_tokens: int = 1024,
-    radius: int = 1,
+    settings: TuneSettings | None = None,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     answers: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
+    **options: Any,
 ) -> TuningResult:
     """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
 
@@ -149,14 +100,13 @@ def tune_(
         dense: the model that it was cut from.
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge; not given, the last eighth of the rows, one at least, is not trained on.
-        objective: a registered name, or an `Objective`: `models.objectives.KL(mix=0.1)`.
-        learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
-        batch_tokens: tokens in one optimizer step.
-        radius: layers trained on each side of a cut.
+        settings: how to train.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
         answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
         files: what to keep on disk; nothing by default.
+        options: fields of the settings by their names: `learning_rate=1e-3`, `batch_tokens=1024`, `radius=1`,
+            `objective="next-token"` or an `Objective`, as `KL(mix=0.3)`.
 
     Returns:
         What was trained, and the losses.
@@ -165,18 +115,17 @@ def tune_(
         ConfigError: an argument is outside what is allowed, or it cannot be seen which layers the student lacks.
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
-    settings = TuneSettings(
-        objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, learning_rate=learning_rate
-    )  # fmt: skip
-    _check_treatment(row_lengths, token_weights, answers, tokens, files)
-    tokens, heldout = with_held_out(tokens, heldout, dense)
-    opened = prepared(student, dense), bar("tuning the endpoints", tokens.numel()), torch.enable_grad()
-    with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
-        training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        training.treat_rows(row_lengths, token_weights, answers)
-        with training.running_(heldout, files, advance) as after:
-            while training.unfinished:
-                after(training.step_())
+    settings = replace(settings or TuneSettings(), **options)
+    own, heldout = with_held_out(tokens, heldout, dense)
+    rows = Rows(tokens=tokens, row_lengths=row_lengths, token_weights=token_weights, answers=answers).first(len(own))
+    if files.states and files.states.lengths_key != rows.lengths_key:
+        raise ConfigError("the states were stored of rows of other lengths", "store them with the same row_lengths")
+    with prepared(student, dense) as (cut, whole), torch.enable_grad():
+        pair, positions = _pair(cut, whole, settings)
+        if files.states:
+            pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
+        training = _Training(pair, positions, rows, settings)
+        training.run_(heldout, files, "tuning the endpoints")
     return training.result()
 
 
@@ -184,15 +133,12 @@ def tune_parameters_(
     student: Any,
     dense: Any,
     given: Given,
-    tokens: torch.Tensor,
+    rows: Rows,
     *,
     heldout: torch.Tensor,
     settings: TuneSettings,
     rate_from: Callable[[float], float] | None = None,
     tolerated: float = TOLERATED,
-    row_lengths: torch.Tensor | None = None,
-    token_weights: torch.Tensor | None = None,
-    answers: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
     words: str = "tuning the quantized model",
 ) -> TuningResult:
@@ -200,482 +146,43 @@ def tune_parameters_(
 
     Nothing is shared with what it should predict like, so that both run whole: after quantization every layer differs.
     """
-    _check_treatment(row_lengths, token_weights, answers, tokens, files)
-    opened = prepared(student, dense), bar(words, tokens.numel()), torch.enable_grad()
-    with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
+    with prepared(student, dense) as (cut, whole), torch.enable_grad():
         for parameter, _ in given:
             parameter.requires_grad_(True)
-        pair = Pair(
-            dense=whole, student=cut, prefix=0, last=len(cut) - 1, objective=objective_of(settings.objective),
-            apart=True,
-        )  # fmt: skip
-        training = _Training(pair, list(range(len(cut))), tokens, settings, given)
+        pair = Pair(dense=whole, student=cut, prefix=0, objective=objective_of(settings.objective), apart=True)
+        training = _Training(pair, list(range(len(cut))), rows, settings, given)
         training.rate_from, training.tolerated = rate_from, tolerated
-        training.treat_rows(row_lengths, token_weights, answers)
-        with training.running_(heldout, files, advance) as after:
-            while training.unfinished:
-                after(training.step_())
+        training.run_(heldout, files, words)
     return training.result()
 
 
-def _check_treatment(
-    lengths: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    answers: torch.Tensor | None,
-    tokens: torch.Tensor,
-    files: TuningFiles,
-) -> None:
-    """Refuse what `tune_` is told to do with its rows, where that is not for these."""
-    check_lengths(lengths, tokens, files.states.lengths if files.states else None)
-    check_weights(weights, tokens)
-    check_answers(answers, tokens)
-
-
-def _pair(
-    student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, files: TuningFiles
-) -> tuple[Pair, list[int]]:
-    """The two models and the objective; the positions of the layers that are trained."""
-    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
-    objective = objective_of(settings.objective)
-    # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
-    prefix = min(min(positions), shared_layers(dense, student))
-    pair = Pair(dense=dense, student=student, prefix=prefix, last=max(positions), objective=objective)
-    if files.states:
-        pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
-    return pair, positions
-
-
 def frozen_states(
-    student: DecoderRunner,
-    dense: DecoderRunner,
-    tokens: torch.Tensor,
-    settings: TuneSettings,
-    folder: Path,
-    *,
-    key: str,
-    row_lengths: torch.Tensor | None = None,
+    student: DecoderRunner, dense: DecoderRunner, rows: Rows, settings: TuneSettings, folder: Path, *, key: str
 ) -> FrozenStates:
     """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step."""
-    (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
-    rows = rows_per_step(settings, window), rows_per_pass(pair, window)
-    with bar("running the frozen layers once", len(tokens)) as advance:
-        return store_states(
-            dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, row_lengths=row_lengths,
-            advance=advance,
-        )  # fmt: skip
+    (pair, _), window = _pair(student, dense, settings), rows.shape[1]
+    per_step, per_pass = rows_per_step(settings, window), _rows_per_pass(pair, window)
+    return store_states(pair, rows, folder, per_step=per_step, per_pass=per_pass, key=key)
 
 
-def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    """Refuse weights of tokens that cannot be."""
-    if weights is None:
-        return
-    if not isinstance(weights, torch.Tensor):
-        raise ConfigError(f"token_weights are a {type(weights).__name__}, not a tensor", "torch.ones(tokens.shape)")
-    if weights.shape != tokens.shape or not weights.isfinite().all() or weights.min() < 0:
-        raise ConfigError(
-            f"token_weights {list(weights.shape)} from {weights.min()} to {weights.max()} are not for tokens "
-            f"{list(tokens.shape)}",
-            "give a finite weight of 0 or more for each token",
-        )
-
-
-def check_answers(answers: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    """Refuse what does not say of each token whether the one after it is known."""
-    if answers is not None and (answers.dtype != torch.bool or answers.shape != tokens.shape):
-        raise ConfigError(
-            f"answers are {answers.dtype} {list(answers.shape)}, and tokens {list(tokens.shape)}",
-            "give True or False for each token: torch.zeros(tokens.shape, dtype=torch.bool)",
-        )
-
-
-def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:
-    """Positions, in the cut model, of the layers beside each cut: s - 1 and e, or more of them by the radius."""
-    kept = kept_layers(segments, layers)
-    beside: set[int] = set()
-    for segment in segments:
-        cut = sum(i < segment.start for i in kept)
-        beside |= {p for p in range(cut - radius, cut + radius) if 0 <= p < len(kept)}
-    return sorted(beside)
-
-
-def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2) -> float:
-    """A 120th of a weight, half of it in fewer than `FEW_STEPS` steps, and 2 / N of it where N > 2 layers are trained.
-
-    A step of AdamW is the rate whatever the gradient, so it is a share of what it changes. Of SmolLM2-135M, whose
-    weights are 0.19, 1.6e-3 was the best in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
-    of either, and 19 were trained well at an eighth. Of Qwen2.5-0.5B, whose weights are 0.016 at nearly that width,
-    eight times as much ruined the first steps (measured). Where few ends, and 2 / N, are guesses.
-    """
-    return weight / 120 * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
-
-
-def usual_weight(parameters: Sequence[torch.Tensor]) -> float:
-    """Each matrix' root mean square, of these the median; of the vectors where there is no matrix, 0 of nothing.
-
-    That of all entries together would be the fold's, which solves a few of the matrices: it has some entries hundreds
-    of times the others where removed layers wrote them, and a rate by those ruins the rest (measured).
-    """
-    counted = [p for p in parameters if p.dim() > 1] or parameters
-    squares = [float(sharding.whole(p.detach().float().square().sum())) / max(1, p.numel()) for p in counted]
-    return math.sqrt(median(squares)) if squares else 0.0
-
-
-class _Training:
-    """The loop's parts. What changes from step to step is in `tensors` and `report`."""
-
-    def __init__(
-        self, pair: Pair, positions: list[int], tokens: torch.Tensor, settings: TuneSettings, given: Given | None = None
-    ) -> None:
-        """Take the endpoints' parameters, or those that are given, each with the unit of which the rate is a share."""
-        self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
-        stored = pair.student.stored_dtype
-        if given is None:
-            given = [(p, 1.0) for p in own_parameters_(pair.student, positions)]
-            self.saved_in = [weight_as_stored(sharding.whole(p.detach()), stored).dtype for p, _ in given]
-        else:
-            self.saved_in = [stored] * len(given)
-        self.positions, self.trained = positions, [p for p, _ in given]
-        self.row_lengths: torch.Tensor | None = None
-        self.token_weights: torch.Tensor | None = None
-        self.answers: torch.Tensor | None = None
-        self.rate_from: Callable[[float], float] | None = None
-        self.tolerated = TOLERATED
-        self.masters = [p.float().clone() for p in self.own]
-        self.best_state = [p.cpu().clone() for p in self.own]
-        self.steps = math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
-        self.rate = settings.learning_rate or default_learning_rate(
-            usual_weight(self.trained), self.steps, len(positions)
-        )
-        # parameters of one unit are stepped together
-        alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
-        groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]
-        # fused: one launch, where torch would else take a dozen, and as much work space as one of the moments
-        fused = pair.student.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-        self.state_key = ""
-        self.report.pass_rows = rows_per_pass(pair, tokens.shape[1])
-        self.report.loss_scale = LOSS_SCALE if pair.student.model.dtype == torch.float16 else 1.0
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-
-    def treat_rows(
-        self, lengths: torch.Tensor | None, weights: torch.Tensor | None, answers: torch.Tensor | None
-    ) -> None:
-        """Do the rows as `tune_` is told to; those that judge are not among them."""
-        self.row_lengths = None if lengths is None else lengths[: len(self.tokens)]
-        self.token_weights = None if weights is None else weights[: len(self.tokens)].float()
-        self.answers = None if answers is None else answers[: len(self.tokens)]
-
-    @property
-    def own(self) -> list[torch.Tensor]:
-        """What this process holds of the trained weights. Read again each time: FSDP2 may move a part to pad it."""
-        return [sharding.local(p.detach()) for p in self.trained]
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether there is a step left."""
-        return self.report.step < self.steps
-
-    @contextmanager
-    def running_(
-        self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]
-    ) -> Iterator[Callable[[int], None]]:
-        """While open, steps are made, all or those that are left; the student is then in its best state."""
-        try:
-            judge = self.begin_(heldout, files, advance)
-            with files.stopping() as stop:
-
-                def after(count: int) -> None:
-                    self.score_(judge)
-                    advance(count, f"loss {self.report.curve[-1]['loss']:.4f}")
-                    self.keep(files.state, stop)
-
-                yield after
-        finally:
-            self.finish_()
-
-    def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
-        """Resume from the state on disk where its key is the same, else take the first score."""
-        self.state_key = self.key(heldout, [files.state.key if files.state else ""])
-        judge = HeldOut(self.pair, heldout, rows=rows_per_pass(self.pair, heldout.shape[1]))
-        found = files.state.load(self.state_key) if files.state else None
-        if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
-            self.restore_(*found)
-            if self.report.curve:
-                advance(int(self.report.curve[-1]["tokens"]), f"loss {self.report.curve[-1]['loss']:.4f}")
-        else:
-            self.note_score_(judge.score())
-        if self.rate_from:
-            first = self.report.heldout[0]
-            self.rate = self.rate_from(first.get(KL.name, first["loss"]))
-        return judge
-
-    def keep(self, state: StateFile | None, stop: Stop) -> None:
-        """Write the state where it is due, and stop where that was asked for."""
-        if (number := processes.most(stop.signal or 0)) and not stop.signal:
-            signal.raise_signal(number)  # all stop after the same step, or some would wait in an all-reduce forever
-        if state and processes.from_main(bool(stop.signal) or state.due()):
-            self.save(state, self.state_key)
-        if stop.signal:
-            processes.barrier()
-        stop.now()
-
-    def result(self) -> TuningResult:
-        """All of it, as of now."""
-        objective, count = self.pair.objective, sum(p.numel() for p in self.trained)
-        return TuningResult(
-            objective=objective.name, label=objective.label, steps=self.steps,
-            learning_rate=self.rate, trained_layers=list(self.positions), trained_parameters=count,
-            state_bytes=STATE_BYTES * count,
-            tokens_per_second=self.report.tokens / self.report.seconds if self.report.seconds else 0.0,
-            **copy.deepcopy(vars(self.report)),
-        )  # fmt: skip
-
-    def key(self, heldout: torch.Tensor, more: list[Any]) -> str:
-        """Hash of all that decides the result, the weights that are started from included."""
-        start = hashlib.sha256()
-        for p in self.trained:
-            start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        lengths = [] if self.row_lengths is None else [self.row_lengths[:, None]]
-        data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
-        for of_tokens in (self.token_weights, self.answers):
-            if of_tokens is not None:
-                data.append(hashlib.sha256(of_tokens.cpu().contiguous().numpy().tobytes()).hexdigest())
-        plan = [self.settings.facts, self.rate, self.steps, self.positions]
-        plan += [self.tolerated] if self.tolerated != TOLERATED else []
-        return digest([more, plan, data, start.hexdigest()])
-
-    def step_(self) -> int:
-        """One optimizer step on the next rows; the tokens in them.
-
-        The gradient is that of the mean loss over the step's rows: each process takes its share of the passes and
-        weighs it by its rows. Of a sharded model every backward pass sums over the processes by itself. It is taken
-        again by smaller passes where memory runs out, and by a smaller loss scale where float16 overflows.
-        """
-        report, begun, cpu = self.report, time.perf_counter(), time.process_time()
-        batch = rows_per_step(self.settings, self.tokens.shape[1])
-        rows = torch.arange(len(self.tokens))[report.step * batch :][:batch]
-        if report.loss_scale > 1 and report.step and report.step % RAISE_EVERY == 0:
-            report.loss_scale *= 2
-        total: float | None = None
-        while total is None:
-            losses, failed = list[torch.Tensor](), None
-            self._forget_gradients_()
-            try:
-                for loss in self.pair.backward(self._batches(rows)):
-                    losses.append(loss)
-                    self._take_gradients_()
-            except (RuntimeError, MemoryError) as error:
-                failed = error
-            if failed is None:
-                total = self._clip_(losses)
-            else:  # out of the handler, whose error would keep the pass's tensors
-                self._halve_passes_(failed, len(rows))
-        for group in self.optimizer.param_groups:
-            share = warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
-            group["lr"] = self.rate * group["unit"] * share
-        self.optimizer.step()
-        self._round_()
-        count = len(rows) * self.tokens.shape[1]
-        report.seconds += time.perf_counter() - begun
-        report.cpu_seconds += time.process_time() - cpu
-        report.tokens += count
-        spent = {"seconds": round(report.seconds, 2), "cpu_seconds": round(report.cpu_seconds, 2)}
-        report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": total, **spent})
-        return count
-
-    def _halve_passes_(self, error: RuntimeError | MemoryError, rows: int) -> None:
-        """Smaller passes for this step, which is taken again, and for those that follow, where memory ran out."""
-        if processes.world() > 1 or not memory.ran_out(error):
-            raise error  # of several processes the others wait for this one's gradients
-        together = min(self.report.pass_rows, rows)
-        memory.halve_(error.with_traceback(None), "tune", self.pair.student.device, together)
-        self.report.pass_rows = max(1, together // 2)
-
-    def _clip_(self, losses: list[torch.Tensor]) -> float | None:
-        """Clip the gradients' norm to 1; the host waits for the device here alone in a step."""
-        report, spread = self.report, sharding.is_spread(self.pair.student.model)
-        if not spread:
-            processes.sum_(*self._of_masters)
-        if report.loss_scale != 1:
-            torch._foreach_mul_(self._of_masters, 1 / report.loss_scale)
-        norm = nn.utils.get_total_norm(self._of_masters)
-        *parts, length = torch.cat([*losses, norm.reshape(1).to(self.pair.student.device)]).tolist()
-        total, squares = processes.summed([sum(parts) / report.loss_scale, length**2])
-        if spread:
-            length = math.sqrt(squares)
-        if not math.isfinite(length) and report.loss_scale > 1:
-            report.loss_scale /= 2
-            return None
-        nn.utils.clip_grads_with_norm_(self.masters, 1.0, norm.new_tensor(length) if spread else norm)
-        return total
-
-    @property
-    def _of_masters(self) -> list[torch.Tensor]:
-        return [master.grad for master in self.masters if master.grad is not None]
-
-    def _forget_gradients_(self) -> None:
-        torch._foreach_zero_(self._of_masters)
-        for p in self.trained:
-            p.grad = None
-
-    def _take_gradients_(self) -> None:
-        """Add a pass's gradients to the masters', in float32."""
-        pairs = zip(self.masters, self.trained, strict=True)
-        found = [(m.grad, sharding.local(p.grad)) for m, p in pairs if m.grad is not None and p.grad is not None]
-        if found:
-            torch._foreach_add_(*map(list, zip(*found, strict=True)))
-        for p in self.trained:
-            p.grad = None
-
-    def _round_(self) -> None:
-        """The masters' values in the dtype that is saved: what the next step computes with is what will be on disk."""
-        own = self.own
-        values = [
-            m.detach() if p.dtype == saved_in else m.detach().to(saved_in)
-            for m, p, saved_in in zip(self.masters, own, self.saved_in, strict=True)
-        ]
-        torch._foreach_copy_(own, values)
-
-    def _batches(self, rows: torch.Tensor) -> list[Batch]:
-        """This process's passes over the rows of a step, each with its weight; rows of one length after another."""
-        parts = row_parts(self.tokens, rows, self.row_lengths)
-        return [batch for each in parts for batch in self._of_length(each, rows.numel() * self.tokens.shape[1])]
-
-    def _of_length(self, given: RowParts, of: int) -> list[Batch]:
-        """The passes over these of a step's rows, whose tokens are `of` in all.
-
-        They are made smaller where there are fewer than processes.
-        """
-        tokens, rows, starts = given
-        parts_of_row, student = self.tokens.shape[1] // given.length, self.pair.student
-        weights, answers = (
-            None if of_tokens is None else of_tokens[rows[::parts_of_row]].view(tokens.shape)
-            for of_tokens in (self.token_weights, self.answers)
-        )
-        parts = processes.share_of_batches(len(tokens), self.report.pass_rows * parts_of_row)
-        scale = self.report.loss_scale * given.length / of
-        return [
-            Batch(
-                student.place(tokens[part]),
-                rows[part],
-                starts[part],
-                len(tokens[part]) * scale if counts else 0.0,
-                None if weights is None else student.place(weights[part]),
-                None if answers is None or not answers[part].any() else student.place(answers[part]),
-            )
-            for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
-        ]
-
-    def score_(self, judge: HeldOut) -> None:
-        """Take the held-out loss, where it is due after this step."""
-        if is_scored(self.report.step, self.steps):
-            self.note_score_(judge.score())
-
-    def note_score_(self, scores: dict[str, float]) -> None:
-        """Remember a held-out loss and its terms, and the weights where they are the best so far.
-
-        A score that is not finite is the worst there is: it is never kept, and any finite one is better.
-        """
-        report, scores = self.report, {name: as_price(each) for name, each in scores.items()}
-        score = scores["loss"]
-        if report.heldout and score < min(point["loss"] for point in report.heldout):
-            report.best_step = report.step
-            self.best_state = [p.cpu().clone() for p in self.own]
-        report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
-        if is_setback(report.heldout, report.setbacks, self.tolerated) and report.step < self.steps:
-            self.step_back_()
-
-    def step_back_(self) -> None:
-        """Return to the best state, to continue slower and with no momentum: the rate was too high for this model."""
-        self.report.setbacks.append(self.report.step)
-        for p, master, best in zip(self.own, self.masters, self.best_state, strict=True):
-            master.copy_(best)
-            p.copy_(best)
-        for moments in self.optimizer.state.values():
-            moments["exp_avg"].zero_()
-            moments["exp_avg_sq"].zero_()
-
-    def finish_(self) -> None:
-        """Leave the student in its best state, without gradients."""
-        for p, value in zip(self.own, self.best_state, strict=True):
-            p.copy_(value)
-        for p in self.trained:
-            p.requires_grad_(False)
-            p.grad = None
-
-    # --- to disk and back ---
-
-    def save(self, state: StateFile, key: str) -> None:
-        """Have the main process write it; unsharded, so that any number of processes can resume."""
-        if processes.is_main() or sharding.is_spread(self.pair.student.model):
-            tensors = self.tensors()
-            if processes.is_main():
-                state.save(key, tensors, self.result().to_dict())
-
-    def tensors(self) -> dict[str, Sequence[torch.Tensor]]:
-        moments = [self.optimizer.state[m] for m in self.masters]
-        held = {
-            "master": self.masters,
-            "best": [best.to(p.device) for best, p in zip(self.best_state, self.own, strict=True)],
-            **{name: [m[name] for m in moments] for name in ("exp_avg", "exp_avg_sq")},
-        }
-        return {
-            name: [sharding.whole(p.detach(), part.detach()).cpu() for p, part in zip(self.trained, parts, strict=True)]
-            for name, parts in held.items()
-        }
-
-    @torch.no_grad()
-    def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
-        vars(self.report).update({name: facts[name] for name in vars(self.report) if name in facts})
-        own = {
-            name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
-            for name, values in tensors.items()
-        }
-        for master, value in zip(self.masters, own["master"], strict=True):
-            master.copy_(value)
-        self._round_()
-        self.best_state = [value.clone() for value in own["best"]]
-        saved = self.optimizer.state_dict()
-        saved["state"] = {
-            i: {"step": torch.tensor(float(self.report.step)), "exp_avg": mean, "exp_avg_sq": square}
-            for i, (mean, square) in enumerate(zip(own["exp_avg"], own["exp_avg_sq"], strict=True))
-        }
-        self.optimizer.load_state_dict(saved)
-
-
-def is_scored(step: int, steps: int) -> bool:
-    """Whether the held-out loss is taken after a step: `SCORES` times, evenly, the last step among them."""
-    return step * SCORES // steps > (step - 1) * SCORES // steps
-
-
-def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tolerated: float = TOLERATED) -> bool:
-    """Whether the last held-out score says that the rate is too high.
-
-    So it does above the start's by more than is tolerated, and above it for the second time in a row. A smaller rise
-    may pass by itself, where the rate that it would cost does not come back (measured).
-    """
-    start, *later = heldout
-    if not later:
-        return False
-    last, rises = later[-1], [math.isinf(point["loss"]) or point["loss"] > start["loss"] for point in later]
-    again = len(later) > 1 and rises[-2] and later[-2]["step"] not in setbacks
-    allowed = tolerated * abs(start.get(KL.name, start["loss"]))
-    return rises[-1] and (again or math.isinf(last["loss"]) or last["loss"] > start["loss"] + allowed)
-
-
-def rows_per_pass(pair: Pair, window: int) -> int:
-    """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back."""
-    student, budget = pair.student, pair.student.budget
-    layers = student.layers[pair.prefix : pair.student_stop]
-    itemsize = student.model.dtype.itemsize
-    kept = sum(kept_bytes([p.shape for p in layer.parameters()], itemsize) for layer in layers)
-    return budget.pass_rows(window, kept)
+def _pair(student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings) -> tuple[Pair, list[int]]:
+    """The two models and the objective; the positions of the layers that are trained."""
+    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
+    # below the first trained layer nothing differs, unless the student was changed there before
+    prefix = min(min(positions), shared_layers(dense, student))
+    return Pair(dense=dense, student=student, prefix=prefix, objective=objective_of(settings.objective)), positions
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:
     """Rows of tokens in one optimizer step."""
     return max(1, settings.batch_tokens // window)
+
+
+def _rows_per_pass(pair: Pair, window: int) -> int:
+    """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back."""
+    student, itemsize = pair.student, pair.student.model.dtype.itemsize
+    shapes = [[p.shape for p in layer.parameters()] for layer in student.layers[pair.prefix :]]
+    return student.budget.pass_rows(window, sum(kept_bytes(each, itemsize) for each in shapes))
 
 
 def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:
@@ -699,10 +206,278 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
     return own
 
 
-def warmup_then_cosine(step: int, steps: int) -> float:
-    """Share of the peak rate: up over the first 5 % of the steps, then down a cosine to 5 %."""
-    warmup = max(1, round(0.05 * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+@dataclass
+class _Progress:
+    """What changes from step to step, beside tensors: see `TuningResult`."""
+
+    tokens: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    heldout: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = 0
+    setbacks: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    pass_rows: int = 1
+    loss_scale: float = 1.0
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.curve)
+
+
+class _Training:
+    """The loop. What changes from step to step is in `report`, the masters, AdamW's moments and the best state."""
+
+    def __init__(
+        self, pair: Pair, positions: list[int], rows: Rows, settings: TuneSettings, given: Given | None = None
+    ) -> None:
+        """Take the endpoints' parameters, or those that are given, each with the unit of which the rate is a share."""
+        self.pair, self.positions, self.rows, self.settings, self.report = pair, positions, rows, settings, _Progress()
+        student, stored = pair.student, pair.student.stored_dtype
+        if given is None:
+            given = [(p, 1.0) for p in own_parameters_(student, positions)]
+            self.saved_in = [weight_as_stored(sharding.whole(p.detach()), stored).dtype for p, _ in given]
+        else:
+            self.saved_in = [stored] * len(given)
+        self.trained = [p for p, _ in given]
+        self.masters = [p.float().clone() for p in self.own]
+        self.best_state = [p.cpu().clone() for p in self.own]
+        self.per_step = rows_per_step(settings, rows.shape[1])
+        self.steps = math.ceil(rows.shape[0] / self.per_step)
+        default = default_learning_rate(usual_weight(self.trained), self.steps, len(positions))
+        self.rate = settings.learning_rate or default
+        self.rate_from: Callable[[float], float] | None = None
+        self.tolerated = TOLERATED
+        # parameters of one unit are stepped together
+        alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
+        groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]
+        # fused: one launch, where torch would else take a dozen, and as much work space as one of the moments
+        fused = student.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        self.report.pass_rows = _rows_per_pass(pair, rows.shape[1])
+        self.report.loss_scale = LOSS_SCALE if student.model.dtype == torch.float16 else 1.0
+        self.gradients = [torch.zeros_like(master) for master in self.masters]
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
+
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """What this process holds of the trained weights. Read again each time: FSDP2 may move a part to pad it."""
+        return [sharding.local(p.detach()) for p in self.trained]
+
+    def run_(self, heldout: torch.Tensor, files: TuningFiles, words: str) -> None:
+        """Make all steps, or those that are left of a stopped run; leave the student in its best state."""
+        report, state = self.report, files.state
+        try:
+            key = self.key(heldout, state.key if state else "")
+            judge = HeldOut(self.pair, heldout, rows=_rows_per_pass(self.pair, heldout.shape[1]))
+            with bar(words, self.rows.tokens.numel()) as advance:
+                found = state.load(key) if state else None
+                if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
+                    self.restore_(*found)
+                    if report.curve:
+                        advance(int(report.curve[-1]["tokens"]), f"loss {report.curve[-1]['loss']:.4f}")
+                else:
+                    self.note_score_(judge.score())
+                if self.rate_from:
+                    self.rate = self.rate_from(report.heldout[0].get(KL.name, report.heldout[0]["loss"]))
+                with files.stopping() as stop:
+                    while report.step < self.steps:
+                        count = self.step_()
+                        if report.step * SCORES // self.steps > (report.step - 1) * SCORES // self.steps:
+                            self.note_score_(judge.score())
+                        advance(count, f"loss {report.curve[-1]['loss']:.4f}")
+                        self.keep(state, key, stop)
+        finally:
+            for p, value in zip(self.own, self.best_state, strict=True):
+                p.copy_(value)
+            for p in self.trained:
+                p.requires_grad_(False)
+                p.grad = None
+
+    def step_(self) -> int:
+        """One optimizer step on the next rows; the tokens in them.
+
+        The gradient is that of the mean loss over the step's rows: each process takes its share of the passes and
+        weighs it by its rows. Of a sharded model every backward pass sums over the processes by itself. It is taken
+        again by smaller passes where memory runs out, and by a smaller loss scale where float16 overflows.
+        """
+        report, begun, cpu = self.report, time.perf_counter(), time.process_time()
+        rows = torch.arange(self.rows.shape[0])[report.step * self.per_step :][: self.per_step]
+        if report.loss_scale > 1 and report.step and report.step % RAISE_EVERY == 0:
+            report.loss_scale *= 2
+        total: float | None = None
+        while total is None:
+            losses, failed = list[torch.Tensor](), None
+            torch._foreach_zero_(self.gradients)
+            for p in self.trained:
+                p.grad = None
+            try:
+                for loss in self.pair.backward(self._batches(rows)):
+                    losses.append(loss)
+                    self._take_gradients_()
+            except (RuntimeError, MemoryError) as error:
+                failed = error
+            if failed is None:
+                total = self._clip_(losses)
+                continue
+            # out of the handler, whose error would keep the pass's tensors
+            if processes.world() > 1 or not memory.ran_out(failed):
+                raise failed  # of several processes the others wait for this one's gradients
+            together = min(report.pass_rows, len(rows))
+            memory.halve_(failed.with_traceback(None), "tune", self.pair.student.device, together)
+            report.pass_rows = max(1, together // 2)
+        for group in self.optimizer.param_groups:
+            share = warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
+            group["lr"] = self.rate * group["unit"] * share
+        self.optimizer.step()
+        self._round_()
+        count = len(rows) * self.rows.shape[1]
+        report.seconds += time.perf_counter() - begun
+        report.cpu_seconds += time.process_time() - cpu
+        report.tokens += count
+        spent = {"seconds": round(report.seconds, 2), "cpu_seconds": round(report.cpu_seconds, 2)}
+        report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": total, **spent})
+        return count
+
+    def _batches(self, rows: torch.Tensor) -> list[Batch]:
+        """This process's passes over the rows of a step, each with its weight; rows of one length after another.
+
+        They are made smaller where there are fewer than processes.
+        """
+        student, window, found = self.pair.student, self.rows.shape[1], list[Batch]()
+        for parts in self.rows.parts(rows):
+            length = parts.tokens.shape[1]
+            scale = self.report.loss_scale * length / (rows.numel() * window)
+            mine = processes.share_of_batches(len(parts.tokens), self.report.pass_rows * (window // length))
+            for part, counts in sharding.in_step(student.model, mine, slice(0, 1)):
+                tokens, of_rows, starts, weights, answers, _ = parts.some(part)
+                weights = None if weights is None else student.place(weights.float())
+                answers = None if answers is None or not answers.any() else student.place(answers)
+                weight = len(tokens) * scale if counts else 0.0
+                found.append(Batch(student.place(tokens), of_rows, starts, weights, answers, weight))
+        return found
+
+    def _take_gradients_(self) -> None:
+        """Add a pass's gradients to the masters', in float32."""
+        pairs = zip(self.gradients, self.trained, strict=True)
+        found = [(gradient, sharding.local(p.grad)) for gradient, p in pairs if p.grad is not None]
+        if found:
+            torch._foreach_add_(*map(list, zip(*found, strict=True)))
+        for p in self.trained:
+            p.grad = None
+
+    def _clip_(self, losses: list[torch.Tensor]) -> float | None:
+        """Clip the gradients' norm to 1; the loss, or None where the gradients overflow. The host waits here alone."""
+        report, spread = self.report, sharding.is_spread(self.pair.student.model)
+        if not spread:
+            processes.sum_(*self.gradients)
+        if report.loss_scale != 1:
+            torch._foreach_mul_(self.gradients, 1 / report.loss_scale)
+        norm = nn.utils.get_total_norm(self.gradients)
+        *parts, length = torch.cat([*losses, norm.reshape(1).to(self.pair.student.device)]).tolist()
+        total, squares = processes.summed([sum(parts) / report.loss_scale, length**2])
+        if spread:
+            length = math.sqrt(squares)
+        if not math.isfinite(length) and report.loss_scale > 1:
+            report.loss_scale /= 2
+            return None
+        nn.utils.clip_grads_with_norm_(self.masters, 1.0, norm.new_tensor(length) if spread else norm)
+        return total
+
+    def _round_(self) -> None:
+        """The masters' values in the dtype that is saved: what the next step computes with is what will be on disk."""
+        own = self.own
+        values = [
+            m.detach() if p.dtype == saved_in else m.detach().to(saved_in)
+            for m, p, saved_in in zip(self.masters, own, self.saved_in, strict=True)
+        ]
+        torch._foreach_copy_(own, values)
+
+    def note_score_(self, scores: dict[str, float]) -> None:
+        """Remember a held-out loss and its terms, and the weights where they are the best so far.
+
+        A score that is not finite is the worst there is: it is never kept, and any finite one is better. After a
+        setback training goes on from the best state, slower and with no momentum.
+        """
+        report, scores = self.report, {name: as_price(each) for name, each in scores.items()}
+        if report.heldout and scores["loss"] < min(point["loss"] for point in report.heldout):
+            report.best_step = report.step
+            self.best_state = [p.cpu().clone() for p in self.own]
+        report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
+        if is_setback(report.heldout, report.setbacks, self.tolerated) and report.step < self.steps:
+            report.setbacks.append(report.step)
+            for p, master, best in zip(self.own, self.masters, self.best_state, strict=True):
+                master.copy_(best)
+                p.copy_(best)
+            for moments in self.optimizer.state.values():
+                moments["exp_avg"].zero_()
+                moments["exp_avg_sq"].zero_()
+
+    def result(self) -> TuningResult:
+        """All of it, as of now."""
+        objective, count, report = self.pair.objective, sum(p.numel() for p in self.trained), self.report
+        return TuningResult(
+            objective=objective.name, label=objective.label, steps=self.steps, learning_rate=self.rate,
+            trained_layers=list(self.positions), trained_parameters=count, state_bytes=STATE_BYTES * count,
+            tokens_per_second=report.tokens / report.seconds if report.seconds else 0.0, **copy.deepcopy(vars(report)),
+        )  # fmt: skip
+
+    # --- to disk and back ---
+
+    def key(self, heldout: torch.Tensor, of_file: str) -> str:
+        """Hash of all that decides the result, the weights that are started from included."""
+        start, objective = hashlib.sha256(), self.pair.objective
+        for p in self.trained:
+            start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        facts = {one.name: getattr(self.settings, one.name) for one in fields(TuneSettings)}
+        facts |= objective.options | {"objective": objective.name}
+        data = [*self.rows.digests, *Rows(tokens=heldout).digests]
+        plan = [of_file, facts, self.rate, self.steps, self.positions, self.tolerated]
+        return digest([plan, data, start.hexdigest()])
+
+    def keep(self, state: StateFile | None, key: str, stop: Stop) -> None:
+        """Write the state where it is due, unsharded, and stop where that was asked for."""
+        if (number := processes.most(stop.signal or 0)) and not stop.signal:
+            signal.raise_signal(number)  # all stop after the same step, or some would wait in an all-reduce forever
+        due = state and processes.from_main(bool(stop.signal) or state.due())
+        if state and due and (processes.is_main() or sharding.is_spread(self.pair.student.model)):
+            tensors = self.tensors()
+            if processes.is_main():
+                state.save(key, tensors, self.result().to_dict())
+        if stop.signal:
+            processes.barrier()
+        stop.now()
+
+    def tensors(self) -> dict[str, Sequence[torch.Tensor]]:
+        """The training state, whole and in the CPU's memory."""
+        moments = [self.optimizer.state[m] for m in self.masters]
+        held = {
+            "master": self.masters,
+            "best": [best.to(p.device) for best, p in zip(self.best_state, self.own, strict=True)],
+            **{name: [m[name] for m in moments] for name in ("exp_avg", "exp_avg_sq")},
+        }
+        return {
+            name: [sharding.whole(p.detach(), part.detach()).cpu() for p, part in zip(self.trained, parts, strict=True)]
+            for name, parts in held.items()
+        }
+
+    @torch.no_grad()
+    def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
+        """Go on from a state that `keep` wrote."""
+        vars(self.report).update({name: facts[name] for name in vars(self.report) if name in facts})
+        own = {
+            name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
+            for name, values in tensors.items()
+        }
+        for master, value in zip(self.masters, own["master"], strict=True):
+            master.copy_(value)
+        self._round_()
+        self.best_state = [value.clone() for value in own["best"]]
+        saved = self.optimizer.state_dict()
+        saved["state"] = {
+            i: {"step": torch.tensor(float(self.report.step)), "exp_avg": mean, "exp_avg_sq": square}
+            for i, (mean, square) in enumerate(zip(own["exp_avg"], own["exp_avg_sq"], strict=True))
+        }
+        self.optimizer.load_state_dict(saved)

@@ -1,14 +1,14 @@
-"""Checks of healing's inputs: token ids, rows of them held out, and a student that says which layers it lacks.
-
-Before the least squares (`least_squares.py`) and endpoint tuning (`endpoint_tuning.py`).
-"""
+"""What healing is given: rows of token ids, how long they are, and a student that says which layers it lacks."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
+from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError
 from layercut.models.decoder_stack import check_tokens
 from layercut.models.runner import DecoderRunner, model_of
@@ -28,10 +28,8 @@ def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any
         if not isinstance(rows, torch.Tensor):
             raise ConfigError(f"{name} is a {type(rows).__name__}; wanted are token ids [N, T], a tensor", hint)
         if rows.dim() != 2 or rows.dtype not in (torch.int64, torch.int32) or not len(rows) or rows.shape[1] < 2:
-            raise ConfigError(
-                f"{name} has the shape {list(rows.shape)} and type {rows.dtype}; wanted are token ids [N, T], T > 1",
-                hint,
-            )
+            got = f"{name} has the shape {list(rows.shape)} and type {rows.dtype}"
+            raise ConfigError(f"{got}; wanted are token ids [N, T], T > 1", hint)
         check_tokens(rows, config, getattr(config, "name_or_path", "") or "the model")
     if heldout is not None:
         return tokens, heldout
@@ -39,6 +37,104 @@ def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any
         raise ConfigError("of one row of tokens none can be held out", "give more rows, or heldout=")
     held = max(1, len(tokens) // SHARE_HELD_OUT)
     return tokens[:-held], tokens[-held:]
+
+
+class Batch(NamedTuple):
+    """n rows of t tokens, each a part of a longer row or a whole one."""
+
+    tokens: torch.Tensor
+    """Ids [n, t]."""
+    rows: torch.Tensor
+    """Of which row each is a part [n]."""
+    starts: torch.Tensor
+    """Where in that row it begins [n]."""
+    token_weights: torch.Tensor | None = None
+    """Factor of each token's loss [n, t]; None: 1."""
+    answers: torch.Tensor | None = None
+    """bool [n, t], where the next-token loss alone counts; None: nowhere."""
+    weight: float = 1.0
+    """Factor of the mean loss over the batch."""
+
+    def some(self, part: slice) -> Batch:
+        """Some of the rows."""
+        weights, answers = (x if x is None else x[part] for x in (self.token_weights, self.answers))
+        return Batch(self.tokens[part], self.rows[part], self.starts[part], weights, answers, self.weight)
+
+    def split(self, count: int) -> list[Batch]:
+        """So many rows each."""
+        return [self.some(slice(at, at + count)) for at in range(0, len(self.tokens), count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows to tune on, and how: whole, or each as several shorter ones that begin anew."""
+
+    tokens: torch.Tensor
+    """Ids [N, T]."""
+    row_lengths: torch.Tensor | None = None
+    """int64 [N]: t of the parts that a row is done as, a divisor of T; None: T."""
+    token_weights: torch.Tensor | None = None
+    """[N, T], as of a batch."""
+    answers: torch.Tensor | None = None
+    """bool [N, T], as of a batch."""
+
+    def __post_init__(self) -> None:
+        (rows, window), lengths, weights, answers = self.shape, self.row_lengths, self.token_weights, self.answers
+        if lengths is not None:
+            if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+                what = f"row_lengths are a {type(lengths).__name__}, not whole numbers in a tensor"
+                raise ConfigError(what, "torch.tensor([256] * len(tokens))")
+            if lengths.shape != (rows,) or lengths.min() < 2 or (window % lengths).any():
+                what = f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()}"
+                hint = "give a divisor of the row's tokens for each, 2 at least"
+                raise ConfigError(f"{what} are not for tokens {[rows, window]}", hint)
+        if weights is not None:
+            if not isinstance(weights, torch.Tensor):
+                what = f"token_weights are a {type(weights).__name__}, not a tensor"
+                raise ConfigError(what, "torch.ones(tokens.shape)")
+            if weights.shape != self.shape or not weights.isfinite().all() or weights.min() < 0:
+                what = f"token_weights {list(weights.shape)} from {weights.min()} to {weights.max()}"
+                hint = "give a finite weight of 0 or more for each token"
+                raise ConfigError(f"{what} are not for tokens {[rows, window]}", hint)
+        if answers is not None and (answers.dtype != torch.bool or answers.shape != self.shape):
+            what = f"answers are {answers.dtype} {list(answers.shape)}, and tokens {[rows, window]}"
+            raise ConfigError(what, "give True or False for each token: torch.zeros(tokens.shape, dtype=torch.bool)")
+
+    @property
+    def shape(self) -> torch.Size:
+        """N and T."""
+        return self.tokens.shape
+
+    def first(self, count: int) -> Rows:
+        """The first rows alone."""
+        of_rows = (self.row_lengths, self.token_weights, self.answers)
+        lengths, weights, answers = (x if x is None else x[:count] for x in of_rows)
+        return Rows(tokens=self.tokens[:count], row_lengths=lengths, token_weights=weights, answers=answers)
+
+    def parts(self, rows: torch.Tensor) -> list[Batch]:
+        """Some rows as they are done, those of one length after another."""
+        window, found = self.shape[1], list[Batch]()
+        of_rows = torch.full_like(rows, window) if self.row_lengths is None else self.row_lengths[rows]
+        for length in of_rows.unique().tolist():
+            some, starts = rows[of_rows == length], torch.arange(0, window, length)
+            of_tokens = (self.tokens, self.token_weights, self.answers)
+            tokens, weights, answers = (x if x is None else x[some].view(-1, length) for x in of_tokens)
+            assert tokens is not None
+            rows_of_parts, starts = some.repeat_interleave(len(starts)), starts.repeat(len(some))
+            found.append(Batch(tokens, rows_of_parts, starts, weights, answers))
+        return found
+
+    @property
+    def lengths_key(self) -> str:
+        """What stands for the lengths in the key of what is stored of the rows; nothing where all are done whole."""
+        return "" if self.row_lengths is None else f" lengths={fingerprint(self.row_lengths[:, None])}"
+
+    @property
+    def digests(self) -> list[Any]:
+        """Hashes of all of it."""
+        hashes = [[fingerprint(self.tokens.cpu()), list(self.shape)], self.lengths_key]
+        of_tokens = (x for x in (self.token_weights, self.answers) if x is not None)
+        return hashes + [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in of_tokens]
 
 
 def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:

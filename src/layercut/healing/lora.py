@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercut.config import TuneSettings
 from layercut.errors import ConfigError, ModelError
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
-from layercut.healing.tuning_result import TuningResult
+from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
+from layercut.healing.inputs import Rows
+from layercut.healing.tuning_state import TuningResult
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.model_weights import weight_as_stored
 from layercut.models.runner import DecoderRunner, prepared
@@ -32,8 +34,6 @@ RECIPE = [RANK, ALPHA, LEARNING_RATE]
 """What of it decides the result."""
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes of modules that are a linear map and no more; another subclass may be a router."""
-MOST = 0.98
-"""Share of the layers' matrices below which it is said that not all are adapted."""
 NAME = "default"
 """What peft calls the adapters."""
 
@@ -52,23 +52,13 @@ def check_lora(model: Any) -> None:
     if not adapted:
         raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out of --states")
     matrices = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1}
-    share = adapted / sum(matrices.values())
-    if share < MOST:
+    if (share := adapted / sum(matrices.values())) < 0.98:
         say("note", f"LoRA adapts {share:.0%} of the layers' matrices: experts that are one tensor, and what several "
             "layers share, have no linear map of their own")  # fmt: skip
 
 
 def tune_lora_(
-    student: Any,
-    dense: Any,
-    tokens: torch.Tensor,
-    *,
-    heldout: torch.Tensor,
-    settings: TuneSettings,
-    files: TuningFiles,
-    row_lengths: torch.Tensor | None = None,
-    token_weights: torch.Tensor | None = None,
-    answers: torch.Tensor | None = None,
+    student: Any, dense: Any, rows: Rows, *, heldout: torch.Tensor, settings: TuneSettings, files: TuningFiles
 ) -> TuningResult:
     """Train LoRA on every linear map of every layer of the student, and merge it in, in place.
 
@@ -76,14 +66,12 @@ def tune_lora_(
     parameters of the student's own, so that a dense model that shares weights with it is left as it is.
     """
     with prepared(student, dense) as (cut, whole):
-        adapters = adapters_(cut.layers)
+        given = [(adapter, 1.0) for adapter in adapters_(cut.layers)]
+        settings = replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE)
         try:
             return tune_parameters_(
-                cut, whole, [(adapter, 1.0) for adapter in adapters], tokens, heldout=heldout,
-                settings=replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE),
-                row_lengths=row_lengths, token_weights=token_weights, answers=answers, files=files,
-                words="tuning LoRA",
-            )  # fmt: skip
+                cut, whole, given, rows, heldout=heldout, settings=settings, files=files, words="tuning LoRA"
+            )
         finally:
             _merge_(cut)
 
@@ -120,7 +108,10 @@ def _own_maps(layers: Sequence[nn.Module]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _merge_(student: DecoderRunner) -> None:
-    """Put W + (alpha / r) B A in the place of every adapted linear map; the sum is taken in float32."""
+    """Put W + (alpha / r) B A in the place of every adapted linear map; the sum is taken in float32.
+
+    peft's own merge adds to W in place, which the dense model shares.
+    """
     from peft.tuners.lora import LoraLayer
 
     for layer in student.layers:
@@ -131,6 +122,5 @@ def _merge_(student: DecoderRunner) -> None:
                 adapter.float()
             whole = base.weight.float() + module.get_delta_weight(NAME)
             saved_in = weight_as_stored(base.weight.detach(), student.stored_dtype).dtype
-            rounded = whole.to(saved_in).to(base.weight.dtype)
-            base.weight = nn.Parameter(rounded, requires_grad=False)
+            base.weight = nn.Parameter(whole.to(saved_in).to(base.weight.dtype), requires_grad=False)
             layer.set_submodule(name, base)

@@ -13,8 +13,8 @@ from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.probe_scores import CapabilityFigures, Grid
 from layercut.export.engines import Reading
+from layercut.healing import TuningResult
 from layercut.healing.least_squares import Fold
-from layercut.healing.tuning_result import TuningResult
 from layercut.layer_search import SearchResult
 from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment

@@ -29,10 +29,10 @@ from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.evaluation.paired_retention import Retained, retained
 from layercut.evaluation.probe_scores import Grid, Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.retention import compare_records, representative_metric
-from layercut.healing import lora, tune_
+from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.inputs import Rows
 from layercut.healing.least_squares import Fold, fold_cut_
-from layercut.healing.tuning_result import TuningResult
 from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
 from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
@@ -315,11 +315,11 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
         memory.reuse_freed()
     settings = tune_settings(work.config.heal)
     how: dict[str, Any] = {"heldout": heldout, "files": TuningFiles(stopping=work.stopping)}
-    how |= vars(tuning_treatment(work))
+    treated = vars(tuning_treatment(work))
     if state == "lora":
-        report = lora.tune_lora_(student, stack, rows, settings=settings, **how)
+        report = lora.tune_lora_(student, stack, Rows(tokens=rows, **treated), settings=settings, **how)
     else:
-        report = tune_(student, stack, rows, **how, **vars(settings))
+        report = tune_(student, stack, rows, settings=settings, **how, **treated)
     start = report.heldout[0]["loss"]
     say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
     return student, CutState(tuning=replace(report, curve=[]), from_fold=from_fold)

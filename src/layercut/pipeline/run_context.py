@@ -27,7 +27,7 @@ from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
-from layercut.healing.tuning_result import TuningResult
+from layercut.healing import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, model_weights, placement
 from layercut.models.gguf_header import read_header

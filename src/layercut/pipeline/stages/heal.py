@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -15,11 +16,11 @@ from layercut.distributed import processes
 from layercut.files.json_values import digest
 from layercut.files.writing import remove_written
 from layercut.healing import fold_, tune_
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
-from layercut.healing.offloaded import FrozenStates
+from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
+from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
 from layercut.models import decoder_stack, layer_reader, memory, model_weights
-from layercut.models.objectives import Objective, objective_of
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
     BeforeAfter,
@@ -40,9 +41,9 @@ TUNING_STATE = "tuning-state.safetensors"
 TUNING_STATES = "tuning-states"
 """What the frozen layers make of the tuning tokens, where those are on disk; gone when the stage is done."""
 DEFAULT_MIX = 0.3
-"""Of the next-token loss: lower perplexity by 3 to 5 %, tasks and keys as without (measured)."""
+"""Of the next-token loss: lower perplexity by 3 to 5 %, tasks and keys as without (research/healing.md)."""
 FOLD_TOKENS = 65536
-"""Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (measured)."""
+"""Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time."""
 
 
 def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
@@ -120,15 +121,22 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
         if stage.open and not (segments and config.tune_tokens):
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
         elif stage.open:
-            student = DecoderRunner(work.student(segments, "folded"))
-            treated, rows = tuning_treatment(work), work.blocks["tuning"]
-            files = tuning_files(work, student, treated.row_lengths)
+            student, settings = DecoderRunner(work.student(segments, "folded")), tune_settings(config)
+            tokens, treated, key = work.blocks["tuning"], vars(tuning_treatment(work)), work.run.inputs_of("heal")
+            states = None
+            if student.on_disk:
+                rows, of_states = Rows(tokens=tokens, **treated), digest([key, fingerprint(tokens)])
+                folder = work.run / TUNING_STATES
+                states = frozen_states(student, work.stack, rows, settings, folder, key=of_states)
+            files = TuningFiles(
+                states=states, state=StateFile(work.run / TUNING_STATE, key=key), stopping=work.stopping
+            )
             if work.own_process:
                 memory.reuse_freed()
-            heldout, settings = work.blocks["heldout"], tune_settings(config)
-            report = tune_(student, work.stack, rows, heldout=heldout, files=files, **vars(settings), **vars(treated))
-            if files.states:
-                files.states.close()
+            heldout = work.blocks["heldout"]
+            report = tune_(student, work.stack, tokens, heldout=heldout, settings=settings, files=files, **treated)
+            if states:
+                states.close()
             stage.found = HealArtefact(
                 fold=fold.fold,
                 tuning=work.trained("heal", report),
@@ -138,23 +146,6 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
     if tuning := stage.artefact.tuning:
         say("tune", describe_tuning(asdict(tuning)))
     return stage.artefact
-
-
-def tuning_files(work: RunContext, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
-    """What tuning reads from and keeps in the run folder."""
-    tokens = work.blocks["tuning"]
-    states = stored_states(work, student, tokens, lengths) if student.on_disk else None
-    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of("heal"))
-    return TuningFiles(states=states, state=state, stopping=work.stopping)
-
-
-def stored_states(
-    work: RunContext, student: DecoderRunner, tokens: torch.Tensor, lengths: torch.Tensor | None
-) -> FrozenStates:
-    """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
-    key = digest([work.run.inputs_of("heal"), fingerprint(tokens)])
-    settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
-    return frozen_states(student, work.stack, tokens, settings, folder, key=key, row_lengths=lengths)
 
 
 def forget_tuning_(work: RunContext) -> None:
@@ -167,19 +158,12 @@ def forget_tuning_(work: RunContext) -> None:
     processes.on_main(remove)
 
 
-def tune_settings(heal: HealConfig) -> TuneSettings:
-    """What tuning itself takes of the options."""
-    return TuneSettings(
-        objective=objective(heal), learning_rate=heal.learning_rate, batch_tokens=heal.batch_tokens,
-        radius=heal.radius,
-    )  # fmt: skip
+def tune_settings(heal: HealConfig) -> HealConfig:
+    """How layers beside a cut are trained: towards KL with a share of next-token loss."""
+    mixed: Any = KL(mix=DEFAULT_MIX)
+    return replace(heal, objective=mixed) if heal.objective == "kl" else heal
 
 
 def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
     return replace(heal, tune_data=None, chat_share=0.0)  # the text's name has its share
-
-
-def objective(heal: HealConfig) -> Objective:
-    """What tuning minimises."""
-    return objective_of(heal.objective, **({"mix": DEFAULT_MIX} if heal.objective == "kl" else {}))

@@ -131,7 +131,7 @@ def healed_for_a_while(
     if heal.fold:
         fold_(student, work.stack, tokens_to_fold(tokens, rows), heldout=heldout)
     if treated:
-        tune_(student, work.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)))
+        tune_(student, work.stack, rows, heldout=heldout, settings=tune_settings(heal), **vars(treated))
     return student
 
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from layercut.config import CompressConfig, HealConfig
+from layercut.config import CompressConfig
 from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.files.writing import remove_written
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
+from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
 from layercut.models import memory, model_weights
-from layercut.models.objectives import KL, objective_of
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import ANSWER_WEIGHT, tuning_treatment
@@ -58,11 +57,6 @@ def inputs(work: RunContext) -> list[Any]:
     return [*few, TOWARDS, ROWS, ANSWER_WEIGHT, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
-def settings_of(heal: HealConfig) -> TuneSettings:
-    """How it is trained; the rate is that of what is trained."""
-    return TuneSettings(objective=objective_of(heal.objective), batch_tokens=heal.batch_tokens)
-
-
 def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], Quantized]) -> Quantized:
     """The rounded model: where it is trained after that, as an earlier command of this run kept it."""
     if not wanted(work.config):
@@ -87,23 +81,20 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     if work.own_process:
         memory.reuse_freed()
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    settings = replace(settings_of(work.config.heal), learning_rate=parts.rate)
-    loss = settings.objective
-    judged_by_kl = isinstance(loss, KL) and loss.needs_dense
+    settings = replace(work.config.heal, learning_rate=parts.rate)
+    by_kl = settings.objective == "kl"
     treated = tuning_treatment(work).by_predictions()  # healing has taught the answers
     report = tune_parameters_(
-        parts.model, before, parts.parameters, work.blocks["tuning"], heldout=work.blocks["heldout"],
-        settings=settings, rate_from=parts.rate_from if judged_by_kl else None, tolerated=parts.tolerated,
-        files=files, **vars(treated),
+        parts.model, before, parts.parameters, Rows(tokens=work.blocks["tuning"], **vars(treated)),
+        heldout=work.blocks["heldout"], settings=settings, rate_from=parts.rate_from if by_kl else None,
+        tolerated=parts.tolerated, files=files,
     )  # fmt: skip
     report = replace(report, label=report.label.replace("the dense model", TOWARDS))
     return parts.finished_(), work.trained("quantize", report)
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
-    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory
-    is not.
-    """
+    """Whether the rounding itself is trained: where asked, and by itself where bits are few and memory is not."""
     asked = work.config.after_rounding.tune_quantized
     if asked != "auto":
         return asked == "rounding"
@@ -123,5 +114,9 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
 
 def forget_state_(work: RunContext) -> None:
     """Remove the state of a training that is done, and what it began with."""
-    for name in (STATE, ROUNDED):
-        processes.on_main(partial(remove_written, work.run / name))
+
+    def remove() -> None:
+        for name in (STATE, ROUNDED):
+            remove_written(work.run / name)
+
+    processes.on_main(remove)

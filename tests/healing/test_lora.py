@@ -13,10 +13,12 @@ import families
 import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
+from layercut.config import TuneSettings
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ModelError
 from layercut.healing import lora as room
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.inputs import Rows
 from layercut.healing.lora import tune_lora_
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.runner import DecoderRunner
@@ -41,7 +43,7 @@ def test_what_is_merged_in_is_what_peft_computes_and_the_dense_model_stays(famil
 
     monkeypatch.setattr(room, "_merge_", with_adapters)
     given = {"heldout": rows[16:], "settings": TuneSettings(batch_tokens=16), "files": TuningFiles()}
-    found = tune_lora_(student, dense, rows[:16].repeat(3, 1), **given)
+    found = tune_lora_(student, dense, Rows(tokens=rows[:16].repeat(3, 1)), **given)
     assert found.best < found.heldout[0]["loss"]
     assert torch.allclose(student(rows).logits, adapted["logits"], atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

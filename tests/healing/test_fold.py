@@ -8,9 +8,10 @@ import transformers
 
 import tiny
 from layercut.healing import least_squares
-from layercut.healing.endpoint_tuning import endpoints, own_parameters_
+from layercut.healing.endpoint_tuning import own_parameters_
 from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
+from layercut.healing.recipe import endpoints
 from layercut.models import model_weights
 from layercut.models.passes import mean_kl, shared_layers
 from layercut.models.runner import DecoderRunner, hidden_of

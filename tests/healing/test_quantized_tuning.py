@@ -19,12 +19,13 @@ import quick
 import tiny
 from layercut import quantization, surgery
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig, from_flat
+from layercut.config import QuantizeConfig, TuneSettings, from_flat
 from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
-from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
-from layercut.healing.tuning_pass import Batch, Pair
+from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
+from layercut.healing.inputs import Batch, Rows
+from layercut.healing.tuning_pass import Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, loading, model_weights
 from layercut.models.memory import Budget
@@ -121,7 +122,7 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     codes = found.packed["model.layers.0.mlp.up_proj.weight_packed"].clone()
     parts = Trainable.of_(found, dense if learned else None)
     settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
-    tokens = TOKENS.repeat(4, 1)
+    tokens = Rows(tokens=TOKENS.repeat(4, 1))
     told = tune_parameters_(parts.model, dense, parts.parameters, tokens, heldout=HELDOUT, settings=settings)
     trained = logits(parts.model)
     done = parts.finished_()
@@ -155,9 +156,9 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
         monkeypatch.setattr(DecoderRunner, "budget", replace(Budget.of_cpu(), piece=piece))
         with prepared(parts.model, dense) as (cut, whole), torch.enable_grad():
             own = [parameter.requires_grad_() for parameter, _ in parts.parameters]
-            pair = Pair(dense=whole, student=cut, prefix=0, last=1, objective=KL(), apart=True)
+            pair = Pair(dense=whole, student=cut, prefix=0, objective=KL(), apart=True)
             calls.clear()
-            list(pair.backward([Batch(TOKENS[:4], torch.arange(4), torch.zeros(4, dtype=torch.int64), 1.0)]))
+            list(pair.backward([Batch(TOKENS[:4], torch.arange(4), torch.zeros(4, dtype=torch.int64))]))
         counts.append(calls.count(dense.config.vocab_size))
         gradients.append([parameter.grad for parameter in own])
     assert counts[0] == counts[1]
@@ -179,8 +180,8 @@ def test_where_the_rounding_is_trained_a_first_rise_is_no_setback(learned, later
     dense = half(tiny.llama(2))
     parts = Trainable.of_(rounded(dense, bits=3), dense if learned else None)
     told = tune_parameters_(
-        parts.model, dense, parts.parameters, TOKENS[: len(later)], heldout=HELDOUT, tolerated=parts.tolerated,
-        settings=TuneSettings(batch_tokens=TOKENS.shape[1], learning_rate=parts.rate),
+        parts.model, dense, parts.parameters, Rows(tokens=TOKENS[: len(later)]), heldout=HELDOUT,
+        tolerated=parts.tolerated, settings=TuneSettings(batch_tokens=TOKENS.shape[1], learning_rate=parts.rate),
     )  # fmt: skip
     assert told.setbacks == setbacks
 
@@ -197,7 +198,9 @@ def test_rows_are_parted_and_answers_weighed_as_in_healing():
     ]  # fmt: skip
     for rows, treated in ways:
         parts = Trainable.of_(rounded(dense, bits=3), dense)
-        tune_parameters_(parts.model, dense, parts.parameters, rows, heldout=HELDOUT, settings=settings, **treated)
+        tune_parameters_(
+            parts.model, dense, parts.parameters, Rows(tokens=rows, **treated), heldout=HELDOUT, settings=settings
+        )
         found.append(dict(parts.finished_().packed))
     whole, parted, short, unlearned = found
     same = [all(torch.equal(one[name], short[name]) for name in short) for one in (whole, parted)]
@@ -205,8 +208,7 @@ def test_rows_are_parted_and_answers_weighed_as_in_healing():
     untouched = rounded(dense, bits=3).packed
     assert all(torch.equal(unlearned[name], tensor) for name, tensor in untouched.items())
     with pytest.raises(ConfigError, match="row_lengths"):
-        more = {"heldout": HELDOUT, "settings": settings, "row_lengths": halves + 1}
-        tune_parameters_(parts.model, dense, parts.parameters, TOKENS, **more)
+        Rows(tokens=TOKENS, row_lengths=halves + 1)
 
 
 def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
@@ -230,7 +232,7 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
                 try:
                     given = parts.parameters
                     more: dict[str, Any] = {"settings": settings, "rate_from": lambda kl: 0.02 * kl, "files": files}
-                    told = tune_parameters_(parts.model, dense, given, TOKENS, heldout=HELDOUT, **more)
+                    told = tune_parameters_(parts.model, dense, given, Rows(tokens=TOKENS), heldout=HELDOUT, **more)
                     assert told.learning_rate == 0.02 * told.heldout[0]["kl"] < 0.02 * told.heldout[0]["loss"]
                 except KeyboardInterrupt:
                     assert stops
@@ -292,9 +294,11 @@ def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float,
 
 
 def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path, monkeypatch):
-    asked, tune_parameters_ = list[dict[str, Any]](), tune_quantized.tune_parameters_
+    asked, tune_parameters_ = list[Any](), tune_quantized.tune_parameters_
     monkeypatch.setattr(
-        tune_quantized, "tune_parameters_", lambda *args, **more: asked.append(more) or tune_parameters_(*args, **more)
+        tune_quantized,
+        "tune_parameters_",
+        lambda *args, **more: asked.append((args, more)) or tune_parameters_(*args, **more),
     )
     model = half(tiny.llama(5, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "model")
@@ -319,9 +323,9 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     )
     assert tuning["learning_rate"] == trained.rate_from(tuning["heldout"][0]["loss"]) < trained.rate
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
-    assert not runs["none"]["quantize"]["tuning"]
-    (how,) = asked
-    assert how["row_lengths"].tolist() == [64, 32] * 16, "rows are done as healing does them"
+    assert runs["none"]["quantize"].get("tuning") is None
+    (((*_, rows), how),) = asked
+    assert rows.row_lengths.tolist() == [64, 32] * 16, "rows are done as healing does them"
     assert how["tolerated"] == trainable.ROUNDING_RISE, "a first rise below a tenth is no setback"
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}
     assert found["auto"] != found["none"], "what was tuned is what is measured"
@@ -385,7 +389,7 @@ def test_a_norm_that_its_class_keeps_in_float32_is_not_rounded():
     before = dense.get_parameter(wide).data.fill_(1 + 2**-20).clone()
     parts = Trainable.of_(rounded(dense, bits=4))
     settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
-    tune_parameters_(parts.model, dense, parts.parameters, TOKENS, heldout=HELDOUT, settings=settings)
+    tune_parameters_(parts.model, dense, parts.parameters, Rows(tokens=TOKENS), heldout=HELDOUT, settings=settings)
     done = parts.finished_()
     assert torch.equal(done.model.get_parameter(wide), before)
     assert not torch.equal(done.model.model.norm.weight, dense.model.norm.weight), "the others are trained"
