@@ -44,9 +44,8 @@ from layercut.config import (
     RunConfig,
     SearchConfig,
 )
-from layercut.data.retrieval import passkey, trials
 from layercut.evaluation import perplexity
-from layercut.evaluation.probe_scores import found_of, retrieval_grid
+from layercut.evaluation.probe_scores import found_of, passkey, retrieval_grid, trials
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.files.reading import read_json

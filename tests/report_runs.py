@@ -118,7 +118,7 @@ def survival(**changed: Any) -> dict[str, Any]:
 def skill_figures(answers: int = 8, **hits: tuple[float, float]) -> dict[str, Any]:
     """Of each skill the shares of answers that the dense and the pruned model give."""
     return {
-        "damage": dict.fromkeys(hits, 0.25), "dense_hits": {name: dense for name, (dense, _) in hits.items()},
+        "kl": dict.fromkeys(hits, 0.25), "dense_hits": {name: dense for name, (dense, _) in hits.items()},
         "hits": {name: pruned for name, (_, pruned) in hits.items()}, "answers": dict.fromkeys(hits, answers),
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ import tiny
 from layercut import layer_search, quantization
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
-from layercut.data import probe_families, retrieval
+from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
@@ -35,6 +35,7 @@ from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, never_chats, probe_rows
 from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
+from layercut.evaluation import probe_scores
 from layercut.evaluation.probe_scores import TEST_ROWS, capability_figures, probes_for
 from layercut.files.json_values import digest
 from layercut.healing import tune_
@@ -118,12 +119,12 @@ def test_keys_of_the_three_families_differ_in_their_length():
 
 
 def test_the_judge_of_lists_is_of_the_judging_family_alone(tokenizer):
-    ids, value = retrieval.key_value(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
+    ids, value = probe_scores.key_value(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
     text = tokenizer.decode(ids)
     assert len(ids) <= 1500
     assert re.search(f"under number {value}\\.", text)
     own = passages([re.sub(r"\d|" + "|".join((*JUDGING.people, *JUDGING.things)), "", text)])
-    told = {word for sentence in retrieval.FILLER for word in re.findall(r"\w+", sentence.lower())}
+    told = {word for sentence in probe_scores.FILLER for word in re.findall(r"\w+", sentence.lower())}
     for name in ("searching", "tuning"):
         assert not own & passages(forms(FAMILIES[name]))
         assert not {noun.lower() + ending for noun in nouns(FAMILIES[name]) for ending in ("", "s", "es")} & told
@@ -465,7 +466,7 @@ def test_what_a_tokenizer_drops_is_no_test():
     for capability in CAPABILITIES:
         assert probe_rows(proteins, rows=2, window=64, capabilities=(capability,)).names == ()
         assert judging_rows(proteins, rows=2, window=64, capability=capability).names == ()
-    assert retrieval.passkey(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
+    assert probe_scores.passkey(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
 
 
 def test_rows_that_judge_begin_as_text_does():
@@ -565,7 +566,7 @@ def test_damage_and_hits_are_those_of_direct_computation(model, probes):
     whole, left = (m(input_ids=probes.tokens).logits for m in (model, small))
     kl, right = kl_divergence(whole, left), left[:, :-1].argmax(-1) == probes.tokens[:, 1:]
     for c, name in enumerate(probes.names):
-        assert figures.damage[name] == pytest.approx(kl[probes.of() == c].mean().item(), rel=1e-4)
+        assert figures.kl[name] == pytest.approx(kl[probes.of() == c].mean().item(), rel=1e-4)
         at = (probes.of() == c)[:, :-1]
         for loss, logits in ((figures.loss, left), (figures.dense_loss, whole)):
             cost = cross_entropy(logits[:, :-1][at], probes.tokens[:, 1:][at])
@@ -574,7 +575,7 @@ def test_damage_and_hits_are_those_of_direct_computation(model, probes):
         hits = [bool(right[(probes.answers == a)[:, :-1]].all()) for a in own]
         assert figures.hits[name] == pytest.approx(sum(hits) / len(hits))
         assert figures.answers[name] == len(hits)
-    assert max(capability_figures(model, model, probes).damage.values()) < 1e-6
+    assert max(capability_figures(model, model, probes).kl.values()) < 1e-6
 
 
 def test_capabilities_are_tested_in_halves_where_memory_runs_out(model, probes, monkeypatch):
@@ -588,7 +589,7 @@ def test_capabilities_are_tested_in_halves_where_memory_runs_out(model, probes, 
         return enter(self, tokens)
 
     monkeypatch.setattr(DecoderRunner, "enter", short)
-    assert capability_figures(small, whole, probes).damage == pytest.approx(wanted.damage, rel=1e-4)
+    assert capability_figures(small, whole, probes).kl == pytest.approx(wanted.kl, rel=1e-4)
 
 
 def test_the_map_holds_the_damage_of_every_window(model, probes):
@@ -597,7 +598,7 @@ def test_the_map_holds_the_damage_of_every_window(model, probes):
     assert found.lengths() == [1, 2]
     assert len(found.damage) == 5 + 4
     assert found.names == (*probes.names, TEXT)
-    direct = capability_figures(cut(model, [Segment(2, 4)]), model, probes).damage
+    direct = capability_figures(cut(model, [Segment(2, 4)]), model, probes).kl
     assert found.damage[2, 4] == pytest.approx(direct | {TEXT: found.damage[2, 4][TEXT]}, rel=1e-4)
     priced = set_costs(DecoderRunner(model), text, [(Segment(2, 3),)], Cost())[0]
     assert found.damage[2, 3][TEXT] == pytest.approx(priced.kl)
@@ -1044,10 +1045,10 @@ def assert_judged(found: dict[str, Any], small: Any, opened: Any) -> None:
     """capabilities.json has what the compressed model makes of tests of the judging family, beside the dense one."""
     kept = {"family": "judging", "rows": TEST_ROWS, "window": 128}
     figures = capability_figures(small, opened.model, probe_rows(opened.tokenizer, **kept))
-    assert found["judged"].keys() == figures.to_dict().keys()
-    for name, by_capability in figures.to_dict().items():
+    assert found["judged"].keys() == vars(figures).keys()
+    for name, by_capability in vars(figures).items():
         assert found["judged"][name] == pytest.approx(by_capability, rel=1e-4)
-    assert min(figures.damage.values()) > 1e-3, "the dense model beside itself would have none"
+    assert min(figures.kl.values()) > 1e-3, "the dense model beside itself would have none"
     kept |= {"rows": evaluate.ROWS_OF_A_LENGTH, "window": folders.POSITIONS}
     rows = {name: judging_rows(opened.tokenizer, capability=name, **kept) for name in ("recall", "lists")}
     answers = {name: len(each.capability) for name, each in rows.items() if each.names}

@@ -18,7 +18,6 @@ import folders
 import tiny
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig
-from layercut.data import retrieval
 from layercut.evaluation import generation, likelihood, probe_scores
 from layercut.evaluation.generation import distinct, first_divergence, replies
 from layercut.evaluation.likelihood import bucket_edges
@@ -121,33 +120,33 @@ def test_no_long_window_is_of_two_texts(origins):
 
 def test_prompts_fill_the_length_and_hide_the_key_at_the_depth():
     tokenizer = folders.tokenizer()
-    found = retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=3)
+    found = probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=3)
     assert {length for length, *_ in found} == {256, 512, 1024}, "128 has no room for the task with this tokenizer"
-    assert len(found) == 3 * len(retrieval.DEPTHS) * retrieval.TRIALS
+    assert len(found) == 3 * len(probe_scores.DEPTHS) * probe_scores.TRIALS
     for length, depth, ids, key in found:
-        room = length - retrieval.ANSWER
+        room = length - probe_scores.ANSWER
         assert room - 60 < len(ids) <= room
         text = tokenizer.decode(ids)
         before, needle, after = text.partition(f"The pass key is {key}.")
         assert needle
-        filler = [sum(part.count(sentence) for sentence in retrieval.FILLER) for part in (before, after)]
+        filler = [sum(part.count(sentence) for sentence in probe_scores.FILLER) for part in (before, after)]
         assert filler[0] == round(depth * sum(filler))
         assert text.endswith("The pass key is")
         assert text.count(key) == 2
     assert len({key for *_, key in found}) > 15, "a key of its own for every trial"
-    assert retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=3) == found
-    assert retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=4) != found
+    assert probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=3) == found
+    assert probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=4) != found
 
 
 def test_a_length_without_room_for_the_key_has_no_cases():
-    assert retrieval.passkey(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
-    assert retrieval.trials(retrieval.passkey, folders.tokenizer(), 64, seed=0) == []
+    assert probe_scores.passkey(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
+    assert probe_scores.trials(probe_scores.passkey, folders.tokenizer(), 64, seed=0) == []
 
 
 def test_lengths_are_halves():
-    assert retrieval.lengths(4096) == [512, 1024, 2048, 4096]
-    assert retrieval.lengths(300) == [150, 300]
-    assert retrieval.lengths(100) == [100]
+    assert probe_scores.lengths(4096) == [512, 1024, 2048, 4096]
+    assert probe_scores.lengths(300) == [150, 300]
+    assert probe_scores.lengths(100) == [100]
 
 
 class Oracle:
@@ -171,12 +170,12 @@ class Oracle:
 
 def test_the_grid_counts_what_is_found():
     tokenizer = folders.tokenizer()
-    trials = retrieval.trials(retrieval.passkey, tokenizer, 1024, seed=0)
+    trials = probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=0)
     grid = evaluation.retrieval_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
     places = [(cell["length"], cell["depth"]) for cell in grid]
-    assert places == [(n, d) for n in (256, 512, 1024) for d in retrieval.DEPTHS]
-    assert all(cell["trials"] == retrieval.TRIALS for cell in grid)
-    assert all(cell["found"] == (retrieval.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
+    assert places == [(n, d) for n in (256, 512, 1024) for d in probe_scores.DEPTHS]
+    assert all(cell["trials"] == probe_scores.TRIALS for cell in grid)
+    assert all(cell["found"] == (probe_scores.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_a_reply_is_judged_by_its_first_whole_number(reply, answer):
 def test_the_chat_template_is_used_where_there_is_one():
     tokenizer = folders.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<bot>"
-    made = retrieval.passkey(tokenizer, 700, 0.5, random.Random(0))
+    made = probe_scores.passkey(tokenizer, 700, 0.5, random.Random(0))
     assert made is not None
     text = tokenizer.decode(made[0])
     assert text.startswith("<user>A pass key is hidden")

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,100 +19,11 @@ import tiny
 from layercut import evaluation, memory_limit
 from layercut.cli.command_line import main
 from layercut.data.probes import ProbeRows
-from layercut.errors import ConfigError, DataError, RunError
+from layercut.errors import ConfigError, DataError
 from layercut.evaluation import lm_eval_harness
-from layercut.evaluation.probe_scores import Probes
-from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
+from layercut.evaluation.probe_scores import Probes, found_of
+from layercut.evaluation.retention import standard_error
 from layercut.files.json_values import write_json
-
-# ---- the arithmetic ------------------------------------------------------------------------------------------
-
-
-def test_chance_follows_the_choices_of_each_item():
-    assert chance([4, 4, 4, 4]) == 0.25
-    assert chance([2, 4]) == 0.375, "the mean of 1/2 and 1/4, not 1/3"
-    assert chance(None) == 0.0
-    assert chance([]) == 0.0
-
-
-def test_flips_and_their_p_value():
-    dense, compressed = [1, 1, 1, 0, 0, 1.0], [1, 0, 0, 1, 0, 0.0]
-    assert flips(dense, compressed) == (3, 1)
-    # two-sided exact binomial, by counting all 2^4 splits of the four flips: at least 3 on one side
-    uneven = sum(1 for bits in range(16) if max(bits.bit_count(), 4 - bits.bit_count()) >= 3)
-    assert mcnemar(3, 1) == Fraction(uneven, 16)
-    assert mcnemar(0, 0) == mcnemar(5, 5) == 1.0
-    assert mcnemar(10, 0) == 2 / 1024
-    assert mcnemar(0, 10) == mcnemar(10, 0)
-    assert 0 < mcnemar(3000, 2500) < 1e-10, "no overflow with thousands of items"
-    assert flips([0.5, 1], [1, 1]) is None, "an F1 score does not flip"
-    with pytest.raises(ValueError, match="not paired"):
-        flips([1], [1, 0])
-
-
-def test_standard_error_is_that_of_the_mean():
-    values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    expected = torch.tensor(values).std(unbiased=True).item() / math.sqrt(5)
-    assert standard_error(values) == pytest.approx(expected, rel=1e-6)
-    assert standard_error([1.0]) is None
-
-
-def test_kept_above_chance_is_null_where_the_dense_model_guesses():
-    assert kept(0.4, 0.5) == pytest.approx(0.8)
-    assert kept(0.4, 0.5, 0.25) == pytest.approx(0.6)
-    assert kept(0.2, 0.25, 0.25) is None
-    assert kept(0.1, 0.0) is None
-    assert kept(0.2, 0.5, 0.25) == pytest.approx(-0.2), "below chance is below zero"
-
-
-def record(values: list[float], choices: list[int] | None = None, metric: str = "acc", **more: Any) -> dict[str, Any]:
-    score = sum(values) / len(values)
-    metrics = {metric: {"values": values, "score": score, "higher_is_better": True}, **more}
-    return {"metrics": metrics, "choices": choices, "items": len(values), "document_hash": "x"}
-
-
-def test_a_row_compares_two_models_on_the_same_items():
-    row = evaluation.compare_records(record([1, 1, 1, 0], [2, 2, 4, 4]), record([1, 0, 0, 1], [2, 2, 4, 4]))
-    assert (row["dense"], row["compressed"], row["chance"]) == (0.75, 0.5, 0.375)
-    assert (row["lost"], row["gained"], row["p_value"]) == (2, 1, 1.0)
-    assert row["retention"] == pytest.approx(2 / 3)
-    assert row["retention_above_chance"] is None, "four items tell three right ones from guessing no more than that"
-    many = [record(right * 8, [2, 2, 4, 4] * 8) for right in ([1, 1, 1, 0], [1, 0, 0, 1])]
-    assert evaluation.compare_records(*many)["retention_above_chance"] == pytest.approx(1 / 3)
-    with pytest.raises(RunError, match="not scored on the same items"):
-        evaluation.compare_records(record([1, 0]), {**record([1, 0]), "document_hash": "y"})
-
-
-def test_retention_is_the_mean_over_tasks_that_count():
-    rows = [
-        evaluation.compare_records(record([1, 1, 1, 1], [4] * 4), record([1, 1, 1, 0], [4] * 4)),
-        evaluation.compare_records(record([1, 0, 0, 0], [4] * 4), record([1, 0, 0, 0], [4] * 4)),  # at chance
-        evaluation.compare_records(record([1, 1], metric="exact_match"), record([1, 0], metric="exact_match")),
-    ]
-    found = evaluation.retention(rows)
-    assert found["mean"] == pytest.approx((0.75 + 1 + 0.5) / 3)
-    assert found["above_chance"] == pytest.approx(((0.75 - 0.25) / 0.75 + 0.5) / 2)
-    assert (found["tasks"], found["tasks_above_chance"]) == (3, 2)
-    nothing = {"mean": None, "above_chance": None, "tasks": 0, "tasks_above_chance": 0}
-    assert evaluation.retention([]) == nothing
-
-
-def test_a_perplexity_is_compared_but_not_retained():
-    def lower(score: float) -> dict[str, Any]:
-        metrics = {"word_perplexity": {"values": None, "score": score, "higher_is_better": False}}
-        return {"metrics": metrics, "choices": None, "items": 2, "document_hash": "x"}
-
-    row = evaluation.compare_records(lower(30.0), lower(60.0))
-    assert (row["dense"], row["compressed"], row["retention"], row["p_value"]) == (30.0, 60.0, None, None)
-    assert evaluation.retention([row])["mean"] is None
-
-
-def test_the_metric_that_speaks():
-    both = record([1, 0], acc_norm={"values": [1, 1], "score": 1.0, "higher_is_better": True})
-    assert representative_metric(both) == "acc_norm"
-    assert representative_metric(record([1, 0], metric="exact_match,strict-match")) == "exact_match,strict-match"
-    assert representative_metric(record([1, 0], metric="f1")) == "f1"
-
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------
 
@@ -315,108 +225,88 @@ def few_probes() -> Probes:
     return Probes([(16, depth, [3, 4, 5], "") for depth in (0.0, 1.0)], [(16, 0.5, [3, 4], "¶¶")], tests, 16)
 
 
-def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
-    quick.leave_out(monkeypatch)
-    for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.evaluate_alone"):
-        monkeypatch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
-    monkeypatch.setattr("layercut.evaluation.probe_scores.first_answer", lambda reply: "")
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def scored(task_folder, tiny_model, texts, tmp_path_factory):
+    """A run that has scored tasks, probes and long windows; the flags that asked for them."""
+    run = tmp_path_factory.mktemp("scored") / "run"
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]
-    monkeypatch.chdir(tiny_model.parent)
-    argv = ["compress", tiny_model.name, *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
-    assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        quick.leave_out(patch)
+        for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.evaluate_alone"):
+            patch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
+        patch.setattr("layercut.evaluation.probe_scores.first_answer", lambda reply: "")
+        patch.chdir(tiny_model.parent)
+        argv = ["compress", tiny_model.name, *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+        argv += [f"--out={run}"]
+        assert main([*argv, *asked, "--long-context=128"]) == 0
+        yield run, argv, asked
+
+
+def test_compress_scores_both_models(scored, tiny_model, texts):
+    run, _, _ = scored
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["bytes"]["source"] == sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
     row = summary["tasks"]["tiny_choices"]
-    assert row["metric"] == "acc_norm"
-    assert row["items"] == 6
+    assert (row["metric"], row["items"]) == ("acc_norm", 6)
     assert row["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
     assert row["compressed"] == pytest.approx(row["dense"] + (row["gained"] - row["lost"]) / 6)
     assert set(summary["retention"]) == {"mean", "above_chance", "tasks", "tasks_above_chance"}
     assert summary["long_context"]["window"] == 64, "the text ends before 128"
-    assert {"tasks", "long"} <= set(summary["seconds"])
-    page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
-    assert "tiny_choices" in page
-    assert "tiny_choices" in card
-    # every reply is judged as empty
     for name in ("dense", "compressed"):
         assert sum(cell["found"] for cell in summary["probes"]["keys"][name]) == 2
     assert [cell["found"] for cell in summary["probes"]["lists"]["compressed"]] == [0]
-    assert "<td>2</td><td>100.0%</td><td>100.0%</td>" in page.partition('id="probes"')[2].partition("</section>")[0]
+    assert "tiny_choices" in (run / "report.html").read_text()
+    assert "tiny_choices" in (run / "model" / "README.md").read_text()
+    for file in (run / "report.html", *(run / "model").iterdir()):  # what is published tells no place
+        assert not any(str(place).encode() in file.read_bytes() for place in (run, texts[0].parent, tiny_model))
 
-    again = [*argv, f"--out={run}"]
-    before = started(run)
-    assert main([*again, *asked, "--long-context=128"]) == 0
-    assert started(run) == before, "nothing is run twice"
+
+def test_evaluate_scores_the_exported_model_and_keeps_what_it_found(scored, texts, tmp_path, capsys, monkeypatch):
+    run, _, asked = scored
+    summary = json.loads((run / "summary.json").read_text())
     scores = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
-    monkeypatch.setattr("layercut.pipeline.stages.evaluate.CLEAR", 3.0)
-    assert main([*again, *asked, "--long-context=128"]) == 0, "retention is counted by the rule of now"
-    assert started(run)[len(before) :] == ["tasks", "summary"]
-    assert {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()} == scores, "from scores that are kept"
-    assert main([*again, *asked, "--long-context=32"]) == 2, "what a finished run measured is not replaced"
-    longest = json.loads((run / "summary.json").read_text())
-    assert main(again) == 0
-    bare = json.loads((run / "summary.json").read_text())
-    for measured in ("tasks", "retention", "long_context", "probes"):
-        assert bare[measured] == longest[measured], "what was measured of this model is told, asked for again or not"
-
-    capsys.readouterr()
-    scored = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
-    assert len(scored) == 4
     monkeypatch.chdir(tmp_path)  # where no model of that name is
     assert main(["evaluate", str(run), *asked]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert lines[0][:5] == ["task", "metric", "items", "chance", "dense"]
-    assert lines[1][:3] == ["tiny_choices", "acc_norm", "6"]
-    told = {name: figures for name, *figures in lines}
-    assert told["hidden keys found"] == ["2/2", "2/2"]
-    assert told["values found in lists"] == ["0/1", "0/1"]
-    assert len(told["recall: answers"]) == 2
-    assert float(told["recall: KL, nats"][1]) > 0
-    assert float(lines[1][4]) == pytest.approx(row["dense"], abs=1e-4)
-    assert float(lines[1][6]) == pytest.approx(row["compressed"], abs=1e-4)
+    row = dict(zip(lines[0], lines[1], strict=False))
+    of = summary["tasks"]["tiny_choices"]
+    assert (row["task"], row["metric"], row["items"]) == ("tiny_choices", "acc_norm", "6")
+    assert float(lines[1][4]) == pytest.approx(of["dense"], abs=1e-4)
+    assert float(lines[1][6]) == pytest.approx(of["compressed"], abs=1e-4)
+    (kept,) = (json.loads(file.read_text()) for file in (run / "evaluations").iterdir())
+    for probed in (kept["probes"][name] for name in ("dense", "compressed")):
+        assert [found_of(probed[each]) for each in ("keys", "lists")] == [(2, 2), (0, 1)]
+    assert kept["probes"]["compressed"]["capabilities"]["kl"]["recall"] > 0
     after = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
-    assert after == scored, "the exported model is the one that was scored: nothing is computed twice"
-
-    assert main(["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--window=16"]) == 0
-    figures = {name: rest for name, *rest in (line.split("\t") for line in capsys.readouterr().out.splitlines())}
-    (dense,), (compressed,), (ratio, error) = figures.values()
-    assert [*figures] == ["dense", "pruned", "pruned / dense"]
-    assert float(ratio) == pytest.approx(float(compressed) / float(dense), rel=1e-3)
-    recorded = bare["perplexity"]["standard_error"]
-    assert set(recorded) == {name for name in ("cut", "folded", "tuned") if bare["perplexity"][name]}
-    assert error.startswith("± ")
-    assert float(error[2:]) > 0
+    assert after == scores, "the exported model is the one that was scored: nothing is computed twice"
 
     again = ["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--window=16", "--json"]
-    assert main(again) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["perplexity"]["dense"] == pytest.approx(float(dense), abs=1e-4)
-    assert found["ratio"]["standard_error"] == pytest.approx(float(error[2:]), abs=1e-4)
+    for _ in range(2):
+        assert main(again) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert found["ratio"]["value"] == pytest.approx(found["perplexity"]["compressed"] / found["perplexity"]["dense"])
+    assert found["ratio"]["standard_error"] > 0
     assert (found["text"]["tokens"], found["text"]["window"]) == (64, 16)
     kept = [json.loads(file.read_text()) for file in (run / "evaluations").iterdir()]
-    assert len(kept) == 2, "one of tasks, one of a text: the same question again replaces its answer"
-    assert sorted(sorted(one["tasks"]) for one in kept) == [[], ["tiny_choices", "tiny_sums"]]
+    assert sorted(sorted(one["tasks"]) for one in kept) == [[], ["tiny_choices", "tiny_sums"]], "one of each question"
     assert next(one for one in kept if one["text"])["perplexity"] == found["perplexity"]
-    assert "Measured afterwards" not in page
-    assert main(["report", str(run)]) == 0
-    page = (run / "report.html").read_text()
-    assert "Measured afterwards" in page.partition('id="evaluations"')[2]
-    assert "tiny_sums" in page.partition('id="evaluations"')[2].partition("</section>")[0]
-    # of a run that has changed since, nothing is shown
-    rounded = json.loads((run / "quantize.json").read_text())
-    (run / "quantize.json").write_text(json.dumps({**rounded, "config_hash": "another"}))
-    assert main(["report", str(run)]) == 0
-    assert "Measured afterwards" not in (run / "report.html").read_text()
 
-    for file in (run / "report.html", *(run / "model").iterdir()):  # what is published tells no place
-        assert not any(str(place).encode() in file.read_bytes() for place in (tmp_path, texts[0].parent, tiny_model))
 
-    capsys.readouterr()
-    assert main(["evaluate", str(tiny_model), *asked]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split("\t") == [
-        "task", "metric", "items", "chance", "score", "stderr",
-    ]  # fmt: skip
+def test_what_a_run_measured_is_kept_and_nothing_is_run_twice(scored, monkeypatch):
+    run, argv, asked = scored
+    before = started(run)
+    assert main([*argv, *asked, "--long-context=128"]) == 0
+    assert started(run) == before
+    scores = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
+    monkeypatch.setattr("layercut.pipeline.stages.evaluate.CLEAR", 3.0)
+    assert main([*argv, *asked, "--long-context=128"]) == 0, "retention is counted by the rule of now"
+    assert started(run)[len(before) :] == ["tasks", "summary"]
+    assert {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()} == scores, "from scores that are kept"
+    assert main([*argv, *asked, "--long-context=32"]) == 2, "what a finished run measured is not replaced"
+    longest = json.loads((run / "summary.json").read_text())
+    assert main(argv) == 0
+    bare = json.loads((run / "summary.json").read_text())
+    for measured in ("tasks", "retention", "long_context", "probes"):
+        assert bare[measured] == longest[measured], "what was measured of this model is told, asked for again or not"
 
 
 def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):

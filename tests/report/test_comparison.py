@@ -61,7 +61,7 @@ def test_each_of_several_texts_has_its_perplexity() -> None:
 
 def test_what_survives_stands_beside_the_dense_model() -> None:
     hits = {"dense_hits": {"recall": 1.0, "sums": 0.5}, "hits": {"recall": 0.25, "sums": 0.125}}
-    told = hits | {"damage": {"recall": 0.5}}
+    told = hits | {"kl": {"recall": 0.5}}
     cut = {"scores": {"wiki": 60.3}, "retained": {"mean": 0.912, "error": 0.008, "behind": 0.1, "p_value": 0.01},
            "capabilities": told, "evaluations": {"sentiment": {"bias": 0.03}}}  # fmt: skip
     dense = {"scores": {"wiki": 35.2}, "keys": [{"found": 1, "trials": 2}, {"found": 1, "trials": 2}]}

@@ -6,7 +6,6 @@ Everything is measured on the dense and on the pruned model, on the same tokens,
 from layercut.evaluation.comparison import Evaluation, evaluate
 from layercut.evaluation.generation import PROMPTS, SAMPLE, generation_health, generations, replies
 from layercut.evaluation.likelihood import (
-    compared_losses,
     long_windows,
     loss_by_position,
     of_losses,
@@ -16,16 +15,9 @@ from layercut.evaluation.likelihood import (
     perplexity_protocol,
     window_losses,
 )
-from layercut.evaluation.lm_eval_harness import Record, check_tasks, harness_version, load_tasks, score_tasks
+from layercut.evaluation.lm_eval_harness import check_tasks, harness_version, load_tasks, score_tasks
 from layercut.evaluation.probe_scores import CapabilityFigures, capability_figures, retrieval_grid
-from layercut.evaluation.protocol import (
-    EvaluationFunction,
-    Rows,
-    measure,
-    measure_all,
-    metric_rows,
-    named,
-)
+from layercut.evaluation.protocol import EvaluationFunction, Rows, measure, measure_all, metric_rows, named
 from layercut.evaluation.retention import compare_records, compare_tasks, representative_metric, retention
 from layercut.registries import source_digest
 
@@ -35,13 +27,11 @@ __all__ = [
     "CapabilityFigures",
     "Evaluation",
     "EvaluationFunction",
-    "Record",
     "Rows",
     "capability_figures",
     "check_tasks",
     "compare_records",
     "compare_tasks",
-    "compared_losses",
     "evaluate",
     "generation_health",
     "generations",

@@ -1,13 +1,16 @@
-"""What a model makes of probes: generated tests of each capability, keys in long text, values in long lists.
+"""What a model makes of probes: of each capability, of keys hidden in long text, and of values in long lists.
 
 Beside perplexity, which does not show it: a model may lose every key hidden in its context at a loss of text that looks
-like any other cut's (research/what-survives.md). Tests go through both models once, and greedy decoding answers what is
-asked for in free text. They are the same for every model of a tokenizer, and of the judging family, on which nothing is
-searched or tuned.
+like any other cut's (research/what-survives.md). Probes are the same for every model of a tokenizer, and of the judging
+family, on which nothing is searched or tuned.
+
+Keys in text are the passkey retrieval task of Mohtashami and Jaggi (2305.16300), with words and filler of layercut's
+own. Lists are harder: all entries look alike, and only the right key tells.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +19,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from layercut.data.chat_templates import prompt_ids
+from layercut.data.probe_families import JUDGING
 from layercut.data.probes import ProbeRows, probe_rows
-from layercut.data.retrieval import ANSWER, TRIALS, Trial, key_value, passkey, trials
 from layercut.evaluation.generation import greedy, padding
 from layercut.models.decoder_stack import positions
 from layercut.models.losses import as_price, kl_divergence
@@ -26,22 +30,39 @@ from layercut.models.runner import prepared
 from layercut.progress import say
 
 ROWS = 4
-"""Rows of tests in one forward pass."""
+"""Rows of probes in one forward pass."""
 LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256
-"""Tokens of the longest prompts; rows of tests of all capabilities, and tokens in one."""
+"""Tokens of the longest prompts; rows of probes of all capabilities, and tokens in one."""
+Trial = tuple[int, float, list[int], str]
+"""Length in tokens at most, depth, token ids of the prompt, and the right answer."""
 Grid = list[dict[str, Any]]
 """[{"length", "depth", "found", "trials"}, …]."""
+DEPTHS, TRIALS = (0.0, 0.25, 0.5, 0.75, 1.0), 2
+ANSWER = 8  # new tokens: enough for five digits, one a token, with a blank before them
+FILLER = (
+    "The bakery on the corner opens before sunrise.", "A tram rattles past the old town hall.",
+    "Rain has been falling on the harbour since noon.", "The gardener waters the tomatoes in the evening.",
+    "Two children are flying a kite on the beach.", "The library closes early on Fridays.",
+    "A cat sleeps on the warm roof of the garage.", "The train to the mountains leaves from platform four.",
+    "Fresh snow covers the path behind the school.", "The market sells apples, honey and cheese.",
+    "An orchestra is rehearsing in the great hall.", "The ferry crosses the river every half hour.",
+    "Somebody left an umbrella in the waiting room.", "The clock on the tower is a few minutes slow.",
+    "Swallows build their nests under the bridge.", "The museum shows maps of forgotten islands.",
+)  # fmt: skip
 NUMBER = re.compile(r"(?<!\w)(\d{1,3}(?:[,.'’ \u00a0\u202f]\d{3})+|\d(?: \d)+)(?!\w)|\w*\d\w*(?:\.\d+)?")
 """12345 and 12,345, and the digits that some tokenizers part by blanks; A12345 and 12345.6 are words of their own."""
 DENIAL = re.compile(r"\b(?:not|never)\b|n't\b", re.IGNORECASE)
 Advance = Callable[[int], None]
 
 
+# --- rows of probes -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class CapabilityFigures:
-    """Of each capability: what the cut did to it."""
+    """What a cut did to each capability."""
 
-    damage: dict[str, float]
+    kl: dict[str, float]
     """KL(dense || cut), mean over the answers' tokens, in nats: the distance to the dense model, good or bad."""
     hits: dict[str, float]
     """Share of the answers that the cut model's greedy decoding gives."""
@@ -53,10 +74,6 @@ class CapabilityFigures:
     """What the right answers cost the cut model, -log p of their tokens, mean, in nats: lower is better."""
     dense_loss: dict[str, float] = field(default_factory=dict)
     """The same of the dense model."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """{"damage", "hits", "dense_hits", "answers", "loss", "dense_loss"}, each by capability."""
-        return {name: dict(value) for name, value in vars(self).items()}
 
 
 @torch.no_grad()
@@ -102,6 +119,77 @@ def capability_figures(
     return CapabilityFigures(apart, probes.hit_rates(right[0]), probes.hit_rates(right[1]), answers, *losses)
 
 
+# --- keys and lists -----------------------------------------------------------------------------------------
+
+
+def passkey(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tuple[list[int], str] | None:
+    """A prompt with a key hidden in it, filled up as far as whole sentences go; None: too short for any."""
+    key = f"{draw.randrange(10_000, 100_000)}"
+
+    def render(sentences: list[str]) -> list[int]:
+        at = round(depth * len(sentences))
+        needle = f"The pass key is {key}. Remember it: {key} is the pass key."
+        text = " ".join([*sentences[:at], needle, *sentences[at:]])
+        told = f"A pass key is hidden in the text below. Find it and remember it.\n\n{text}\n\n"
+        return prompt_ids(tokenizer, f"{told}What is the pass key that the text mentions?", "The pass key is")
+
+    room = length - len(render([]))
+    if room < 0:
+        return None
+    per_sentence = max(1, min(len(tokenizer(" " + s, add_special_tokens=False).input_ids) for s in FILLER))
+    sentences = [draw.choice(FILLER) for _ in range(room // per_sentence)]
+    return render(sentences[: _most(lambda count: len(render(sentences[:count])) <= length, 0, len(sentences))]), key
+
+
+def key_value(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tuple[list[int], str] | None:
+    """A list of as many entries as fit, one of which is asked for."""
+    keys = [(name, thing) for name in JUDGING.people for thing in JUDGING.things]
+    draw.shuffle(keys)
+    values = draw.sample(range(10_000, 100_000), len(keys))
+    entries = [f"{n} keeps the {t} under number {v}." for (n, t), v in zip(keys, values, strict=True)]
+
+    def render(count: int) -> tuple[list[int], str]:
+        at = round(depth * (count - 1))
+        name, thing = keys[at]
+        head = "Below is a register of who keeps what, with the number of each entry."
+        text = "\n".join([head, "", *entries[:count], "", f"Under which number does {name} keep the {thing}?"])
+        return prompt_ids(tokenizer, text, f"{name} keeps the {thing} under number"), str(values[at])
+
+    most = _most(lambda count: len(render(count)[0]) <= length, 1, len(entries))
+    ids, value = render(most)
+    return (ids, value) if len(ids) <= length and most > 1 else None
+
+
+def _most(fits: Callable[[int], bool], fewest: int, most: int) -> int:
+    """How many fit, by halving: tokens merge across borders, so that sizes do not add up."""
+    while fewest < most:
+        middle = (fewest + most + 1) // 2
+        fewest, most = (middle, most) if fits(middle) else (fewest, middle - 1)
+    return fewest
+
+
+def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:
+    """`longest` and its halves, ascending."""
+    return sorted({longest >> i for i in range(steps) if longest >> i >= shortest} or {longest})
+
+
+def trials(
+    make: Callable[[Any, int, float, random.Random], tuple[list[int], str] | None],
+    tokenizer: Any,
+    longest: int,
+    seed: int,
+    each: int = TRIALS,
+) -> list[Trial]:
+    """`each` prompts by `passkey` or `key_value` of every length and depth; the same for every model of a tokenizer."""
+    draw, found = random.Random(seed), list[Trial]()
+    for length in lengths(longest):
+        for depth in DEPTHS:
+            for _ in range(each):
+                if made := make(tokenizer, length - ANSWER, depth, draw):
+                    found.append((length, depth, *made))
+    return found
+
+
 @torch.no_grad()
 def retrieval_grid(
     model: Any, tokenizer: Any, asked: Sequence[Trial], *, advance: Advance = lambda tokens: None
@@ -134,7 +222,7 @@ def found_of(grid: Grid) -> tuple[int, int]:
     return sum(cell["found"] for cell in grid), sum(cell["trials"] for cell in grid)
 
 
-# --- what `--probes` measures --------------------------------------------------------------------------------
+# --- all that `--probes` measures ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,7 +242,7 @@ class Probes:
 
     @property
     def tokens(self) -> int:
-        """In all prompts and tests."""
+        """In all prompts and rows."""
         return self.prompt_tokens + self.tests.tokens.numel()
 
 
@@ -165,19 +253,19 @@ class Probed:
     keys: Grid
     lists: Grid
     capabilities: dict[str, Any] | None
-    """`CapabilityFigures.to_dict()`; None where no test fits a row."""
+    """`CapabilityFigures` by name; None where no probe fits a row."""
 
 
 def probes_for(
     tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, seed: int = 0, each: int = TRIALS
 ) -> Probes:
-    """The prompts and tests for all models of a tokenizer, no longer than the model has positions for."""
+    """The prompts and rows for all models of a tokenizer, no longer than the model has positions for."""
     longest = min(longest, positions(config) or longest)
     tests = probe_rows(tokenizer, rows=TEST_ROWS, window=min(TEST_WINDOW, longest), family="judging", seed=seed)
     keys, lists = (trials(make, tokenizer, longest, seed, each) for make in (passkey, key_value))
-    for what, found in (("keys", keys), ("lists", lists)):
+    for name, found in (("keys", keys), ("lists", lists)):
         if not found:
-            say("probes", f"no prompt of {what} fits {longest} tokens: not asked for")
+            say("probes", f"no prompt of {name} fits {longest} tokens: not asked for")
     return Probes(keys, lists, tests, longest)
 
 
@@ -186,5 +274,5 @@ def probed(model: Any, dense: Any, tokenizer: Any, probes: Probes, *, advance: A
     keys, lists = (retrieval_grid(model, tokenizer, asked, advance=advance) for asked in (probes.keys, probes.lists))
     figures, window = None, probes.tests.tokens.shape[1]
     if probes.tests.names:
-        figures = capability_figures(model, dense, probes.tests, advance=lambda rows: advance(rows * window)).to_dict()
+        figures = vars(capability_figures(model, dense, probes.tests, advance=lambda rows: advance(rows * window)))
     return Probed(keys=keys, lists=lists, capabilities=figures)

@@ -26,9 +26,8 @@ from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
-from layercut.evaluation.paired_retention import Retained, retained
 from layercut.evaluation.probe_scores import Grid, Probed, Probes, found_of, probed, probes_for
-from layercut.evaluation.retention import compare_records, representative_metric
+from layercut.evaluation.retention import Retained, compare_records, representative_metric, retained
 from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import Rows

@@ -124,7 +124,7 @@ def _survival(found: Json, rows: list[tuple[str, str, Json]]) -> Section:
         line = [method, state or "–", *(_retention(judged, state, cuts) if tasks else [])]
         line += [hits_of(judged["keys"]), hits_of(judged.lists), _answered(judged, state, cuts)]
         line += [dash(judged.evaluations[name][metric]) for name, metric in own]
-        kls = [kl for _, each in judged.capabilities.damage.entries() if (kl := number(each)) is not None]
+        kls = [kl for _, each in judged.capabilities.kl.entries() if (kl := number(each)) is not None]
         line += [figure(sum(kls) / len(kls)) if kls and state else "–"]
         line += [dash(judged.health.compressed.repeated_4grams, percent)]
         for name, task in tasks.items():

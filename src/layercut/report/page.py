@@ -160,5 +160,5 @@ def _probe_rows(probes: Json) -> list[list[str]]:
     for skill, _ in each[-1].capabilities.hits.entries():
         rows.append([f"{skill}: answers", *(percent(one.capabilities.hits[skill]) for one in each)])
         if len(each) > 1:
-            rows.append([f"{skill}: KL, nats", "", *(figure(one.capabilities.damage[skill]) for one in each[1:])])
+            rows.append([f"{skill}: KL, nats", "", *(figure(one.capabilities.kl[skill]) for one in each[1:])])
     return rows

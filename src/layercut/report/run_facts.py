@@ -186,7 +186,7 @@ def skills(judged: Json) -> list[ProbeShare]:
     return [
         ProbeShare(name=name, items=whole_number(judged.answers[name]), dense=finite(judged.dense_hits[name]),
               pruned=finite(judged.hits[name]), kl=kl)
-        for name, kl in judged.damage.entries()
+        for name, kl in judged.kl.entries()
     ]  # fmt: skip
 
 

@@ -1,10 +1,12 @@
-"""Stages: perplexity of every state, generations and speed, tasks, long context, probes, packages' evaluations."""
+"""Stages: perplexity of every state, generations and speed, tasks, long context, probes, packages' evaluations.
+
+Each measures the dense model and the one of the run's last state in the same way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -13,9 +15,8 @@ from layercut import evaluation as measures
 from layercut.data.blocks import in_rows
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
-from layercut.data.retrieval import lengths, passkey, trials
 from layercut.distributed import processes
-from layercut.evaluation import speed
+from layercut.evaluation import probe_scores, speed
 from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, found_of, probes_for, retrieval_grid
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
@@ -49,6 +50,11 @@ TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 picture is worth."""
 ROWS_OF_A_LENGTH = 4
 """Rows of probes of recall, and of lists, alone at each length."""
+
+
+def both(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+    """The model before any cut, and the one of the run's last state."""
+    return {"dense": work.dense.model, "compressed": work.compressed(segments)}
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
@@ -97,34 +103,29 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
 
     Not measured where layers are on disk, which would be read again for every token written.
     """
+    on_devices = [size for device in placed_over(last) if (size := speed.peak_device_bytes(device)) is not None]
+    peaks: dict[str, Any] = {
+        "peak_rss_bytes": speed.peak_rss_bytes(), "peak_device_bytes": max(on_devices, default=None)
+    }  # fmt: skip
     if layer_reader.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
-        return CloserLook(generations=None, health=None, speed=None, **peaks(last))
+        return CloserLook(generations=None, health=None, speed=None, **peaks)
     dense = work.dense.model
     samples = {name: measures.generations(m, work.tokenizer) for name, m in (("dense", dense), ("compressed", last))}
     health = measures.generation_health(dense, last, in_rows(tokens, work.config.text.window))
     if work.tokenizer.chat_template:
         found = measures.replies(dense, last, work.tokenizer, samples)
         health["replies"] = {**found, "most": measures.SAMPLE, "prompts": len(measures.PROMPTS)}
-    return CloserLook(
-        generations=[
-            Generation(prompt=prompt, dense=dense, compressed=compressed)
-            for prompt, dense, compressed in zip(measures.PROMPTS, *samples.values(), strict=True)
-        ],
-        health=health,
-        speed=speed.speed(dense, last) if work.config.evaluate.speed else None,
-        **peaks(last),
-    )
-
-
-def peaks(model: Any) -> dict[str, Any]:
-    """The most memory that this process has taken: of the machine, and of the fullest of a model's accelerators."""
-    on_devices = [size for device in placed_over(model) if (size := speed.peak_device_bytes(device)) is not None]
-    return {"peak_rss_bytes": speed.peak_rss_bytes(), "peak_device_bytes": max(on_devices, default=None)}
+    written = [
+        Generation(prompt=prompt, dense=dense, compressed=compressed)
+        for prompt, dense, compressed in zip(measures.PROMPTS, *samples.values(), strict=True)
+    ]
+    timed = speed.speed(dense, last) if work.config.evaluate.speed else None
+    return CloserLook(generations=written, health=health, speed=timed, **peaks)
 
 
 def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
-    """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
+    """Tasks of lm-eval on the same items; each task is kept as soon as it is scored."""
     asked = work.config.tasks
     inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path), CLEAR]
     with work.run.stage(TasksArtefact, "tasks", inputs, after=["quantize"]) as stage:
@@ -132,7 +133,7 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
             tasks, cache = measures.load_tasks(asked.names, asked.include_path), work.run / "tasks"
             records = {
                 name: measures.score_tasks(m, work.tokenizer, tasks, limit=asked.limit, name=name, cache=cache)
-                for name, m in dense_and_compressed(work, segments).items()
+                for name, m in both(work, segments).items()
             }
             found = measures.compare_tasks(records["dense"], records["compressed"])
             stage.found = TasksArtefact(**found, limit=asked.limit)
@@ -141,13 +142,13 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
 
 
 def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact:
-    """Packages' evaluations, dense and compressed, from the run's seed."""
+    """Packages' evaluations, from the run's seed."""
     functions, seed = measures.named(work.config.tasks.evaluation_names), work.config.text.seed
     inputs = [[[name, measures.source_digest(each)] for name, each in functions.items()], seed]
     with work.run.stage(EvaluationsArtefact, "evaluations", inputs, after=["quantize"]) as stage:
         if stage.open:
-            both = {"dense": lambda: work.dense.model, "compressed": lambda: work.compressed(segments)}
-            found = measures.measure_all(functions, both, work.tokenizer, seed=seed)
+            models = {"dense": lambda: work.dense.model, "compressed": lambda: work.compressed(segments)}
+            found = measures.measure_all(functions, models, work.tokenizer, seed=seed)
             rows = {name: {key: Metric(**row) for key, row in of.items()} for name, of in found.items()}
             stage.found = EvaluationsArtefact(evaluations=rows, seed=seed)
     say("evaluations", ", ".join(functions))
@@ -157,89 +158,80 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
 def long(work: RunContext, segments: Sequence[Segment]) -> LongContext:
     """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
     asked, seed = work.config.long.long_context, work.config.text.seed
-    text, parted = work.text["evaluation"], len({*work.text["evaluation"].origins}) > 1
-    inputs = [asked, seed, text, *(["a window is of one text"] if parted else [])]
+    text, tokenizer = work.text["evaluation"], work.tokenizer
+    inputs = [asked, seed, text, *(["a window is of one text"] if len({*text.origins}) > 1 else [])]
     with work.run.stage(LongContext, "long", inputs, after=["quantize"]) as stage:
         if stage.open:
-            both, tokenizer = dense_and_compressed(work, segments), work.tokenizer
+            models = both(work, segments)
             windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model, text.origins)
             longest = windows.shape[1]
-            asked_keys = trials(passkey, tokenizer, longest, seed)
-            total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in asked_keys))
-            with bar("long context", total) as advance:
-                positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
-                grids = {n: retrieval_grid(m, tokenizer, asked_keys, advance=advance) for n, m in both.items()}
+            keys = probe_scores.trials(probe_scores.passkey, tokenizer, longest, seed)
+            with bar("long context", 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in keys))) as advance:
+                positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in models.items()}
+                grids = {n: retrieval_grid(m, tokenizer, keys, advance=advance) for n, m in models.items()}
             stage.found = LongContext(
-                window=longest,
-                windows=len(windows),
-                perplexity=positions,
-                passkey=grids | {"seed": seed} if asked_keys else None,
-                cost=speed.long_prompt(*both.values(), tokens=longest),
-            )
+                window=longest, windows=len(windows), perplexity=positions,
+                passkey=grids | {"seed": seed} if keys else None,
+                cost=speed.long_prompt(*models.values(), tokens=longest),
+            )  # fmt: skip
     say("long", f"up to {stage.artefact.window:,} tokens")
     return stage.artefact
 
 
 def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
     """Which layers hold what, and what the compressed model can still do of probes that it was not tuned on."""
-    config, text = work.config.search, work.config.text
-    if config.preserve == "none" and not work.config.tasks.probes:
+    text = work.config.text
+    if work.config.search.preserve == "none" and not work.config.tasks.probes:
         return None
     tests = probe_rows(work.tokenizer, rows=TESTS_OF_MAP, window=text.window, seed=text.seed)
     if not tests.names:
-        say("capabilities", f"no generated test fits rows of {text.window} tokens: not looked at")
+        say("capabilities", f"no probe fits rows of {text.window} tokens: not looked at")
         return None
     inputs = [work.source, text.seed, text.window, text.tokens, len(segments), EDITION]
     with work.run.stage(CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
-            plain = work.blocks["calibration"][:TEXT_OF_MAP]
-            found = capability_map(work.stack, probes=tests, text=plain)
-            both, by_length = (DecoderRunner(work.compressed(segments)), work.stack), list[HitsByLength]()
+            found = capability_map(work.stack, probes=tests, text=work.blocks["calibration"][:TEXT_OF_MAP])
+            models, by_length = (DecoderRunner(work.compressed(segments)), work.stack), list[HitsByLength]()
             of: dict[str, Any] = {"tokenizer": work.tokenizer, "seed": text.seed}
             longest = min(LONGEST_PROBE, decoder_stack.positions(work.architecture) or LONGEST_PROBE)
-            with bar("generated tests", None) as advance:
+            with bar("probes", None) as advance:
                 rows = probe_rows(**of, rows=TEST_ROWS, window=text.window, family="judging")
-                judged = measures.capability_figures(*both, rows, advance=advance)
-                for name, length in product(("recall", "lists"), lengths(longest)):
-                    longer = judging_rows(**of, rows=ROWS_OF_A_LENGTH, window=length, capability=name)
-                    if not longer.names:
-                        continue
-                    hits = measures.capability_figures(*both, longer, advance=advance)
-                    by_length.append(
-                        HitsByLength(
-                            capability=name, length=length, dense=hits.dense_hits[name],
-                            compressed=hits.hits[name], answers=hits.answers[name],
-                        )
-                    )  # fmt: skip
+                judged = measures.capability_figures(*models, rows, advance=advance)
+                for name in ("recall", "lists"):
+                    for length in probe_scores.lengths(longest):
+                        longer = judging_rows(**of, rows=ROWS_OF_A_LENGTH, window=length, capability=name)
+                        if longer.names:
+                            hits = measures.capability_figures(*models, longer, advance=advance)
+                            by_length.append(
+                                HitsByLength(
+                                    capability=name, length=length, dense=hits.dense_hits[name],
+                                    compressed=hits.hits[name], answers=hits.answers[name],
+                                )
+                            )  # fmt: skip
             stage.found = CapabilitiesArtefact(
                 map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
             )  # fmt: skip
     told = stage.artefact.judged
     kept = ", ".join(f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%}" for name in told.hits)
-    say("capabilities", f"answers given to generated tests: {kept}")
+    say("capabilities", f"answers given to probes: {kept}")
     return stage.artefact
 
 
 def probes(work: RunContext, segments: Sequence[Segment]) -> FoundByLength:
-    """Keys hidden in long text and values in lists as long: what greedy decoding finds, dense and compressed."""
+    """Keys hidden in long text and values in lists as long: what greedy decoding finds."""
     seed = work.config.text.seed
     with work.run.stage(FoundByLength, "probes", [work.source, seed, EDITION], after=["quantize"]) as stage:
         if stage.open:
-            asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
+            asked, models = probes_for(work.tokenizer, work.architecture, seed=seed), both(work, segments)
             with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
                 keys, lists = (
-                    {name: retrieval_grid(m, work.tokenizer, each, advance=advance) for name, m in both.items()}
+                    {name: retrieval_grid(m, work.tokenizer, each, advance=advance) for name, m in models.items()}
                     for each in (asked.keys, asked.lists)
                 )
             stage.found = FoundByLength(keys=keys, lists=lists, longest=asked.longest, seed=seed)
     found = stage.artefact
-    for what, grids in (("keys", found.keys), ("lists", found.lists)):
-        (dense, asked_of), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))
+    for name, grids in (("keys", found.keys), ("lists", found.lists)):
+        (dense, asked_of), (compressed, _) = (found_of(grids[each]) for each in ("dense", "compressed"))
         if asked_of:
-            say("probes", f"{what} found: {dense} -> {compressed} of {asked_of}")
+            say("probes", f"{name} found: {dense} -> {compressed} of {asked_of}")
     return found
-
-
-def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The model before any cut, and the one of the run's last state."""
-    return {"dense": work.dense.model, "compressed": work.compressed(segments)}
