@@ -28,7 +28,7 @@ LEVELS = [
     {"cli"},
 ]
 """From the lowest level up: a package imports from the levels below it, and from itself."""
-ALONE = {"export.reload_process", "export.llama_cpp_process", "data.chat_process"}
+ALONE = {"export.reload_process", "export.llama_cpp_process"}
 """Run by themselves in a process that must not know layercut."""
 
 

@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut.data import chat_templates, documents, self_sampled, sources, streams, text_overlap
-from layercut.data.blocks import Reader, fingerprint, load_blocks
+from layercut.data import blocks as blocks_module
+from layercut.data import chat_templates, documents, self_sampled, sources, text_overlap
+from layercut.data.blocks import Reader, TextStream, fingerprint, load_blocks
 from layercut.data.documents import HubSet, as_document, python_docs, python_docstrings
 from layercut.data.self_sampled import chat_length, writes_chats
 from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
-from layercut.data.streams import encode
 from layercut.errors import DataError, ModelError
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
@@ -97,8 +97,13 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
 )
 def test_documents_are_marked_off_as_the_tokenizer_does(marks, expected):
     tokenizer = make_tokenizer(**marks)
-    assert [tokenizer.decode(ids) for *_, ids in encode(iter(["", "a", " \n", "b"]), tokenizer)] == expected
-    there = [tokenizer.decode(ids) for *_, ids in encode(iter(expected), tokenizer)]
+
+    def encoded(*texts):
+        stream = TextStream("text", iter(()), tokenizer, False)
+        return [tokenizer.decode(ids) for *_, ids in stream.encoded(iter(texts))]
+
+    assert encoded("", "a", " \n", "b") == expected
+    there = encoded(*expected)
     assert there == expected, "a mark that is there is not doubled"
 
 
@@ -138,15 +143,18 @@ def test_text_is_tokenised_as_far_as_needed(tokenizer, monkeypatch):
 
     monkeypatch.setattr(sources.Source, "documents", endless)
     assert load_blocks("c4", tokenizer, tokens=64, window=8, seed=0).facts.documents == 7
-    assert streams.PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
-    monkeypatch.setattr(streams, "PIECE", 20_000)
-    assert len(next(encode(iter(["some words " * 1_500_000]), tokenizer))[-1]) <= 20_001
+    assert blocks_module.PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
+    monkeypatch.setattr(blocks_module, "PIECE", 20_000)
+    stream = TextStream("text", iter(()), tokenizer, False)
+    assert len(next(stream.encoded(iter(["some words " * 1_500_000])))[-1]) <= 20_001
     for text in ("ab cd ef gh", "abcdefgh", "a\nb c"):
         for longest in (3, 4, 5):
-            parts = [*streams.pieces(text, longest)]
+            monkeypatch.setattr(blocks_module, "PIECE", longest)
+            parts = [*blocks_module.pieces(text)]
             assert "".join(parts) == text
             assert max(map(len, parts)) <= longest
-    assert [*streams.pieces("ab cd ef gh", 6)] == ["ab cd", " ef gh"], "parted before white space"
+    monkeypatch.setattr(blocks_module, "PIECE", 6)
+    assert [*blocks_module.pieces("ab cd ef gh")] == ["ab cd", " ef gh"], "parted before white space"
 
 
 # --- text that serves two uses ---
@@ -290,7 +298,7 @@ def test_records_are_read_by_their_fields(tmp_path):
         {"text": "plain"}, {"page": "of a wiki"}, {"messages": chat}, {"text": None},
         {"instruction": "Add", "input": "1 1", "output": "2", "text": "not this"},
     ]  # fmt: skip
-    found = [streams.render(document) for document in read(write_lines(tmp_path / "r.jsonl", *records))]
+    found = [blocks_module.render(document) for document in read(write_lines(tmp_path / "r.jsonl", *records))]
     assert found == ["plain", "of a wiki", "hi\n\nho", "", "Add\n\n1 1\n\n2"]
     assert read(write_lines(tmp_path / "c.jsonl", {"a": "one", "b": "two"}) + ":b") == ["two"]
     empty = as_document({"messages": [{"role": "assistant", "content": None}]}, None, "here")
@@ -488,7 +496,7 @@ def test_hub_rows_are_streamed_and_bad_splits_told(monkeypatch):
             raise ValueError("Bad split: nope. Available splits: ['train']")
         return datasets.Dataset.from_dict({"text": ["a", "b"], "id": [1, 2]}).to_iterable_dataset()
 
-    monkeypatch.setattr(documents, "_check_reachable", lambda dataset: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert sorted(read("c4", seed=0)) == ["a", "b"]
     assert asked == {"path": "allenai/c4", "config": "en", "split": "train", "streaming": True}

@@ -656,7 +656,7 @@ def test_what_fits_no_row_is_told(model, tokenizer):
 
 
 def test_a_search_with_tests_of_which_none_fits_is_refused(model, tokenizer):
-    with pytest.raises(DataError, match="no generated test fits rows of 16 tokens"):
+    with pytest.raises(DataError, match="no probe fits rows of 16 tokens"):
         search(model, tiny.some_tokens(4, 16), n_layers=1, probes=probe_rows(tokenizer, rows=1, window=16))
 
 
@@ -796,7 +796,7 @@ def test_where_no_test_fits_a_mix_has_text_alone_and_tests_alone_are_refused(tok
     found = Reader(tokenizer, seed=0).draw("tuning", f"{texts[0]}+probes:0.5", tokens=64, window=8)
     assert found.marks
     assert not found.marks.lengths.any(), "all of it is done as text"
-    with pytest.raises(DataError, match="no generated test fits rows of 8 tokens"):
+    with pytest.raises(DataError, match="no probe fits rows of 8 tokens"):
         Reader(tokenizer, seed=0).draw("tuning", "probes", tokens=64, window=8)
 
 

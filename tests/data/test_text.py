@@ -18,8 +18,7 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import Blocks, TextFacts, by_origin, load_blocks, stored_blocks, stored_marks
-from layercut.data.streams import Marks
+from layercut.data.blocks import Blocks, Marks, TextFacts, by_origin, load_blocks, stored_blocks, stored_marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.healing import tune_

@@ -1,8 +1,7 @@
 """Documents, one after the other: of the Hugging Face Hub, of files of this machine, and of Python's documentation.
 
-Below `data/sources.py`, which says what a name means. A document is read when its turn comes, in an order shuffled by
-a seed, or as written where that is None. Files are read in place, loading scripts of data sets are not run, and what
-holds no text ends in a DataError that says where it stands.
+A document is read when its turn comes, in an order shuffled by a seed, or as written where that is None. Files are
+read in place, loading scripts of data sets are not run, and what holds no text ends in a DataError that says where.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ T = TypeVar("T")
 Message = dict[str, str]
 Document = str | list[Message]
 """A text, or the messages of a chat."""
-Record = dict[str, Any]
 
 CHAT, TEXTS = ("instruction", "output"), ("messages", "text", "page")
-FIELDS = {*CHAT, "input", *TEXTS}
-"""Fields that are read where no column is named."""
+"""Fields that are read where no column is named; "input" of the first, too."""
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SHUFFLED_TOGETHER = 2**30
 """Bytes of text, unpacked, of a .parquet source that are held and shuffled at once. A guess."""
@@ -41,14 +38,6 @@ SHUFFLE_BUFFER = 2_000
 SHORTEST = 200
 """Characters of Python's documentation; what is left of a document without its repeated paragraphs may be dropped."""
 SKIPPED = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|pydoc_data|__pycache__)/")
-
-
-def in_order(items: Iterable[T], seed: int | None) -> list[T]:
-    """A list of the items, shuffled by the seed if there is one."""
-    items = list(items)
-    if seed is not None:
-        random.Random(seed).shuffle(items)
-    return items
 
 
 # --- records: lines of JSON, rows of tables -----------------------------------------------------------------
@@ -60,8 +49,8 @@ def as_document(record: Any, column: str | None, where: str) -> Document:
         raise DataError(f"{where} holds a {type(record).__name__}, not an object with fields", 'write {"text": "…"}')
     if column is None and all(key in record for key in CHAT):
         question = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
-        turns = {"user": question, "assistant": str(record["output"] or "")}
-        return [{"role": role, "content": _utf8(text, where)} for role, text in turns.items()]
+        said = {"user": question, "assistant": str(record["output"] or "")}
+        return [{"role": role, "content": _utf8(text, where)} for role, text in said.items()]
     allowed = [column] if column else TEXTS
     field = next((key for key in allowed if key in record), None)
     if field is None:
@@ -74,24 +63,20 @@ def as_document(record: Any, column: str | None, where: str) -> Document:
     value = record[field]
     if value is None or isinstance(value, str):
         return _utf8(value or "", where)
+    messages = list[Message]()
     try:
-        return [_message(turn, where) for turn in value]
-    except (TypeError, KeyError):
+        for turn in value:
+            role, text = turn["role"], turn["content"] or ""
+            if not isinstance(text, str):  # typed parts, of which only the texts count
+                texts = [part.get("text") if isinstance(part, dict) else part for part in text]
+                text = "".join(text for text in texts if text is not None)
+            messages.append({"role": _utf8(role, where), "content": _utf8(text, where)})
+    except (TypeError, KeyError, AttributeError):
         raise DataError(
             f"{where}: field {field!r} holds neither a text nor chat messages, but a {type(value).__name__}",
             "a chat is a list of messages with a role and a content",
         ) from None
-
-
-def _message(turn: Any, where: str) -> Message:
-    """A message of a chat. TypeError or KeyError where it is none."""
-    role, content = turn["role"], turn["content"]
-    if not isinstance(role, str):
-        raise TypeError("a role is a word")
-    if content is not None and not isinstance(content, str):  # typed parts, of which only the texts count
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(text for text in texts if text is not None)
-    return {"role": _utf8(role, where), "content": _utf8(content or "", where)}
+    return messages
 
 
 def _utf8(text: str, where: str) -> str:
@@ -124,6 +109,14 @@ def _content(file: Path, *_: int) -> str:
         return hashlib.file_digest(handle, "blake2b").hexdigest()[:32]
 
 
+def in_order(items: Iterable[T], seed: int | None) -> list[T]:
+    """A list of the items, shuffled by the seed if there is one."""
+    items = list(items)
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+    return items
+
+
 def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
     """Documents of .txt, .json and .jsonl files, or of .parquet files."""
     tables = [file for file in files if file.suffix == ".parquet"]
@@ -141,21 +134,21 @@ def _from_parquet(files: list[Path], column: str | None, seed: int | None) -> It
     """Documents of tables. Shuffled are the groups of rows, then the rows of as many as fit in SHUFFLED_TOGETHER."""
     from pyarrow import parquet
 
-    where, groups = str(files[0]), list[tuple[Path, int, list[str], int]]()
+    where, groups, wanted = str(files[0]), list[tuple[Path, int, list[str], int]](), [column]
+    if column is None:
+        wanted = [*CHAT, "input", *TEXTS]
     try:
         for file in files:
             with parquet.ParquetFile(file) as opened:
                 names = opened.schema_arrow.names
-                fields = [name for name in names if name == column or (column is None and name in FIELDS)]
+                fields = [name for name in names if name in wanted]
                 if not fields:
                     as_document(dict.fromkeys(names), column, str(file))  # says what fields there are
                 for i in range(opened.metadata.num_row_groups):
                     group = opened.metadata.row_group(i)
                     chunks = [group.column(j) for j in range(group.num_columns)]
-                    size = sum(
-                        chunk.total_uncompressed_size for chunk in chunks
-                        if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & {*fields}
-                    )  # fmt: skip
+                    sizes = {chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks}
+                    size = sum(size for path, size in sizes.items() if {path, path.split(".")[0]} & {*fields})
                     groups.append((file, i, fields, size))
         together, held = list[tuple[Any, str]](), 0
         for k, (file, i, fields, size) in enumerate(groups := in_order(groups, seed)):
@@ -185,10 +178,9 @@ def _places(file: Path) -> list[Callable[[], tuple[Any, str]]]:
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 is_text = file.suffix == ".txt"  # two blank lines part documents
                 marks = [match.span() for match in re.finditer(rb"(?:\r?\n){3,}" if is_text else rb"\n", view)]
-                starts = [0, *(stop for _, stop in marks)]
-                stops = [*(start for start, _ in marks), len(view)]
-            spans = enumerate(zip(starts, stops, strict=True), 1)
-            return [partial(_read, file, a, b, 0 if is_text else n) for n, (a, b) in spans if is_text or a < b]
+                spans = zip([0, *(b for _, b in marks)], [*(a for a, _ in marks), len(view)], strict=True)
+            numbered = enumerate(spans, 1)
+            return [partial(_read, file, a, b, 0 if is_text else n) for n, (a, b) in numbered if is_text or a < b]
     except (OSError, ValueError) as error:
         raise DataError(f"{str(file)!r} cannot be read: {first_line(error)}", "check the file") from error
 
@@ -259,31 +251,16 @@ def from_hub(dataset: HubSet, seed: int | None) -> Iterator[Document]:
     yield from in_order(map("\n\n".join, articles), seed)
 
 
-def _hub_rows(dataset: HubSet, seed: int | None) -> Iterator[Record]:
-    from datasets import load_dataset
-
-    _check_reachable(dataset)
-    try:
-        rows = load_dataset(dataset.path, dataset.config, split=dataset.split, streaming=dataset.streamed)
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, **({"buffer_size": SHUFFLE_BUFFER} if dataset.streamed else {}))
-        yield from rows
-    except ConnectionError as error:
-        raise _unreachable(dataset) from error
-    except Exception as error:  # an unknown split or config, a set of scripts, a broken shard
-        raise DataError(
-            f"Hub set {dataset.path!r} (split {dataset.split}) cannot be read: {first_line(error)}",
-            "check configuration and split: owner/name@config:split:column",
-        ) from error
-
-
-def _check_reachable(dataset: HubSet) -> None:
-    """Ask the Hub once before `datasets` does: without a network that would try for 23 seconds (measured)."""
-    from datasets import config
+def _hub_rows(dataset: HubSet, seed: int | None) -> Iterator[dict[str, Any]]:
+    from datasets import config, load_dataset
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    try:
+    unreachable = DataError(
+        f"Hub set {dataset.path!r} is not on this machine and the Hub cannot be reached",
+        "give a local file (.txt, .jsonl, .parquet), or --data self",
+    )
+    try:  # once before `datasets` does: without a network that would try for 23 seconds (measured)
         HfApi().dataset_info(dataset.path, timeout=10)
     except GatedRepoError:
         raise DataError(
@@ -296,16 +273,20 @@ def _check_reachable(dataset: HubSet) -> None:
             "check the spelling; for a private set run `hf auth login` first",
         ) from None
     except Exception as error:  # no network, offline mode, a proxy's refusal: an earlier run's copy will do
-        kept = Path(config.HF_DATASETS_CACHE) / dataset.path.replace("/", "___")
-        if dataset.streamed or not kept.exists():
-            raise _unreachable(dataset) from error
-
-
-def _unreachable(dataset: HubSet) -> DataError:
-    return DataError(
-        f"Hub set {dataset.path!r} is not on this machine and the Hub cannot be reached",
-        "give a local file (.txt, .jsonl, .parquet), or --data self",
-    )
+        if dataset.streamed or not (Path(config.HF_DATASETS_CACHE) / dataset.path.replace("/", "___")).exists():
+            raise unreachable from error
+    try:
+        rows = load_dataset(dataset.path, dataset.config, split=dataset.split, streaming=dataset.streamed)
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, **({"buffer_size": SHUFFLE_BUFFER} if dataset.streamed else {}))
+        yield from rows
+    except ConnectionError as error:
+        raise unreachable from error
+    except Exception as error:  # an unknown split or config, a set of scripts, a broken shard
+        raise DataError(
+            f"Hub set {dataset.path!r} (split {dataset.split}) cannot be read: {first_line(error)}",
+            "check configuration and split: owner/name@config:split:column",
+        ) from error
 
 
 # --- Python's documentation, for machines without a network -------------------------------------------------

@@ -69,7 +69,7 @@ class ProbeRows:
         """
         if not self.names:
             window = self.tokens.shape[1]
-            raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
+            raise DataError(f"no probe fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
 
     def of(self) -> torch.Tensor:
         """int64 [M, T]: the capability of the answer token after this one, -1 where there is none."""

@@ -1,7 +1,6 @@
 """What the name of a source of text means: a named set, any set of the Hub, files, Python's documentation, the model.
 
-Below `data/blocks.py`, which packs documents (`data/documents.py`) into token blocks. Two names of the same thing are
-recognised by what they read.
+Two names of the same thing are recognised by what they read.
 """
 
 from __future__ import annotations
@@ -56,10 +55,7 @@ class Source:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What is read, by one name however it is spelled.
-
-        A set by its id, configuration and split, a file by a hash of its content.
-        """
+        """What is read, by one name: a set by its id, configuration and split, a file by a hash of its content."""
         if self.hub:
             return (f"{self.hub.path.casefold()}@{self.hub.config or 'default'}:{self.hub.split}",)
         return tuple(f"file {documents.content(file)}" for file in self.files) or (self.name,)
@@ -81,7 +77,7 @@ class Source:
 def find(name: str, *, reported: bool = False) -> Source:
     """What a source's name means."""
     head, _, split = name.partition(":")
-    if name in PYTHON or name in MADE_ANEW:
+    if name in (*PYTHON, *MADE_ANEW):
         return Source(name)
     if head in SHARED:
         return Source(head, share=share_of(name))

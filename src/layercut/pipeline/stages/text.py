@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, TextFacts, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, Marks, TextFacts, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
 from layercut.data.sources import CHATS, MADE_ANEW, TESTS, has, share_of, split_mix, what_is_read
-from layercut.data.streams import Marks
 from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
 from layercut.errors import DataError
 from layercut.files.json_values import digest
