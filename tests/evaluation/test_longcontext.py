@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import folders
 import tiny
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig
-from layercut.evaluation import generation, likelihood, probe_scores
+from layercut.evaluation import generation, likelihood
 from layercut.evaluation.generation import distinct, first_divergence, replies
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
@@ -113,94 +112,6 @@ def test_no_long_window_is_of_two_texts(origins):
     assert windows.shape == (8, 64)
     assert (windows.diff() == 1).all()
     assert {row[0].item() // 1000 for row in windows[:2]} == {0, 1}, "of each in turn"
-
-
-# ---- a hidden key --------------------------------------------------------------------------------------------
-
-
-def test_prompts_fill_the_length_and_hide_the_key_at_the_depth():
-    tokenizer = folders.tokenizer()
-    found = probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=3)
-    assert {length for length, *_ in found} == {256, 512, 1024}, "128 has no room for the task with this tokenizer"
-    assert len(found) == 3 * len(probe_scores.DEPTHS) * probe_scores.TRIALS
-    for length, depth, ids, key in found:
-        room = length - probe_scores.ANSWER
-        assert room - 60 < len(ids) <= room
-        text = tokenizer.decode(ids)
-        before, needle, after = text.partition(f"The pass key is {key}.")
-        assert needle
-        filler = [sum(part.count(sentence) for sentence in probe_scores.FILLER) for part in (before, after)]
-        assert filler[0] == round(depth * sum(filler))
-        assert text.endswith("The pass key is")
-        assert text.count(key) == 2
-    assert len({key for *_, key in found}) > 15, "a key of its own for every trial"
-    assert probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=3) == found
-    assert probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=4) != found
-
-
-def test_a_length_without_room_for_the_key_has_no_cases():
-    assert probe_scores.passkey(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
-    assert probe_scores.trials(probe_scores.passkey, folders.tokenizer(), 64, seed=0) == []
-
-
-def test_lengths_are_halves():
-    assert probe_scores.lengths(4096) == [512, 1024, 2048, 4096]
-    assert probe_scores.lengths(300) == [150, 300]
-    assert probe_scores.lengths(100) == [100]
-
-
-class Oracle:
-    """Reads the key out of the prompt, except where it is longer than `memory` tokens."""
-
-    def __init__(self, tokenizer: Any, memory: int) -> None:
-        self.tokenizer, self.memory = tokenizer, memory
-
-    def parameters(self):
-        yield torch.zeros(1)
-
-    def get_output_embeddings(self):
-        return None
-
-    def generate(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        text = self.tokenizer.decode(ids[0])
-        key = text.partition("The pass key is ")[2][:5] if ids.shape[1] <= self.memory else "12345"
-        reply = self.tokenizer(f" {key}.", add_special_tokens=False, return_tensors="pt").input_ids
-        return torch.cat([ids, reply], dim=1)
-
-
-def test_the_grid_counts_what_is_found():
-    tokenizer = folders.tokenizer()
-    trials = probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=0)
-    grid = evaluation.retrieval_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
-    places = [(cell["length"], cell["depth"]) for cell in grid]
-    assert places == [(n, d) for n in (256, 512, 1024) for d in probe_scores.DEPTHS]
-    assert all(cell["trials"] == probe_scores.TRIALS for cell in grid)
-    assert all(cell["found"] == (probe_scores.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer"),
-    [
-        (" 12345.", "12345"), ("12,345", "12345"), (" 12 345 and", "12345"), ("12'345", "12345"),
-        ("1 2 3 4 5", "12345"),
-        ("**12345**", "12345"), ("the key, which is 12345, not 9", "12345"), ("\n\"12345\"", "12345"),
-        ("912345", "912345"), ("123456", "123456"), ("54321 12345", "54321"), ("not 12345, it is 99999", ""),
-        ("it isn't 12345", ""), ("1234.5", "1234.5"), ("A12345", "A12345"), ("12345b", "12345b"), ("1,12345", "1"),
-        ("12,3456", "12"), (" rose and 1", "1"), (" rose and", "rose"), ("", ""), ("...", ""),
-    ],
-)  # fmt: skip
-def test_a_reply_is_judged_by_its_first_whole_number(reply, answer):
-    assert probe_scores.first_answer(reply) == answer
-
-
-def test_the_chat_template_is_used_where_there_is_one():
-    tokenizer = folders.tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<bot>"
-    made = probe_scores.passkey(tokenizer, 700, 0.5, random.Random(0))
-    assert made is not None
-    text = tokenizer.decode(made[0])
-    assert text.startswith("<user>A pass key is hidden")
-    assert text.endswith("</user><bot>The pass key is")
 
 
 # ---- health of generations -----------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""Text that the model writes itself: for users who have none, and chats, so that a healed model replies as it did.
-
-Part of `data/blocks.py`, which draws blocks from it as from any other source.
-"""
+"""Text that the model writes itself: for users who have none, and chats, so that a healed model replies as it did."""
 
 from __future__ import annotations
 
@@ -26,15 +23,9 @@ CHAT_HEAT = 0.7
 
 
 def sample(
-    model: Any,
-    tokenizer: Any,
-    window: int,
-    span: range,
-    seed: int | str,
-    *,
-    chat_template: bool = False,
+    model: Any, tokenizer: Any, window: int, span: range, seed: int | str, *, chat_template: bool = False,
     heat: float = 1.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Rows of the model's own text: its plain distribution, past EOS.
 
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
@@ -44,8 +35,7 @@ def sample(
             "self and chats are sampled from the model, and none is loaded", "give model=, or a file or a named set"
         )
     prefix = chat_prefix(tokenizer, window) if chat_template else None
-    plain = plain_distribution(window, tokenizer.pad_token_id or 0, heat)
-    rows = []
+    plain, rows = plain_distribution(window, tokenizer.pad_token_id or 0, heat), list[torch.Tensor]()
     total = len(span) * (window - len(prefix or [0]))
     with bar("sampling text from the model", total) as advance, generating(model, plain):
 
@@ -58,28 +48,23 @@ def sample(
         while first < span.stop:
             batch, draw = min(most, span.stop - first), random.Random(f"{seed}/{first}")
             torch.manual_seed(draw.getrandbits(32))
-            prompt = torch.tensor([prefix or [first_token(tokenizer, draw)] for _ in range(batch)])
-            ids = prompt if prompt.shape[1] >= window else _continued(model, prompt, step)
-            if ids is None:
+            ids = torch.tensor([prefix or [first_token(tokenizer, draw)] for _ in range(batch)])
+            try:
+                if ids.shape[1] < window:
+                    ids = ids.to(model.device)
+                    mask = torch.ones_like(ids)
+                    ids = model.generate(ids, attention_mask=mask, use_cache=True, stopping_criteria=[step]).cpu()
+            except (RuntimeError, MemoryError) as error:
+                if batch == 1 or not ran_out(error):
+                    raise
                 most = batch // 2
+            else:
+                rows.append(ids)
+                first += batch
                 continue
-            rows.append(ids)
-            first += batch
+            if model.device.type != "cpu":  # out of the handler: the error's traceback would keep tensors
+                torch.accelerator.empty_cache()
     return torch.cat(rows).clone()  # cloned outside inference mode, or autograd would refuse these tokens
-
-
-def _continued(model: Any, prompt: torch.Tensor, step: Any) -> torch.Tensor | None:
-    """Rows [B, T] that begin so; None where memory is too short for as many at once, and fewer are to be tried."""
-    prompt = prompt.to(model.device)
-    try:
-        mask = torch.ones_like(prompt)
-        return model.generate(prompt, attention_mask=mask, use_cache=True, stopping_criteria=[step]).cpu()
-    except (RuntimeError, MemoryError) as error:
-        if len(prompt) == 1 or not ran_out(error):
-            raise
-    if model.device.type != "cpu":
-        torch.accelerator.empty_cache()
-    return None
 
 
 def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int | str) -> torch.Tensor:
@@ -90,8 +75,7 @@ def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("--data chats needs a chat template, which the tokenizer has not", "use a chat model, or self")
     length = chat_length(window)
-    each = window // length
-    chats = range(span.start * each, span.stop * each)
+    chats = range(span.start * (window // length), span.stop * (window // length))
     rows = sample(model, tokenizer, length, chats, f"{seed}, {length} of {window}", chat_template=True, heat=CHAT_HEAT)
     return rows.view(len(span), window)
 
@@ -120,12 +104,10 @@ def plain_distribution(length: int, pad: int = 0, heat: float = 1.0) -> Any:
 def generating(model: Any, plain: Any) -> Iterator[None]:
     """While open, another generation config, and a random state that is put back afterwards."""
     kind, own = model.device.type, model.generation_config
-    forked = torch.random.fork_rng(
-        devices=[model.device] if kind == "cuda" else [], device_type="cuda" if kind == "cpu" else kind
-    )
+    devices, of_kind = [model.device] if kind == "cuda" else [], "cuda" if kind == "cpu" else kind
     model.generation_config = plain
     try:
-        with forked, torch.inference_mode(), quiet_transformers():
+        with torch.random.fork_rng(devices, device_type=of_kind), torch.inference_mode(), quiet_transformers():
             yield
     finally:
         model.generation_config = own
@@ -149,10 +131,10 @@ def chat_prefix(tokenizer: Any, window: int) -> list[int]:
             "give another source of text, or leave out chat_template=True",
         )
     opening = text[: text.index(mark)].rstrip(" ")  # a blank there is part of the first word's token
-    ids = tokenizer(opening, add_special_tokens=False).input_ids
+    ids = list(tokenizer(opening, add_special_tokens=False).input_ids)
     if len(ids) >= window:
         raise DataError(
             f"the chat template opens with {len(ids)} tokens; the window has {window}",
             f"use a longer one: --window {4 * len(ids)}",
         )
-    return list(ids)
+    return ids

@@ -34,58 +34,55 @@ def runs(ids: np.ndarray, length: int) -> np.ndarray:
     count = len(ids) - length + 1
     if count < 1:
         return np.empty(0, np.uint64)
+
+    def powers(base: int, count: int) -> np.ndarray:
+        factors = np.full(count, base, np.uint64)
+        factors[0] = 1
+        return np.cumprod(factors, dtype=np.uint64)
+
     with np.errstate(over="ignore"):
         mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(31)
         mixed *= np.uint64(0x94D049BB133111EB)
-        powers = _powers(BASE, len(ids))
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed * powers, dtype=np.uint64)])
-        return (sums[length:] - sums[:count]) * _powers(pow(BASE, -1, 2**64), count)
+        sums = np.cumsum(mixed * powers(BASE, len(ids)), dtype=np.uint64)
+        sums = np.concatenate([np.zeros(1, np.uint64), sums])
+        return (sums[length:] - sums[:count]) * powers(pow(BASE, -1, 2**64), count)
 
 
-def _powers(base: int, count: int) -> np.ndarray:
-    """base^0 … base^(count - 1) modulo 2^64."""
-    factors = np.full(count, base, np.uint64)
-    factors[0] = 1
-    return np.cumprod(factors, dtype=np.uint64)
+def _common(mine: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where each hash of a text stands first that another text has, too, unless both repeat it; of how many different.
+
+    A passage that both repeat, such as a licence at the head of files, is in neither.
+    """
+    (own, first, times), (known, counts) = np.unique(mine, True, False, True), np.unique(others, return_counts=True)
+    _, at, there = np.intersect1d(own, known, assume_unique=True, return_indices=True)
+    return first[at[(times[at] == 1) | (counts[there] == 1)]], len(own)
 
 
 def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     """Share of the different passages of some rows that are in other rows as well (Broder's containment, 1997).
 
-    Rows [N, T] follow each other. A passage that both texts repeat, such as a licence at the head of files, counts as
-    in neither. 0 where either has none.
+    Rows [N, T] follow each other. 0 where either has no passage.
     """
-    (own, _, times), (known, _, counts) = (
-        _different(np.concatenate([np.empty(0, np.uint64), *(runs(rows.flatten().numpy(), PASSAGE) for rows in each)]))
+    mine, theirs = (
+        np.concatenate([np.empty(0, np.uint64), *(runs(rows.flatten().numpy(), PASSAGE) for rows in each)])
         for each in (judged, others)
     )
-    return len(_common(own, times, known, counts)) / len(own) if len(own) else 0.0
-
-
-def _different(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each hash once, where it is first, and how often it is there."""
-    return np.unique(hashes, return_index=True, return_counts=True)
-
-
-def _common(own: np.ndarray, times: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which of a text's own hashes are known from another text, unless both repeat them."""
-    _, at, there = np.intersect1d(own, known, assume_unique=True, return_indices=True)
-    return at[(times[at] == 1) | (counts[there] == 1)]
+    found, different = _common(mine, theirs)
+    return len(found) / different if different else 0.0
 
 
 def shared_words(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor], tokenizer: Any) -> float:
     """Share of the words of some rows that stand in runs of RUN words, or in whole shorter records, of other rows.
 
-    Each run and record counts once. A run that both texts repeat, such as a licence at the head of files, does not.
+    Each run and record counts once.
     """
     numbers: dict[str, int] = {}
     records, elsewhere = ([each for some in rows for each in _records(some, tokenizer, numbers)]
                           for rows in (judged, others))  # fmt: skip
     mine, theirs = (np.concatenate([np.empty(0, np.int64), *each]) for each in (records, elsewhere))
     found = np.zeros(len(mine), bool)
-    (own, first, times), (known, _, counts) = (_different(runs(words, RUN)) for words in (mine, theirs))
-    for start in first[_common(own, times, known, counts)]:
+    for start in _common(runs(mine, RUN), runs(theirs, RUN))[0]:
         found[start : start + RUN] = True
     starts = np.cumsum([0, *map(len, records)])
     for length in range(SHORTEST, RUN):

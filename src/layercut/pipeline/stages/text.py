@@ -20,7 +20,6 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, TextFacts, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
-from layercut.data.probes import never_chats
 from layercut.data.sources import CHATS, MADE_ANEW, TESTS, has, share_of, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
 from layercut.errors import DataError
@@ -174,9 +173,6 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
         if use == "tuning" and (why := why_no_chats(work, drawn.reads)):
             say("note", f"no chats are tuned on: {why}")
-        if use == "tuning" and TESTS in drawn.reads and (plain := never_chats(work.tokenizer, work.preserved)):
-            why = "the chat template changes replies, or leaves out turns"
-            say("note", f"{why}: probes of {', '.join(plain)} are no chats")
     if "evaluation" in uses:
         say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
         say("evaluation", describe_shared(asdict(in_common(work, uses))))
