@@ -13,7 +13,7 @@ import torch
 
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
 from layercut.files.writing import appearing
-from layercut.models import loading, model_weights
+from layercut.models import decoder_stack, loading
 from layercut.pipeline.journey import compress
 
 BLOCK = 32  # columns that share a grid in Q4_1 and Q8_0
@@ -36,13 +36,13 @@ def dither_(model: Any, seed: int = 0) -> None:
         else:
             step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
         noise = torch.rand(grouped.shape, generator=draw) - 0.5
-        parameter.copy_((grouped + noise * step).flatten(1).to(model_weights.stored_dtype(model)))
+        parameter.copy_((grouped + noise * step).flatten(1).to(decoder_stack.stored_dtype(model)))
 
 
 def save(opened: loading.LanguageModel, folder: Path) -> None:
     """The model as a folder that `compress` takes, whole or not at all."""
     with appearing(folder) as partial:
-        model_weights.as_stored(opened.model).save_pretrained(partial)
+        decoder_stack.as_stored(opened.model).save_pretrained(partial)
         opened.tokenizer.save_pretrained(partial)
 
 

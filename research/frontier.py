@@ -49,7 +49,7 @@ from layercut.evaluation.probe_scores import found_of, passkey, retrieval_grid, 
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.files.reading import read_json
-from layercut.models import checkpoints, decoder_stack, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.segments import Segment
@@ -265,7 +265,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
     if setting in GGUF:
         yield rounding, throughout(model, GGUF[setting], segments, given)
     elif "=" not in setting:
-        yield rounding, {"bytes": model_weights.parameter_bytes(model), **judged(model, given)}
+        yield rounding, {"bytes": decoder_stack.parameter_bytes(model), **judged(model, given)}
     else:
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]

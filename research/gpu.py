@@ -40,7 +40,7 @@ from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig,
 from layercut.evaluation.speed import peak_device_bytes, speed
 from layercut.files.json_values import write_json
 from layercut.healing.recipe import endpoints
-from layercut.models import checkpoints, devices, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.environment import environment
 from layercut.plan import plan_run
@@ -249,7 +249,7 @@ def by_transformers(
     row: dict[str, Any] = {
         "model": name,
         "weights": "random" if source is None else "the checkpoint's",
-        "parameters": model_weights.parameter_count(model),
+        "parameters": decoder_stack.parameter_count(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "made_in_seconds": time.perf_counter() - begun,
     }
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    device = devices.pick_device(args.device)
+    device = loading.pick_device(args.device)
     if device.type == "cpu" and not args.tiny:
         print("error: this machine has no accelerator", "hint: --tiny tries this file out", sep="\n", file=sys.stderr)
         return 2

@@ -24,10 +24,9 @@ from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
 from layercut.healing.lora import adapters_
 from layercut.healing.recipe import warmup_then_cosine
 from layercut.healing.tuning_pass import HeldOut, Pair, loss_gradient
+from layercut.models.losses import KL
 from layercut.models.memory import reuse_freed
-from layercut.models.objectives import KL
-from layercut.models.passes import common_prefix
-from layercut.models.runner import DecoderRunner, hidden_of, replaced_hidden
+from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
 from layercut.segments import Segment
 
 PASS_TOKENS = 1024

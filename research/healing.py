@@ -49,11 +49,10 @@ from layercut.healing import tune_
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.recipe import default_learning_rate, usual_weight
 from layercut.healing.tuning_pass import HeldOut, Pair
-from layercut.models import loading, model_weights
+from layercut.models import decoder_stack, loading
+from layercut.models.losses import KL
 from layercut.models.memory import reuse_freed
-from layercut.models.objectives import KL
-from layercut.models.passes import shared_layers
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.pipeline.environment import environment
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -360,13 +359,13 @@ def folded_student(
     dense: DecoderRunner, segment: Segment, calibration: torch.Tensor, folded: Path | None
 ) -> DecoderRunner:
     """The cut model; folded as well where a file is given, which the first to fold writes and the others read."""
-    student = model_weights.share(dense.model)
+    student = decoder_stack.share(dense.model)
     cut_segment_(student, [segment])
     stack = DecoderRunner(student)
     if folded is None:
         return stack
     if folded.is_file():
-        model_weights.replace_parameters_(student, load_file(folded))
+        decoder_stack.replace_parameters_(student, load_file(folded))
         return stack
     fold_cut_(stack, dense, segment, calibration)
     shared = {id(p) for p in dense.model.parameters()}
@@ -440,7 +439,7 @@ def healed_by_peer(
         command += ["--removed", *range(segment.start, segment.stop)]
         subprocess.run([str(word) for word in command], check=True)
         trained = AutoModelForCausalLM.from_pretrained(out, dtype=student.stored_dtype)  # as the others are saved
-        model_weights.replace_parameters_(student.model, dict(trained.named_parameters()))
+        decoder_stack.replace_parameters_(student.model, dict(trained.named_parameters()))
         return json.loads((out / "report.json").read_text())
 
 

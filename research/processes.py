@@ -34,7 +34,7 @@ from layercut.distributed import processes
 from layercut.healing import tune_
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
-from layercut.models import checkpoints, model_weights, placement
+from layercut.models import checkpoints, decoder_stack, placement
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
 from layercut.segments import layers_to_remove
@@ -123,12 +123,12 @@ def work(args: Namespace) -> None:
         return found
 
     found = timed("search", lambda: search(dense, calibration, n_layers=length, method=args.method, seed=0))
-    model = model_weights.share(loaded.model)
+    model = decoder_stack.share(loaded.model)
     cut_segment_(model, found.segments)
     student = DecoderRunner(model)
     rows = rest[: args.fold_tokens // args.window]
     folds = timed("fold", lambda: [fold_cut_(student, dense, segment, rows) for segment in found.segments])
-    plain = model_weights.share(loaded.model)  # tuned from the plain cut: what is compared does not hang on the fold
+    plain = decoder_stack.share(loaded.model)  # tuned from the plain cut: what is compared does not hang on the fold
     cut_segment_(plain, found.segments)
     tokens, how = rest[: args.tune_tokens // args.window], {"heldout": heldout, "batch_tokens": args.batch_tokens}
     reuse_freed()

@@ -30,9 +30,8 @@ from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_state import StateFile, asked_to_stop
-from layercut.models import model_weights
-from layercut.models.objectives import KL
-from layercut.models.passes import mean_kl
+from layercut.models import decoder_stack
+from layercut.models.losses import KL, mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -61,7 +60,7 @@ def main() -> None:
         return {"perplexity": figures, "heldout_kl": mean_kl(dense, student, heldout)}
 
     def cut() -> DecoderRunner:
-        student = model_weights.share(model.model)
+        student = decoder_stack.share(model.model)
         cut_segment_(student, segment)
         return DecoderRunner(student)
 
@@ -73,7 +72,7 @@ def main() -> None:
 
     def folded() -> DecoderRunner:
         student = cut()
-        model_weights.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
+        decoder_stack.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
         return student
 
     work = Path(args.work)

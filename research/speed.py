@@ -25,7 +25,7 @@ import torch
 from common import arguments, finish, open_model
 from layercut.evaluation import speed
 from layercut.export.gguf_tensors import requantized
-from layercut.models import decoder_stack, model_weights
+from layercut.models import decoder_stack
 from layercut.segments import Segment, layers_to_remove
 from layercut.surgery import cut_gguf, cut_segment_
 
@@ -48,7 +48,7 @@ def main() -> None:
         segments[ratio] = Segment(start, start + length)
     rows: list[dict[str, Any]] = []
     for ratio, segment in segments.items() if not args.only_llama_cpp else ():
-        student = model_weights.share(model.model)
+        student = decoder_stack.share(model.model)
         cut_segment_(student, [segment])
         for prompt in args.prompts:
             found = speed.speed(model.model, student, prompt=prompt, decode=args.decode, repeats=args.repeats)

@@ -28,8 +28,7 @@ from layercut.healing.endpoint_tuning import own_parameters_, tune_parameters_
 from layercut.healing.inputs import Rows as TunedRows
 from layercut.healing.recipe import default_learning_rate, endpoints, usual_weight
 from layercut.models import loading
-from layercut.models.losses import kl_divergence
-from layercut.models.objectives import KL
+from layercut.models.losses import KL, kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.text import Treatment
 from layercut.segments import Segment, kept_layers

@@ -47,9 +47,9 @@ from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import tune_parameters_
 from layercut.healing.inputs import Rows
-from layercut.models import loading, memory, model_weights
-from layercut.models.model_weights import parameter_bytes
-from layercut.models.objectives import KL
+from layercut.models import decoder_stack, loading, memory
+from layercut.models.decoder_stack import parameter_bytes
+from layercut.models.losses import KL
 from layercut.pipeline.resolve_options import LONG_ROW
 from layercut.pipeline.stages.quantize import FIRST_TEST
 from layercut.pipeline.stages.text import Treatment
@@ -126,7 +126,7 @@ def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Q
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
-    return quantize_(model_weights.share(student), calibration, config, target=target)
+    return quantize_(decoder_stack.share(student), calibration, config, target=target)
 
 
 def trained_(found: Quantized, student: Any, asked: dict[str, Any], text: Text) -> tuple[Quantized, dict[str, Any]]:
@@ -172,7 +172,7 @@ def replaced_by_peer_(
     missing = [n for n, p in small.named_parameters() if p.dim() == 2 and ".layers." in n and n not in rounded]
     assert not missing, f"auto-round left {missing}"
     new: dict[str, torch.Tensor] = {n: torch.nn.Parameter(w.to(small.dtype), False) for n, w in rounded.items()}
-    model_weights.replace_parameters_(small, new)
+    decoder_stack.replace_parameters_(small, new)
     return {"quantize_cpu_seconds": cpu_of_children() - before}
 
 

@@ -32,7 +32,7 @@ from layercut.config import TuneSettings
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import own_parameters_
 from layercut.healing.recipe import endpoints
-from layercut.models import model_weights
+from layercut.models import decoder_stack
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
@@ -93,7 +93,7 @@ def main() -> None:
     dense = DecoderRunner(model.model)
 
     def cut() -> DecoderRunner:
-        student = model_weights.share(model.model)
+        student = decoder_stack.share(model.model)
         cut_segment_(student, segment)
         return DecoderRunner(student)
 

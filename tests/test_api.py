@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import layercut as lc
 from layercut.config import from_flat
 from layercut.errors import ConfigError, ModelError
-from layercut.models.objectives import KL
+from layercut.models.losses import KL
 
 OPTIONS = {
     "ratio": 0.25, "tokens": 64, "window": 16, "tune_tokens": 96, "batch_tokens": 32, "eval_tokens": 64,

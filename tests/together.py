@@ -30,8 +30,8 @@ from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
-from layercut.models import checkpoints, layer_reader, model_weights, placement
-from layercut.models.passes import mean_kl
+from layercut.models import checkpoints, decoder_stack, layer_reader, placement
+from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -73,7 +73,7 @@ def spread_llama(**changes: Any) -> Any:
 
 
 def student_of(model: Any) -> Any:
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, CUT)
     return student
 
@@ -115,7 +115,7 @@ def spreading(model: Path) -> dict[str, Any]:
     report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, batch_tokens=32)
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
-        "bytes": model_weights.parameter_bytes(spread),
+        "bytes": decoder_stack.parameter_bytes(spread),
         "held": sharding.bytes_held(spread),
         "student_held": sharding.bytes_held(student.model),
         "whole_before_each_layer": whole,

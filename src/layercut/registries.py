@@ -12,7 +12,7 @@ A part is registered by a decorator, or by an entry point of an installed packag
     def middle(runner, tokens, length, **_):                mypackage-middle = "mypackage:middle"
         ...
 
-What a part must look like is documented where it is used: `layer_search/criteria.py`, `models/objectives.py`,
+What a part must look like is documented where it is used: `layer_search/criteria.py`, `models/losses.py`,
 `quantization/quantizers.py`, `evaluation/protocol.py`, `export/formats.py`. Nothing is imported before it is asked for,
 so that `layercut --help` knows all names and loads none of them.
 """
@@ -177,7 +177,7 @@ criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
     "evolution": _SEARCH + "baselines:evolution",
 })  # fmt: skip
 objectives: Registry[Any] = Registry("objective", "layercut.objectives", {
-    "kl": "layercut.models.objectives:KL", "next-token": "layercut.models.objectives:NextToken",
+    "kl": "layercut.models.losses:KL", "next-token": "layercut.models.losses:NextToken",
 })  # fmt: skip
 quantizers: Registry[Any] = Registry("quantizer", "layercut.quantizers", {
     "gptq": "layercut.quantization.quantizers:Gptq", "rtn": "layercut.quantization.quantizers:RoundToNearest",

@@ -23,7 +23,7 @@ from layercut.cli import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, LayercutError, ModelError
 from layercut.evaluation import Evaluation, evaluate, likelihood
-from layercut.models import loading, model_weights
+from layercut.models import decoder_stack, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, progress_to
@@ -37,7 +37,7 @@ TOKENS = tiny.some_tokens(7, 24)
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
     dense = tiny.llama()
-    small = model_weights.share(dense)
+    small = decoder_stack.share(dense)
     cut_segment_(small, [Segment(2, 4)])
     return dense, small
 

@@ -13,7 +13,7 @@ import torch
 import tiny
 from layercut.evaluation import generation, speed
 from layercut.evaluation.speed import Seconds
-from layercut.models import memory, model_weights
+from layercut.models import decoder_stack, memory
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -21,7 +21,7 @@ from layercut.surgery import cut_segment_
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
     dense = tiny.llama(8)
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     cut_segment_(student, [Segment(2, 4)])
     return dense, student
 

@@ -26,7 +26,7 @@ from layercut.export.gguf_export import NEXT_FINER, healed_type, write_requantiz
 from layercut.export.gguf_measured import refuse_jump
 from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.export.importance import importance
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import Header, read_header
 from layercut.report.verdicts import broken
 from layercut.segments import Segment
@@ -67,7 +67,7 @@ def healed(source) -> tuple[Any, dict[str, torch.Tensor]]:
         for name, weight in student.named_parameters()
         if name.startswith(beside)
     }
-    model_weights.replace_parameters_(student, changed)
+    decoder_stack.replace_parameters_(student, changed)
     return student, changed
 
 
@@ -129,7 +129,7 @@ def test_healed_norms_of_gemma(tmp_path):
     source, out = write_gguf(model, folders.tokenizer(), tmp_path / "gemma.gguf", "Q8_0"), tmp_path / "out.gguf"
     student = loading.load(checkpoints.resolve(str(source)), dtype="float32").model
     changed = {name: p + 0.1 for name, p in student.named_parameters() if name.startswith("model.layers.1.")}
-    model_weights.replace_parameters_(student, changed)
+    decoder_stack.replace_parameters_(student, changed)
     cut_gguf(source, [], out, replaced=gguf_tensors(changed, student.config, "gemma3", "f32"))
     assert max(read_back(out, student, dict.fromkeys(changed, "f32")).values()) < 1e-6
 
@@ -418,9 +418,9 @@ def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
     write_healed(source, healed, out, "f16")
     tokens, tokenizer = torch.arange(2, 34)[None], folders.tokenizer()
     assert llama_cpp_computes(out, read_by_transformers(out), tokenizer, tokens)["logit_error"] < 0.1
-    other = model_weights.share(student)
+    other = decoder_stack.share(student)
     q = "model.layers.1.self_attn.q_proj.weight"
-    model_weights.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
+    decoder_stack.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
     with pytest.raises(ModelError, match="computes something else"):
         llama_cpp_computes(out, other, tokenizer, tokens)
     (tmp_path / "none.gguf").write_bytes(out.read_bytes()[:20000])

@@ -34,7 +34,7 @@ import tiny
 from layercut.cli import single_stage
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
-from layercut.models import config_checks, decoder_stack, layer_reader, loading
+from layercut.models import config_files, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.plan import plan_run
 
@@ -99,7 +99,7 @@ VALUES: list[Any] = [
     [10**9] * 4, {}, {"a": 1}, {"3": {}}, {"rope_type": "yarn", "factor": 0}, {"rope_type": "text"},
 ]  # fmt: skip
 KEYS = [
-    *config_checks.COUNTS, *config_checks.SIZES, *config_checks.EXPERTS, *config_checks.TOKENS, "num_labels",
+    *config_files.COUNTS, *config_files.SIZES, *config_files.EXPERTS, *config_files.TOKENS, "num_labels",
     "id2label", "architectures", "model_type", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
     "experts_implementation", "original_layer_index", "layer_types", "quantization_config", "auto_map", "text_config",
     "rope_parameters", "rope_scaling", "sliding_window", "hidden_act", "per_layer_config", "transformers_weights",

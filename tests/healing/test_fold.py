@@ -12,9 +12,9 @@ from layercut.healing.endpoint_tuning import own_parameters_
 from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
 from layercut.healing.recipe import endpoints
-from layercut.models import model_weights
-from layercut.models.passes import mean_kl, shared_layers
-from layercut.models.runner import DecoderRunner, hidden_of
+from layercut.models import decoder_stack
+from layercut.models.losses import mean_kl
+from layercut.models.runner import DecoderRunner, hidden_of, shared_layers
 from layercut.segments import Segment, joined_segments
 from layercut.surgery import cut_segment_
 
@@ -86,7 +86,7 @@ def family(name):
 
 
 def cut_copy(model, *segments):
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, list(segments))
     return student
 
@@ -338,7 +338,7 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
     healed = student.model.layers[1].mlp.down_proj
     healed.weight = torch.nn.Parameter(1.5 * healed.weight, requires_grad=False)
     dense, cut = DecoderRunner(model), DecoderRunner(student)
-    plain = model_weights.share(student)
+    plain = decoder_stack.share(student)
     outcome = fold_cut_(cut, dense, new, tokens, rows=16)
     assert (outcome.segment, outcome.layer) == ([5, 6], 3)
     assert student.model.layers[1].mlp.down_proj.weight is healed.weight
@@ -357,7 +357,7 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
 def test_below_the_endpoints_of_all_cuts_nothing_was_ever_trained(radius, seed):
     """What lets tuning share the dense prefix in later rounds: it is given all cuts so far, at one radius."""
     model, draw = tiny.llama(), random.Random(seed)
-    student, removed = model_weights.share(model), set()
+    student, removed = decoder_stack.share(model), set()
     for _ in range(3):
         start = draw.randrange(len(student.model.layers) - 1)
         kept = [i for i in range(8) if i not in removed]

@@ -20,7 +20,7 @@ from layercut.healing import lora as room
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import Rows
 from layercut.healing.lora import tune_lora_
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -133,7 +133,7 @@ def test_compare_trains_it_where_it_is_named_and_once(command, tiny_model, tmp_p
     for row in found["methods"]:
         (bounds,) = row["segments"]
         student = cut(model, [Segment(*bounds)])
-        model_weights.replace_parameters_(
+        decoder_stack.replace_parameters_(
             student, load_file(out / f"compare-at-{bounds[0]}.{bounds[1]}-lora.safetensors")
         )
         measured = evaluation.perplexity(student, stored_blocks(out, "evaluation"))

@@ -27,9 +27,9 @@ from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
 from layercut.healing.inputs import Batch, Rows
 from layercut.healing.tuning_pass import Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
+from layercut.models.losses import KL
 from layercut.models.memory import Budget
-from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, prepared
 from layercut.pipeline.stages import tune_quantized
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
@@ -55,7 +55,7 @@ def half(model: Any) -> Any:
 
 
 def rounded(dense: Any, **options: Any) -> Quantized:
-    return quantize_(model_weights.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
+    return quantize_(decoder_stack.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -138,8 +138,8 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     assert written["bytes"] < done.bytes_after + 8192
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert torch.equal(logits(loaded), logits(done.model))
-    again = model_weights.share(dense)  # as a run puts it together from its files
-    model_weights.replace_parameters_(again, quantized_weights(done.packed, done.config))
+    again = decoder_stack.share(dense)  # as a run puts it together from its files
+    decoder_stack.replace_parameters_(again, quantized_weights(done.packed, done.config))
     assert torch.equal(logits(again), logits(done.model))
 
 
@@ -286,9 +286,9 @@ def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float,
     """KL on the held-out rows of a run's rounded model, from the dense model and from the healed one."""
     dense = loading.load(checkpoints.resolve(str(model))).model
     healed, small = (surgery.cut(dense, [removed]) for _ in range(2))
-    model_weights.replace_parameters_(healed, load_file(run / "tuned.safetensors"))
+    decoder_stack.replace_parameters_(healed, load_file(run / "tuned.safetensors"))
     packing = json.loads((run / "quantize.json").read_text())["quantization_config"]
-    model_weights.replace_parameters_(small, quantized_weights(load_file(run / "quantized.safetensors"), packing))
+    decoder_stack.replace_parameters_(small, quantized_weights(load_file(run / "quantized.safetensors"), packing))
     (heldout,) = load_file(run / "tokens-heldout.safetensors").values()
     return kl(dense, small, heldout), kl(healed, small, heldout)
 
@@ -369,7 +369,7 @@ BIASED: dict[str, Any] = {
 def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     dense = half(tiny.tiny(config))
-    found = quantize_(model_weights.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
+    found = quantize_(decoder_stack.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
     parts = Trainable.of_(found)
     assert parts.norms
     assert all("norm" in name for name in parts.norms), "no bias of a linear module is trained"

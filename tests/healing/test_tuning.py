@@ -25,10 +25,9 @@ from layercut.healing.inputs import Batch, removed_segments
 from layercut.healing.recipe import endpoints, warmup_then_cosine
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import memory, model_weights
+from layercut.models import decoder_stack, memory
+from layercut.models.losses import KL, Objective, mean_kl, objective_of
 from layercut.models.memory import Budget
-from layercut.models.objectives import KL, Objective, objective_of
-from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.registries import objectives
 from layercut.segments import Segment
@@ -130,7 +129,7 @@ def test_what_cannot_be_healed_is_refused():
     ]  # fmt: skip
     for heal in (fold_, tune_):
         with pytest.raises(ConfigError, match="has all 8 layers"):
-            heal(model_weights.share(model), model, tokens)
+            heal(decoder_stack.share(model), model, tokens)
         for rows, more, error in refused:
             with pytest.raises(error):
                 heal(student, model, *rows, **more)
@@ -413,7 +412,7 @@ def test_what_a_class_keeps_in_float32_is_not_rounded_by_tuning():
 
 def test_what_layers_share_is_no_part_of_one_of_them():
     """Zamba 2 has one block of attention in several layers: trained in one, it would be put into all when saved."""
-    student = DecoderRunner(model_weights.share(families.tiny("zamba2")))
+    student = DecoderRunner(decoder_stack.share(families.tiny("zamba2")))
 
     def shared():
         return {id(p) for p in student.layers[1].parameters()} & {id(p) for p in student.layers[5].parameters()}

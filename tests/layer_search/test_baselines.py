@@ -13,7 +13,7 @@ from layercut.layer_search.criteria import lowest, one_shot
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs, set_work
-from layercut.models import model_weights
+from layercut.models import decoder_stack
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments, layers_of
@@ -26,7 +26,7 @@ BASELINES = [
 
 def without(model, cuts):
     """The model that is really cut."""
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, cuts)
     return student
 

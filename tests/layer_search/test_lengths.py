@@ -17,7 +17,7 @@ from layercut.files.sizes import parse_bytes
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, split_rows
 from layercut.layer_search.budgets import length_for_size
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models import checkpoints, decoder_stack, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.quantization.packing import saved_bytes
@@ -42,12 +42,12 @@ def test_what_is_no_size_is_refused(text):
 
 def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
     model = tiny.llama()
-    total = model_weights.parameter_bytes(model)
-    weights = [model_weights.parameter_bytes(layer) for layer in DecoderRunner(model).layers]
+    total = decoder_stack.parameter_bytes(model)
+    weights = [decoder_stack.parameter_bytes(layer) for layer in DecoderRunner(model).layers]
     for n in range(1, 8):
-        student = model_weights.share(model)
+        student = decoder_stack.share(model)
         cut_segment_(student, [Segment(0, n)])
-        exact = model_weights.parameter_bytes(student)
+        exact = decoder_stack.parameter_bytes(student)
         assert length_for_size(weights, total, exact) == n
         if n < 7:
             assert length_for_size(weights, total, exact - 1) == n + 1
@@ -60,7 +60,7 @@ def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
 
 def test_the_rise_of_perplexity_is_that_of_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [Segment(1, 2), Segment(5, 7)])
     losses = [next_token_loss(m(input_ids=tokens, use_cache=False).logits, tokens).mean() for m in (model, student)]
     expected = (losses[1].exp() / losses[0].exp() - 1).item()
@@ -121,7 +121,7 @@ def test_a_size_is_counted_in_the_bits_that_are_saved(tiny_model, texts, tmp_pat
     flags += ["--eval-tokens=128"]
     config = QuantizeConfig(bits=4, quantizer="rtn", group_size=16)
     dense = loading.load(checkpoints.resolve(str(tiny_model))).model
-    saved = saved_bytes(dense, config, model_weights.stored_dtype(dense))
+    saved = saved_bytes(dense, config, decoder_stack.stored_dtype(dense))
     target = saved.total - 2 * saved.layers[0]
     assert main(["plan", str(tiny_model), *flags[1:6], "--no-calibrate", "--json", f"--target-size={target}"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["after"] == 8 - 2
@@ -139,7 +139,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     config = json.loads((tiny_model / "config.json").read_text())
     assert config["num_hidden_layers"] == 8
     dense = loading.load(checkpoints.resolve(str(tiny_model))).model
-    target = model_weights.parameter_bytes(dense) - 2 * model_weights.parameter_bytes(DecoderRunner(dense).layers[0])
+    target = decoder_stack.parameter_bytes(dense) - 2 * decoder_stack.parameter_bytes(DecoderRunner(dense).layers[0])
     _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}")
     assert sum(stop - start for start, stop in found["segments"]) == 2
     assert found["segments"] == found["candidates"][0]["segments"]
@@ -193,5 +193,5 @@ def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
         config = loading.load_config(checkpoints.resolve(str(tiny_model)))
         dense = loading.skeleton(config, torch.float32)
         layer = decoder_stack.find_decoder(dense).layers[0]
-        one_left = model_weights.parameter_bytes(dense) - 7 * model_weights.parameter_bytes(layer)
+        one_left = decoder_stack.parameter_bytes(dense) - 7 * decoder_stack.parameter_bytes(layer)
         assert 0 <= parse_bytes("", least[1]) - one_left < 1000

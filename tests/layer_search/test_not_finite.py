@@ -19,9 +19,8 @@ from layercut.healing.least_squares import Normal, fold_cut_
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, search
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import set_losses
-from layercut.models import model_weights
-from layercut.models.losses import as_price
-from layercut.models.passes import mean_kl
+from layercut.models import decoder_stack
+from layercut.models.losses import as_cost, mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import FrontierRecord
 from layercut.pipeline.run_folder import Run
@@ -55,8 +54,8 @@ def sound() -> Any:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_the_worst_price(value):
-    assert as_price(value) == as_price(value, 0.0) == math.inf
-    assert (as_price(-1e-9, 0.0), as_price(-1.0), as_price(2.0)) == (0.0, -1.0, 2.0)
+    assert as_cost(value) == as_cost(value, 0.0) == math.inf
+    assert (as_cost(-1e-9, 0.0), as_cost(-1.0), as_cost(2.0)) == (0.0, -1.0, 2.0)
 
 
 LOOK = {"fisher", "race", "exhaustive", "perplexity", "sleb", "evolution"}
@@ -95,7 +94,7 @@ def test_losses_and_budgets_know_it(sound):
 
 
 def without_bad(model: Any) -> Any:
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [BAD])
     return student
 
@@ -108,7 +107,7 @@ def test_a_fold_is_judged_by_finite_figures_only(sound):
     sums.add_(torch.ones(1, 2), torch.full((1, 2), math.nan))
     assert sums.left(torch.zeros(2, 2).double()) == math.inf
     assert not sums.finite
-    ruined = model_weights.share(sound)
+    ruined = decoder_stack.share(sound)
     ruined.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), 6e4).half(), requires_grad=False)
     cut_segment_(ruined, [BAD])
     fold = fold_cut_(DecoderRunner(ruined), dense, BAD, tokens)
@@ -120,7 +119,7 @@ def test_tuning_keeps_the_first_finite_state(monkeypatch):
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
     monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: {"loss": next(scores)})
     model = tiny.llama(4)
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [Segment(1, 2)])
     heldout = tiny.some_tokens(2, 16, 1)
     report = tune_(student, model, tiny.some_tokens(4, 16), heldout=heldout, batch_tokens=16, learning_rate=1e-3)
@@ -140,7 +139,7 @@ def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_name
 
 def test_tuning_refuses_such_a_teacher_too(sound):
     dense, tokens = without_bad(sound), tiny.some_tokens(2, 8)
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     cut_segment_(student, [Segment(1, 2)])
     with pytest.raises(ModelError, match="layer 3 is the first of 7"):
         tune_(student, dense, tokens, heldout=tokens)

@@ -14,7 +14,7 @@ from layercut.layer_search.segment_sets import (
     number_of_sets,
 )
 from layercut.layer_search.sweep import DENSE, all_segments, set_costs, set_work
-from layercut.models import model_weights
+from layercut.models import decoder_stack
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.progress import progress_to
@@ -24,7 +24,7 @@ from layercut.surgery import cut_segment_
 
 def brute_force(model, tokens, segment):
     """KL of the model that is really cut."""
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [segment])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
     return kl_divergence(p, q).mean().item()
@@ -74,7 +74,7 @@ def test_two_segments_by_the_gate_are_the_exhaustive_answer_at_the_price_of_brut
     assert result.kl == pytest.approx(every.kl, rel=1e-5)
     split = next(c for c in result.candidates if len(c.segments) == 2)
     for candidate in (result.candidates[0], split):
-        student = model_weights.share(model)
+        student = decoder_stack.share(model)
         cut_segment_(student, list(candidate.segments))
         p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
         assert candidate.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)

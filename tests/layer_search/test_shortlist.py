@@ -35,8 +35,7 @@ from layercut.layer_search.shortlist import (
 )
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
-from layercut.models.objectives import KL
-from layercut.models.passes import mean_kl
+from layercut.models.losses import KL, mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import resolve_options
 from layercut.pipeline.known_prices import KnownPrices

@@ -16,9 +16,9 @@ from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import estimate
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, set_costs, set_losses
-from layercut.models import devices, memory, model_weights
+from layercut.models import decoder_stack, memory
+from layercut.models.losses import mean_kl
 from layercut.models.memory import Budget, kept_bytes
-from layercut.models.passes import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.quantization import quantize
 from layercut.segments import Segment
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def cut_copy(model):
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [Segment(3, 5)])
     return student
 
@@ -307,7 +307,7 @@ def test_a_command_has_gpus_sum_in_float32():
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     before = [getattr(flags, name) for name in names], torch.backends.cudnn.allow_tf32
     try:
-        devices.sum_in_float32_()
+        memory.sum_in_float32_()
         assert not any(getattr(flags, name) for name in names)
         assert torch.get_float32_matmul_precision() == "highest"
     finally:

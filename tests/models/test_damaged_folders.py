@@ -22,7 +22,7 @@ from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError
 from layercut.export import checkpoint
 from layercut.files import reading
-from layercut.models import checkpoints, config_checks, decoder_stack, layer_reader, loading
+from layercut.models import checkpoints, config_files, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_folder import Run
 
@@ -103,10 +103,10 @@ BAD_CONFIGS: list[dict[str, Any]] = [
 
 def test_what_no_class_should_be_built_from_is_refused(tiny_model):
     sound = json.loads((tiny_model / "config.json").read_text())
-    config_checks.check_config(sound, "config.json")
+    config_files.check_config(sound, "config.json")
     for changes in BAD_CONFIGS:
         with pytest.raises(ModelError, match=r"config\.json"):
-            config_checks.check_config(sound | changes, "config.json")
+            config_files.check_config(sound | changes, "config.json")
 
 
 def test_usual_ways_to_say_things_are_not_refused():
@@ -116,7 +116,7 @@ def test_usual_ways_to_say_things_are_not_refused():
         {"time_step_limit": [0.0, float("inf")], "vision_config": {"num_hidden_layers": 0, "layers": [1, 2]}},
         {"quantization_config": {"num_heads": 0}, "dtype": {"": "float32", "text_config": "bfloat16"}},
     ):
-        config_checks.check_config(fine, "config.json")
+        config_files.check_config(fine, "config.json")
 
 
 def test_a_config_for_far_more_weights_is_refused_before_memory_is_taken(folder, monkeypatch):
@@ -136,7 +136,7 @@ def test_an_index_that_is_none_is_refused():
         {"weight_map": {"a": "../b"}}, {"weight_map": {"a": "b"}, "metadata": "text"},
     ):  # fmt: skip
         with pytest.raises(ModelError, match=r"index\.json"):
-            config_checks.shards_of(content, "index.json")
+            config_files.shards_of(content, "index.json")
 
 
 def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):
@@ -147,7 +147,7 @@ def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):
     ):  # fmt: skip
         content = json.loads(file.read_text()) | changes
         with pytest.raises(ModelError, match="tokenizer_config"):
-            config_checks.check_tokenizer_config(content, "tokenizer_config.json")
+            config_files.check_tokenizer_config(content, "tokenizer_config.json")
     edit(file, model_max_length="512")
     with pytest.raises(ModelError, match="model_max_length '512'"):
         loading.load_tokenizer(resolve(str(folder)))
@@ -181,7 +181,7 @@ def test_of_two_layouts_all_take_the_one_that_transformers_takes(folder, tmp_pat
     single_stage.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     name = "model.layers.0.self_attn.q_proj.weight"
     opened = layer_reader.open_on_disk(resolve(str(folder))).model
-    opened.layers_on_disk.enter_(0)
+    opened.layers_on_disk.enter_(opened.layers_on_disk.layers[0])
     found = [
         loading.load(resolve(str(folder))).model.get_parameter(name),
         opened.get_parameter(name),

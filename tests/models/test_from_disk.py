@@ -26,17 +26,8 @@ from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Batch, Rows
 from layercut.healing.least_squares import fold_cut_
-from layercut.models import (
-    checkpoints,
-    devices,
-    layer_reader,
-    loading,
-    memory,
-    model_weights,
-    placement,
-)
-from layercut.models.objectives import KL
-from layercut.models.passes import mean_kl
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, memory, placement
+from layercut.models.losses import KL, mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.report.stage_lines import describe_export
@@ -118,7 +109,7 @@ def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
     model = placement.load(checkpoint, stream=mode, **how).model
-    student = layer_reader.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, segments)
     return DecoderRunner(model), DecoderRunner(student)
 
@@ -142,7 +133,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     assert disk.files.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
     disk.files.leave_()
     assert all(p.is_meta for p in student.layers.parameters())
-    again = layer_reader.share(student.model)  # a copy of a copy, from which more is cut
+    again = decoder_stack.share(student.model)  # a copy of a copy, from which more is cut
     cut_segment_(again, [Segment(0, 1)])
     twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
@@ -158,9 +149,9 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
-    model_weights.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
+    decoder_stack.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
     memory = opened(llama, CUT, "off")[1].model
-    model_weights.replace_parameters_(memory, {name: torch.zeros(32, 64)})
+    decoder_stack.replace_parameters_(memory, {name: torch.zeros(32, 64)})
     assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
     disk.files.leave_()
@@ -170,7 +161,7 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
     model = placement.load(llama, stream="on").model
-    student = layer_reader.share(model)
+    student = decoder_stack.share(model)
     layer = student.model.layers[2]
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
     with pytest.raises(ModelError, match="other weights in layer 2"):
@@ -223,7 +214,7 @@ def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path
 
 
 def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "cpu_has", lambda feature: False)
+    monkeypatch.setattr(loading, "cpu_has", lambda feature: False)
     narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
     dense, student = opened(narrow, CUT, "on")
     fold_cut_(student, dense, CUT[0], tiny.some_tokens(24))

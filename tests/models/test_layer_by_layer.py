@@ -6,9 +6,8 @@ from transformers import Gemma2Config, Gemma3TextConfig, GPTNeoXConfig, OPTConfi
 
 import tiny
 from layercut.errors import ModelError
-from layercut.models import model_weights
-from layercut.models.losses import Teacher, kl_divergence, next_token_loss
-from layercut.models.passes import mean_kl
+from layercut.models import decoder_stack
+from layercut.models.losses import Teacher, kl_divergence, mean_kl, next_token_loss
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -96,7 +95,7 @@ def test_next_token_loss_is_the_models_own_loss():
 
 def test_mean_kl_against_full_forwards():
     dense, tokens = tiny.llama(), tiny.some_tokens()
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     cut_segment_(student, [Segment(3, 5)])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (dense, student))
     expected = pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-5)

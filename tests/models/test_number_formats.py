@@ -17,7 +17,7 @@ from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning, tune_
-from layercut.models import checkpoints, devices, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.quantization import quantize_
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.segments import Segment
@@ -37,7 +37,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def lacking(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
     """A CPU that has what is named, and nothing else."""
-    monkeypatch.setattr(devices, "cpu_has", lambda feature: feature in features)
+    monkeypatch.setattr(loading, "cpu_has", lambda feature: feature in features)
 
 
 def load(folder: Path, **how: str) -> loading.LanguageModel:
@@ -57,24 +57,24 @@ def load(folder: Path, **how: str) -> loading.LanguageModel:
 def test_what_is_computed_in_and_what_is_saved_in(checkpoint, monkeypatch, features, asked, computed, stored):
     lacking(monkeypatch, *features)
     loaded = load(checkpoint, dtype=asked)
-    assert (loaded.dtype, loaded.model.dtype, model_weights.stored_dtype(loaded.model)) == (computed, computed, stored)
-    count = model_weights.parameter_count(loaded.model)
-    assert model_weights.parameter_bytes(loaded.model) == count * stored.itemsize
+    assert (loaded.dtype, loaded.model.dtype, decoder_stack.stored_dtype(loaded.model)) == (computed, computed, stored)
+    count = decoder_stack.parameter_count(loaded.model)
+    assert decoder_stack.parameter_bytes(loaded.model) == count * stored.itemsize
 
 
 def test_float16_is_computed_in_float32_and_stays_float16(tmp_path):
     tiny.llama(3).to(torch.float16).save_pretrained(tmp_path)
     folders.tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path).model
-    assert (model.dtype, model_weights.stored_dtype(model)) == (torch.float32, torch.float16)
-    assert model_weights.as_stored(model).dtype == torch.float16
+    assert (model.dtype, decoder_stack.stored_dtype(model)) == (torch.float32, torch.float16)
+    assert decoder_stack.as_stored(model).dtype == torch.float16
 
 
 def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypatch):
     lacking(monkeypatch)
     model = load(checkpoint).model
     model.model.norm.weight.data[0] = 1 + 2**-20  # bfloat16 does not hold it: as weights that a class keeps wide
-    narrow = model_weights.as_stored(model)
+    narrow = decoder_stack.as_stored(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     wide = [name for name, p in narrow.named_parameters() if p.dtype == torch.float32]
     assert wide == ["model.norm.weight"]
@@ -141,8 +141,8 @@ def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
 
     def tuned(dtype, scale):
         model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
-        model_weights.convert_parameters_(model, dtype)
-        student, found = model_weights.share(model), []
+        decoder_stack.convert_parameters_(model, dtype)
+        student, found = decoder_stack.share(model), []
         cut_segment_(student, [Segment(1, 3)])
 
         def noting(self):

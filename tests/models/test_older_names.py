@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import folders
 import tiny
 from layercut.export.checkpoint import save
-from layercut.models.older_names import add_older_names_, older_tokenizer, unsaid, with_older_names
+from layercut.models.config_files import add_older_names_, older_tokenizer, unsaid, with_older_names
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
 

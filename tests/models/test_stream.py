@@ -32,7 +32,7 @@ from layercut.layer_search.sweep import (
     streams_held,
 )
 from layercut.layer_search.sweep import sweep as carry
-from layercut.models import checkpoints, decoder_stack, layer_reader, loading, passes, placement
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement, runner
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
 
@@ -139,7 +139,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     taylor_scores(stack, tokens, Cost())  # and the way down
     search(stack, tokens, n_layers=2, method="fisher", seed=0)
     for i in (0, 5, 2):  # and where another layer was read ahead
-        disk.enter_(i)
+        disk.enter_(disk.layers[i])
     assert max(most) == 2
     disk.files.leave_()
     del stack
@@ -188,10 +188,10 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
     tokens, segments = tiny.some_tokens(6), all_segments(2, 8)
     expected = set_costs(memory, tokens, [(s,) for s in segments], Cost(), rows=2)
     per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
-    monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row / passes.STREAMS_SHARE)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row / runner.STREAMS_SHARE)
     assert set_costs(stack, tokens, [(s,) for s in segments], Cost(), rows=2) == expected
     assert disk.files.layers_read == [2] * 8
-    monkeypatch.setattr(passes, "available_bytes", lambda device: 4 * per_row)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):
         taylor_scores(stack, tokens.repeat(4, 1), Cost())
 
@@ -279,7 +279,7 @@ def test_a_shard_that_breaks_while_it_is_read(tmp_path):
         model(input_ids=tiny.some_tokens(1))
     last.unlink()
     with pytest.raises(ModelError, match=last.name):
-        disk.enter_(7)
+        disk.enter_(disk.layers[7])
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(tmp_path):

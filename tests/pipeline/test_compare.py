@@ -18,8 +18,8 @@ from layercut.config import CompareConfig, MethodsConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.healing.recipe import endpoints
-from layercut.models import checkpoints, loading, model_weights
-from layercut.models.passes import mean_kl
+from layercut.models import checkpoints, decoder_stack, loading
+from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import compare as module
 from layercut.pipeline.compare import MethodChoice
@@ -64,7 +64,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     for row in comparison["methods"]:
         segments = [Segment(*bounds) for bounds in row["segments"]]
         assert sum(map(len, segments)) == 2
-        student = model_weights.share(model)
+        student = decoder_stack.share(model)
         cut_segment_(student, segments)
         assert row["perplexity"]["cut"] == pytest.approx(evaluation.perplexity(student, heldout), rel=1e-5)
         assert (row["perplexity"]["folded"] is None) == all(fold["skipped"] for fold in row["fold"])
@@ -87,7 +87,7 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         assert tuning["tokens"] == 64
         assert tuning["trained_layers"] == endpoints(segments, 8)
         # the start is the fold where that helps on held-out rows, and else the bare cut
-        student = model_weights.share(model)
+        student = decoder_stack.share(model)
         cut_segment_(student, segments)
         bare = (1 - DEFAULT_MIX) * mean_kl(DecoderRunner(model), DecoderRunner(student), blocks["heldout"])
         bare += DEFAULT_MIX * math.log(evaluation.perplexity(student, blocks["heldout"]))
@@ -96,7 +96,7 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         assert start <= bare * (1 + 1e-5)
         assert state["from_fold"] or start == pytest.approx(bare, rel=1e-5)
         # what else is measured of the tuned state is measured of these weights
-        model_weights.replace_parameters_(student, load_file(finished / f"{module.stem(segments)}-tuned.safetensors"))
+        decoder_stack.replace_parameters_(student, load_file(finished / f"{module.stem(segments)}-tuned.safetensors"))
         assert evaluation.perplexity(student, blocks["evaluation"]) == pytest.approx(row["perplexity"]["tuned"])
         if tuning["best_step"] == 0:
             began = "folded" if state["from_fold"] else "cut"
@@ -132,7 +132,7 @@ def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
         assert {state for state, error in row["standard_error"].items() if error is not None} == known
         assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
     row = comparison["methods"][0]
-    student = model_weights.share(model)
+    student = decoder_stack.share(model)
     cut_segment_(student, [Segment(*bounds) for bounds in row["segments"]])
     expected = evaluation.paired_error(evaluation.window_losses(student, heldout), dense)
     assert row["standard_error"]["cut"] == pytest.approx(expected, rel=1e-4)

@@ -16,7 +16,7 @@ import quick
 import tiny
 from layercut.data import blocks
 from layercut.data.probes import probe_rows
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_
     plain = loading.load(checkpoints.resolve(str(tmp_path / "tiny.gguf"))).model
     assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
     dense = rows["control", 0.0, "bf16"]
-    assert dense["bytes"] == 2 * model_weights.parameter_count(control), "saved in bfloat16, whatever is computed in"
+    assert dense["bytes"] == 2 * decoder_stack.parameter_count(control), "saved in bfloat16, whatever is computed in"
     assert dense["rise"] == {"made": 0.0}
     assert dense["perplexity"] != result["perplexity_as_loaded"], "dithered"
     weights = sum(p.numel() * 18 / 32 if p.dim() == 2 else 4 * p.numel() for p in control.parameters())

@@ -23,7 +23,7 @@ from layercut.config import (
 )
 from layercut.errors import ModelError
 from layercut.export import checkpoint
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline.journey import compress
 
 FRESH = """
@@ -96,7 +96,7 @@ def test_a_fresh_process_loads_what_was_exported(run):
 def test_only_the_endpoints_differ_from_the_dense_model(run):
     segment = json.loads((run / "search.json").read_text())["segments"][0]
     original = json.loads((run / "cut.json").read_text())["original_layer_index"]
-    dense = model_weights.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
+    dense = decoder_stack.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
     saved = load_file(run / "model" / "model.safetensors")
     changed = set()
     for name, weight in saved.items():

@@ -29,7 +29,7 @@ from layercut.errors import LayercutError
 from layercut.evaluation import speed
 from layercut.healing import tune_
 from layercut.layer_search import search
-from layercut.models import checkpoints, decoder_stack, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner
 from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, sizes
@@ -82,10 +82,10 @@ def test_parameters_bytes_and_cache_are_those_of_the_real_model_before_and_after
     segments, after = pruned_parts(stock(name), torch.float32, CUT, 2)
     assert segments == CUT
     for parts in (before, after):
-        assert parts.total == model_weights.parameter_count(model)
-        assert sizes(parts, torch.float32)["saved"] == model_weights.parameter_bytes(model)
+        assert parts.total == decoder_stack.parameter_count(model)
+        assert sizes(parts, torch.float32)["saved"] == decoder_stack.parameter_bytes(model)
         layers = decoder_stack.find_decoder(model).layers
-        assert parts.layers == [model_weights.parameter_count(layer) for layer in layers]
+        assert parts.layers == [decoder_stack.parameter_count(layer) for layer in layers]
         assert parts.head == (0 if parts.tied else model.get_output_embeddings().weight.numel())
         assert parts.kv_bytes_per_token == speed.cache_bytes(model) > 0
         packed = sizes(parts, torch.float32)["4 bits"]
@@ -190,7 +190,7 @@ def test_layers_that_a_search_runs_are_near_those_that_it_counts(llama, method, 
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama
-    student = DecoderRunner(model_weights.share(dense.model))
+    student = DecoderRunner(decoder_stack.share(dense.model))
     cut_segment_(student.model, [Segment(4, 7)])
     student = DecoderRunner(student.model)
     report = tune_(student, dense, tokens[:2], heldout=tokens[2:4], batch_tokens=32, radius=radius)

@@ -21,7 +21,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.export import checkpoint, engines
-from layercut.models import model_weights
+from layercut.models import decoder_stack
 from layercut.models.losses import kl_divergence
 from layercut.quantization import bit_choice, quantize_, sensitivity
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment
@@ -97,11 +97,11 @@ def test_costs_are_the_kl_of_rounding_one_weight():
     found = sensitivity.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
     pairs = []
     for name, width in itertools.product(names[::3], widths):
-        copy = model_weights.share(model)
+        copy = decoder_stack.share(model)
         weight = copy.get_submodule(name).weight
         grid = fit_grid(weight, *width[:2], asymmetric=width[2], dtype=torch.bfloat16)
         rounded = torch.nn.Parameter(decode(encode(weight, grid), grid).to(weight.dtype), False)
-        model_weights.replace_parameters_(copy, {f"{name}.weight": rounded})
+        decoder_stack.replace_parameters_(copy, {f"{name}.weight": rounded})
         pairs.append((kl(model, copy), found[name][width]))
     ranks = [torch.tensor(column).argsort().argsort().float() for column in zip(*pairs, strict=True)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9, pairs
@@ -164,7 +164,7 @@ def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monk
 def test_only_what_is_allowed_is_chosen():
     model = half(tiny.llama(3, **SIZES))
     config = QuantizeConfig(bits="auto", quantizer="rtn", bits_allowed="8,4", embedding_bits=16)
-    found = quantize_(model_weights.share(model), TOKENS, config, target=110_000)
+    found = quantize_(decoder_stack.share(model), TOKENS, config, target=110_000)
     assert {row.bits for row in found.weights} == {8, 4}
     assert not any(row.name in ("model.embed_tokens", "lm_head") for row in found.weights)
     assert engines.written_as(found.config) == engines.written_by(config) == "int4", "as vLLM reads it"
@@ -174,7 +174,7 @@ def test_only_what_is_allowed_is_chosen():
         bit_choice.check_target(model, config, 10_000)
     assert "--embedding-bits" in str(refusal.value.hint)
     grouped = replace(config, group_size=16, embedding_bits=None, bits_allowed="6,3")
-    found = quantize_(model_weights.share(model), TOKENS, grouped, target=100_000)
+    found = quantize_(decoder_stack.share(model), TOKENS, grouped, target=100_000)
     assert {row.group_size for row in found.weights} == {16}
 
 

@@ -23,7 +23,7 @@ from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget, memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.quantization import bit_choice, gptq, quantize_, quantized_weights, recipe, sensitivity
@@ -75,7 +75,7 @@ def read_by(model: Any, name: str) -> torch.Tensor:
 
 def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
     dense = tiny.llama(4)
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     found = quantize_(student, TOKENS, QuantizeConfig(bits=4))
     rows = {row.name: row for row in found.weights}
     assert set(rows) == set(linears(dense))
@@ -161,12 +161,12 @@ def test_a_module_that_does_not_see_every_token_has_no_weights():
 
 def test_rounding_needs_no_mode_of_its_own_and_eight_bits_no_text():
     dense = tiny.llama(2)
-    found = [quantize_(model_weights.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
+    found = [quantize_(decoder_stack.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
     with torch.inference_mode():
-        found.append(quantize_(model_weights.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
+        found.append(quantize_(decoder_stack.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     found = [
-        quantize_(model_weights.share(dense), tokens, QuantizeConfig(bits=8, embedding_bits=8))
+        quantize_(decoder_stack.share(dense), tokens, QuantizeConfig(bits=8, embedding_bits=8))
         for tokens in (None, TOKENS)
     ]
     assert {row.method for row in found[0].weights} == {"rtn"}
@@ -191,7 +191,7 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied):
     dense = tiny.llama(4, tie_word_embeddings=tied)
     counts = token_weights(dense, TOKENS, ["lm_head"])["lm_head"]
     hessian = gram(read_by(dense, "lm_head") * counts.sqrt().unsqueeze(-1)).double()
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     rows = {row.name: row for row in quantize_(student, TOKENS, QuantizeConfig(bits=4, embedding_bits=4)).weights}
     row = rows["model.embed_tokens" if tied else "lm_head"]
     assert row.method == "gptq"
@@ -230,7 +230,7 @@ def test_a_head_is_read_in_parts_the_second_of_which_runs_out_of_memory(monkeypa
 def test_the_packed_tensors_are_the_model(tied, width):
     dense = half(tiny.llama(4, tie_word_embeddings=tied))
     before = {name: weight.clone() for name, weight in dense.named_parameters()}
-    student = model_weights.share(dense)
+    student = decoder_stack.share(dense)
     found = quantize_(student, TOKENS, QuantizeConfig(quantizer="rtn", embedding_bits=8, **width))
     assert all(torch.equal(weight, before[name]) for name, weight in dense.named_parameters()), "the dense model"
     weights = quantized_weights(found.packed, found.config)
@@ -329,9 +329,9 @@ def test_bytes_are_known_before_anything_is_rounded(asked, tied):
     model = half(tiny.llama(3, tie_word_embeddings=tied))
     model.stored_dtype = torch.bfloat16
     found = saved_bytes(model, config, torch.bfloat16)
-    whole = model_weights.parameter_bytes(model)
+    whole = decoder_stack.parameter_bytes(model)
     if config.rounds:
-        whole = quantize_(model_weights.share(model), None, config).bytes_after
+        whole = quantize_(decoder_stack.share(model), None, config).bytes_after
     assert found.total == whole
     fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
     assert found.layers == (found.total - fewer.total,) * 3

@@ -21,7 +21,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError, ModelError, RunError
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.quantization import quantize_, quantized_weights
 from layercut.registries import exporters
 from layercut.segments import Segment, as_segments
@@ -97,7 +97,7 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     given = Unchanged(attention_dropout=0.5)
     found = lc.quantize(given.model, TOKENS, bits=4, quantizer=quantizer, embedding_bits=8)
     given.check()
-    in_place = model_weights.share(given.model).eval()
+    in_place = decoder_stack.share(given.model).eval()
     command = quantize_(in_place, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer, embedding_bits=8))
     assert torch.equal(logits(found.model), logits(in_place))
     assert found.packed.keys() == command.packed.keys()
@@ -105,7 +105,7 @@ def test_quantize_leaves_the_model_and_is_what_the_command_does(quantizer):
     facts = json.loads(json.dumps(found.to_dict()))
     assert facts == json.loads(json.dumps(command.to_dict()))
     assert (facts["bits"], facts["quantizer"], facts["group_size"]) == (4, quantizer, None)
-    assert facts["bytes"] == {"before": model_weights.parameter_bytes(given.model), "after": found.bytes_after}
+    assert facts["bytes"] == {"before": decoder_stack.parameter_bytes(given.model), "after": found.bytes_after}
     assert found.bytes_after < 0.5 * found.bytes_before
     runner = lc.DecoderRunner(copy.deepcopy(given.model).eval())
     again = lc.quantize(runner, TOKENS, bits=4, quantizer=quantizer, embedding_bits=8)

@@ -10,8 +10,7 @@ import torch
 import census
 import families
 from layercut.cli.command_line import main
-from layercut.models.decoder_stack import find_decoder
-from layercut.models.model_weights import share
+from layercut.models.decoder_stack import find_decoder, share
 from layercut.segments import Segment, checked_segments
 from layercut.surgery import cut_segment_
 

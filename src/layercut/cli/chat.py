@@ -18,7 +18,7 @@ from layercut.config import ChatConfig
 from layercut.data.chat_templates import open_ended, render_chat
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, padding
-from layercut.models import checkpoints, decoder_stack, loading, model_weights, placement
+from layercut.models import checkpoints, decoder_stack, loading, placement
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.run_folder import is_run, models_of
 from layercut.report.formatting import printable
@@ -69,8 +69,7 @@ def chat(run: Path, config: ChatConfig) -> None:
     for name, source in models.items():
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         loaded = placement.load(checkpoint, **asdict(config.load))
-        if layers_on_disk(loaded.model):
-            raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
+        decoder_stack.refuse_on_disk(layers_on_disk(loaded.model))
         speakers.append(Speaker("pruned" if name == "compressed" else name, loaded))
     console = Console(highlight=False)
     while True:

@@ -26,7 +26,7 @@ from layercut.export.checkpoint import save, text_to_check
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
-from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
+from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.source_card import source_card
 from layercut.pipeline.handover import describe_, export
 from layercut.pipeline.run_folder import is_run
@@ -93,8 +93,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     check_replaceable(config.out, source.file)
     if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
-    if placement.wanted(source, **asdict(config.load)):
-        raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
+    decoder_stack.refuse_on_disk(placement.wanted(source, **asdict(config.load)))
     loaded = placement.load(source, **asdict(config.load))
     tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
     if most:

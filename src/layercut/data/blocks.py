@@ -29,7 +29,7 @@ from layercut.data.probes import probe_rows
 from layercut.data.self_sampled import chat_length, sample, sample_chats
 from layercut.data.sources import CHATS, SELF, SHARED, TESTS, Source, find, public_name, split_mix, turns
 from layercut.errors import DataError
-from layercut.models.layer_reader import share
+from layercut.models.decoder_stack import share
 from layercut.models.runner import model_of
 
 Order = Literal["shuffled", "as written"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from layercut.data.chat_templates import prompt_ids
+from layercut.models.decoder_stack import as_just_loaded
 from layercut.models.losses import kl_divergence, next_token_loss
-from layercut.models.model_weights import as_just_loaded
 
 PROMPTS = (
     "The capital of France is",

@@ -20,8 +20,7 @@ from layercut.models.decoder_stack import positions
 from layercut.models.layer_reader import layers_on_disk
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
 from layercut.models.memory import ShrinkingParts, budget, slices
-from layercut.models.passes import carry_, enter_all, shared_passes
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
 
 def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:

@@ -24,7 +24,7 @@ from layercut.data.probe_families import JUDGING
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.evaluation.generation import greedy, padding
 from layercut.models.decoder_stack import positions
-from layercut.models.losses import as_price, kl_divergence
+from layercut.models.losses import as_cost, kl_divergence
 from layercut.models.memory import slices
 from layercut.models.runner import prepared
 from layercut.progress import say
@@ -114,7 +114,7 @@ def capability_figures(
                         right[i, number, at] = probes.right(number, logits.argmax(-1))
                 advance(part.stop - part.start)
     counts = torch.bincount(probes.capability, minlength=len(probes.names)).tolist()
-    apart, *losses = ({name: as_price(mean, 0.0) for name, mean in probes.means(x).items()} for x in (kl, *loss))
+    apart, *losses = ({name: as_cost(mean, 0.0) for name, mean in probes.means(x).items()} for x in (kl, *loss))
     answers = dict(zip(probes.names, counts, strict=True))
     return CapabilityFigures(apart, probes.hit_rates(right[0]), probes.hit_rates(right[1]), answers, *losses)
 

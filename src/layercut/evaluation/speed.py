@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.decoder_stack import find_decoder, positions
-from layercut.models.model_weights import as_just_loaded, parameter_bytes, stored_dtype
+from layercut.models.decoder_stack import as_just_loaded, find_decoder, parameter_bytes, positions, stored_dtype
 
 PROMPT, DECODE, REPEATS = 512, 24, 5
 """Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up. Of fewer

@@ -28,9 +28,9 @@ from layercut.files.reading import read_json
 from layercut.files.sizes import size
 from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, layer_reader, memory
+from layercut.models.config_files import add_older_names_
+from layercut.models.decoder_stack import as_stored, share
 from layercut.models.loading import quiet_transformers
-from layercut.models.model_weights import as_stored, share
-from layercut.models.older_names import add_older_names_
 from layercut.models.placement import device_map_of, placed_over
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say

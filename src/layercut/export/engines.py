@@ -16,8 +16,8 @@ from layercut.config import CONSUMER_NAMES, QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
+from layercut.models.config_files import period_of, unsaid
 from layercut.models.decoder_stack import count_layers
-from layercut.models.older_names import period_of, unsaid
 from layercut.progress import warn
 from layercut.quantization.assignment import WHOLE_BYTES
 from layercut.segments import Segment, kept_layers

@@ -40,7 +40,7 @@ from layercut.export.gguf_export import (
 )
 from layercut.export.gguf_tensors import tensor_types
 from layercut.files.reading import read_json
-from layercut.models import checkpoints, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.segments import Segment
 
 
@@ -138,7 +138,7 @@ def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[
     """
     if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
         loaded = cut_of_run(source.run, came).student()
-        model_weights.convert_parameters_(loaded.model, torch.bfloat16)
+        decoder_stack.convert_parameters_(loaded.model, torch.bfloat16)
         loaded.model.stored_dtype = torch.bfloat16
     else:
         loaded = loading.load(checkpoints.resolve(str(source.model)))

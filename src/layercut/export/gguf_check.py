@@ -27,10 +27,9 @@ from layercut.errors import LayercutError, ModelError, first_line
 from layercut.export.gguf_tensors import tensor_types
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.checkpoints import Checkpoint
-from layercut.models.decoder_stack import positions
+from layercut.models.decoder_stack import as_stored, positions
 from layercut.models.gguf_header import read_header
 from layercut.models.loading import check_loading, load_config, quiet_transformers
-from layercut.models.model_weights import as_stored
 
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
 """Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of

@@ -40,7 +40,7 @@ from layercut.export.gguf_tensors import (
 )
 from layercut.export.importance import importance
 from layercut.files.reading import read_json
-from layercut.models import checkpoints, decoder_stack, loading, model_weights
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import read_header
 from layercut.progress import bar, say
@@ -90,7 +90,7 @@ class CutGguf:
         loaded = loading.load(self.checkpoint, dtype="float32", device="cpu")
         if self.segments:
             cut_segment_(loaded.model, self.segments)
-        model_weights.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
+        decoder_stack.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
         return loaded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut.models.devices import place_of_float64
+from layercut.models.memory import place_of_float64
 from layercut.progress import bar
 
 LEAST = 1e-12

@@ -5,7 +5,7 @@ Gradients flow from the logits down to the first trained layer; weight gradients
 moments exist for the trained layers only. The student is at all times the stock model, its weights rounded to the dtype
 they are saved in: what is measured is what is saved. Of several processes each takes a share of every step's rows.
 
-What is minimised is an `Objective` (`models/objectives.py`). The held-out loss is taken SCORES times. The state that
+What is minimised is an `Objective` (`models/losses.py`). The held-out loss is taken SCORES times. The state that
 scored best is what the student is left in; where the loss has risen above that of the start, training goes on from that
 state, at SETBACK of the rate.
 """
@@ -46,12 +46,10 @@ from layercut.healing.recipe import (
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile, Stop, TuningResult, never_asked
 from layercut.models import memory
-from layercut.models.losses import LOSS_SCALE, as_price
+from layercut.models.decoder_stack import weight_as_stored
+from layercut.models.losses import KL, LOSS_SCALE, as_cost, objective_of
 from layercut.models.memory import kept_bytes
-from layercut.models.model_weights import weight_as_stored
-from layercut.models.objectives import KL, objective_of
-from layercut.models.passes import shared_layers
-from layercut.models.runner import DecoderRunner, prepared
+from layercut.models.runner import DecoderRunner, prepared, shared_layers
 from layercut.progress import bar
 
 Given = Sequence[tuple[nn.Parameter, float]]
@@ -401,7 +399,7 @@ class _Training:
         A score that is not finite is the worst there is: it is never kept, and any finite one is better. After a
         setback training goes on from the best state, slower and with no momentum.
         """
-        report, scores = self.report, {name: as_price(each) for name, each in scores.items()}
+        report, scores = self.report, {name: as_cost(each) for name, each in scores.items()}
         if report.heldout and scores["loss"] < min(point["loss"] for point in report.heldout):
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]

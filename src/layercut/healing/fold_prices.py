@@ -22,10 +22,9 @@ import torch
 
 from layercut.healing.least_squares import Normal, add_split_
 from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
-from layercut.models.losses import as_price
+from layercut.models.losses import as_cost, teacher_of
 from layercut.models.memory import slices
-from layercut.models.passes import carry_, enter_all, teacher_of
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, carry_, enter_all
 from layercut.segments import Segment
 
 RIDGES = (1e-3, 1e-1)
@@ -84,7 +83,7 @@ class FoldPrices:
                 self._cross_(segment, fit, judged, last=number == len(cuts) - 1)
             at = segment.stop
         self.judged.carry_(judged, at, len(dense))
-        return as_price(sum(map(self._price, range(len(judged)), judged)) / len(self.weights))
+        return as_cost(sum(map(self._price, range(len(judged)), judged)) / len(self.weights))
 
     def _cross_(self, segment: Segment, fit: list[torch.Tensor], judged: list[torch.Tensor], *, last: bool) -> None:
         """Run layer s - 1, and add what stands for the segment; of the rows to fit nothing is needed after the last."""

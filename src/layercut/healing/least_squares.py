@@ -36,10 +36,9 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
-from layercut.models.devices import place_of_float64
-from layercut.models.losses import as_price
-from layercut.models.passes import carry_, enter_all, mean_kl, shared_layers, shared_passes
-from layercut.models.runner import DecoderRunner, own_device, prepared
+from layercut.models.losses import as_cost, mean_kl
+from layercut.models.memory import place_of_float64
+from layercut.models.runner import DecoderRunner, carry_, enter_all, own_device, prepared, shared_layers, shared_passes
 from layercut.progress import bar
 from layercut.segments import Segment
 
@@ -138,7 +137,7 @@ class Normal:
 
     def left(self, x: torch.Tensor) -> float:
         """|Z X - Y|^2, the squared error that X leaves; infinite where it is not finite."""
-        return as_price(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.whole_() @ x)).sum().item(), 0.0)
+        return as_cost(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.whole_() @ x)).sum().item(), 0.0)
 
     @property
     def finite(self) -> bool:
@@ -317,7 +316,7 @@ def fold_cut_(
         ridges.append(ridge)
         plain = plain or judge.yy
     names = [target.name for target in targets[: len(ridges)]]
-    share = as_price(judge.left(x) / plain) if plain else 1.0
+    share = as_cost(judge.left(x) / plain) if plain else 1.0
     return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from layercut.models.model_weights import weight_as_stored
+from layercut.models.decoder_stack import weight_as_stored
 from layercut.models.runner import DecoderRunner, hidden_of, intercepted
 
 WIDEST = 16384

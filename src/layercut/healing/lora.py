@@ -21,8 +21,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import TuningResult
-from layercut.models.decoder_stack import find_decoder
-from layercut.models.model_weights import weight_as_stored
+from layercut.models.decoder_stack import find_decoder, weight_as_stored
 from layercut.models.runner import DecoderRunner, prepared
 from layercut.progress import say
 

@@ -23,8 +23,8 @@ from layercut.errors import RunError
 from layercut.files.sizes import size
 from layercut.healing.inputs import Batch, Rows
 from layercut.healing.tuning_pass import Pair, loss_gradient
-from layercut.models.devices import placed
-from layercut.models.passes import carry_, enter_all, rows_at_once, say_passes
+from layercut.models.memory import placed
+from layercut.models.runner import carry_, enter_all, rows_at_once, say_passes
 from layercut.progress import bar
 
 KEY = "key"

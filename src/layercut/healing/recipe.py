@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from layercut.distributed import sharding
-from layercut.models.objectives import KL
+from layercut.models.losses import KL
 from layercut.segments import Segment, kept_layers
 
 SETBACK = 0.25

@@ -17,10 +17,9 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import Batch
+from layercut.models.losses import NextToken, Objective, not_finite
 from layercut.models.memory import slices
-from layercut.models.objectives import NextToken, Objective
-from layercut.models.passes import carry_, common_prefix, enter_all, not_finite
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,10 @@ from layercut.layer_search.criteria import best_start, one_shot
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
-from layercut.models.devices import place_of_float64
+from layercut.models.decoder_stack import taking_gradients
 from layercut.models.losses import next_token_loss
-from layercut.models.model_weights import taking_gradients
-from layercut.models.passes import passes, passes_in_step
-from layercut.models.runner import Calls, DecoderRunner
+from layercut.models.memory import place_of_float64
+from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
 from layercut.progress import bar
 from layercut.segments import Segment, joined_segments, layers_of
 

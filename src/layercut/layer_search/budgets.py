@@ -17,7 +17,7 @@ from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, Cuts, set_losses
-from layercut.models.losses import as_price
+from layercut.models.losses import as_cost
 from layercut.models.runner import DecoderRunner
 
 UNSEEN_SHARE = 4
@@ -67,7 +67,7 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def perplexity_rise(stack: DecoderRunner, tokens: torch.Tensor, cuts: Cuts) -> float:
     """How much a cut raises perplexity."""
     losses = set_losses(stack, tokens, [DENSE, cuts], Cost())
-    risen = as_price(losses[cuts] - losses[DENSE])
+    risen = as_cost(losses[cuts] - losses[DENSE])
     return math.expm1(risen) if risen < 700 else math.inf  # e^710 overflows
 
 

@@ -22,7 +22,7 @@ import torch
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import SearchResult
 from layercut.layer_search.sweep import Cuts
-from layercut.models.losses import as_price
+from layercut.models.losses import as_cost
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments
 
@@ -71,7 +71,7 @@ def most_segments(criterion: Callable[..., Any], num_segments: int | Literal["au
 
 def lowest(scores: torch.Tensor, restriction: Restriction, protected: Set[int] = frozenset()) -> Cuts:
     """The n layers of lowest score; protected ones only where the others are too few. The earlier of equals."""
-    values = [as_price(score) for score in scores.tolist()]
+    values = [as_cost(score) for score in scores.tolist()]
     if restriction.is_none:
         order = sorted(range(len(values)), key=lambda i: (i in protected, values[i], i))
         return joined_segments(order[: restriction.length])
@@ -94,5 +94,5 @@ def one_shot(scores: torch.Tensor, restriction: Restriction) -> Cuts:
 
 def best_start(scores: torch.Tensor, restriction: Restriction) -> Cuts:
     """The allowed segment of n layers whose start has the lowest score; the earlier of equals."""
-    values = [as_price(score) for score in scores.tolist()]
+    values = [as_cost(score) for score in scores.tolist()]
     return (min(restriction.needed_segments(), key=lambda one: (values[one.start], one.start)),)

@@ -18,8 +18,7 @@ from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
 from layercut.layer_search.weighted_rows import weighted_rows
-from layercut.models.losses import as_price
-from layercut.models.passes import teacher_of
+from layercut.models.losses import as_cost, teacher_of
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.segments import Segment
@@ -135,7 +134,7 @@ class CutCosts:
         self.cost.add_(spent)
         processes.sum_(costs)
         for cuts, row in zip(sets, costs.tolist(), strict=True):
-            self.known[cuts] += map(as_price, row)
+            self.known[cuts] += map(as_cost, row)
 
     def _of_batch(
         self, sets: list[Cuts], batch: torch.Tensor, weights: torch.Tensor | None, cost: Cost
@@ -159,10 +158,10 @@ class CutCosts:
     def candidates(self, sets: Sequence[Cuts]) -> list[Candidate]:
         """Sets as candidates, in their order, by all rows; the KL is that of the rows of text."""
         found = self.of(sets, self.rows)
-        kl = [as_price(value, 0.0) for value in self.weighted.part(found, text=True).tolist()]
+        kl = [as_cost(value, 0.0) for value in self.weighted.part(found, text=True).tolist()]
         if self.weights is None:
             return list(map(Candidate, sets, kl))
-        probes = [as_price(value, 0.0) for value in self.weighted.part(found, text=False).tolist()]
+        probes = [as_cost(value, 0.0) for value in self.weighted.part(found, text=False).tolist()]
         return list(map(Candidate, sets, kl, self.weighted.mean(found).tolist(), probes))
 
 

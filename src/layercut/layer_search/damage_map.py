@@ -22,9 +22,8 @@ from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.decoder_stack import positions
-from layercut.models.losses import as_price
-from layercut.models.passes import passes_in_step, teacher_of
-from layercut.models.runner import DecoderRunner, prepared
+from layercut.models.losses import as_cost, teacher_of
+from layercut.models.runner import DecoderRunner, passes_in_step, prepared
 from layercut.plotting import axes_or_new
 from layercut.progress import bar
 from layercut.segments import Segment
@@ -245,7 +244,7 @@ def capability_costs(
     tokens_of = torch.bincount(of[of >= 0], minlength=len(probes.names))
     means = (sums / tokens_of).tolist()
     return {
-        cuts: {name: as_price(value, 0.0) for name, value in zip(probes.names, row, strict=True)}
+        cuts: {name: as_cost(value, 0.0) for name, value in zip(probes.names, row, strict=True)}
         for cuts, row in zip(sets, means, strict=True)
     }
 

@@ -40,9 +40,8 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.segment_sets import cheapest_sums
 from layercut.layer_search.sweep import Cuts, all_lengths
-from layercut.models.losses import LOSS_SCALE, likelihood_slope_
+from layercut.models.losses import LOSS_SCALE, dense_logits, likelihood_slope_
 from layercut.models.memory import slices
-from layercut.models.passes import dense_logits
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
 

@@ -19,10 +19,9 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models.losses import as_price, next_token_loss
+from layercut.models.losses import as_cost, next_token_loss, teacher_of
 from layercut.models.memory import slices
-from layercut.models.passes import passes_in_step, teacher_of
-from layercut.models.runner import Calls, DecoderRunner
+from layercut.models.runner import Calls, DecoderRunner, passes_in_step
 from layercut.segments import Segment
 
 Cuts = tuple[Segment, ...]
@@ -48,7 +47,7 @@ def set_costs(
         return [teacher.kl(stack.exit(ends[cuts], chunk)).sum() for cuts in sets]
 
     totals = _sums(stack, tokens, [DENSE, *sets], len(sets), kl, cost, rows, advance)
-    found = [Candidate(cuts, as_price(kl / tokens.numel(), 0.0)) for cuts, kl in zip(sets, totals, strict=True)]
+    found = [Candidate(cuts, as_cost(kl / tokens.numel(), 0.0)) for cuts, kl in zip(sets, totals, strict=True)]
     return sorted(found, key=lambda candidate: (candidate.kl, candidate.segments))
 
 
@@ -69,7 +68,7 @@ def set_losses(
 
     totals = _sums(stack, tokens, sets, len(sets), losses, cost, rows, advance)
     predictions = tokens.numel() - len(tokens)
-    return {cuts: as_price(loss / predictions) for cuts, loss in zip(sets, totals, strict=True)}
+    return {cuts: as_cost(loss / predictions) for cuts, loss in zip(sets, totals, strict=True)}
 
 
 @torch.no_grad()

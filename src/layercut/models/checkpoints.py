@@ -2,7 +2,7 @@
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
 shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
-(`models/config_checks.py`) before a class of transformers sees it. Which files hold the weights is decided here alone,
+(`models/config_files.py`) before a class of transformers sees it. Which files hold the weights is decided here alone,
 as transformers decides it.
 """
 
@@ -23,7 +23,7 @@ import torch
 from layercut.errors import ModelError, first_line
 from layercut.files.json_values import write_json
 from layercut.files.reading import content_digest, read_json
-from layercut.models import config_checks
+from layercut.models import config_files
 
 DIGESTS = ".digests.json"
 """In a run folder: the hashes of the files that its model was read from."""
@@ -276,7 +276,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     check_config(folder)
     for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
-            config_checks.check_object(read_json(folder / name), str(folder / name))
+            config_files.check_object(read_json(folder / name), str(folder / name))
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder} holds an adapter (adapter_config.json) beside or instead of a model",
@@ -307,12 +307,12 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
 def check_config(folder: Path) -> None:
     """Refuse a folder whose config.json is missing, is not one, or says what no class should be built from."""
     config = read_json(folder / "config.json", "a model folder needs config.json")
-    config_checks.check_config(config, str(folder / "config.json"))
+    config_files.check_config(config, str(folder / "config.json"))
 
 
 def _check_index(index: Path) -> None:
     """Every shard an index names must lie in the index's own folder and be there."""
-    for shard in config_checks.shards_of(read_json(index), str(index)):
+    for shard in config_files.shards_of(read_json(index), str(index)):
         if not (index.parent / shard).is_file():
             raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
 
@@ -331,7 +331,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if index := used_index(folder):
-        return [folder / name for name in config_checks.shards_of(read_json(index), str(index))]
+        return [folder / name for name in config_files.shards_of(read_json(index), str(index))]
     return []
 
 

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from layercut.errors import ModelError, first_line
-from layercut.models import checkpoints, devices, loading, model_weights
+from layercut.models import checkpoints, loading
 from layercut.models.checkpoints import Stored
-from layercut.models.decoder_stack import find_decoder
+from layercut.models.decoder_stack import copied, find_decoder
 from layercut.progress import say
 
 IN_MEMORY = "load it in memory instead: --stream off"
@@ -40,18 +40,6 @@ IN_MEMORY = "load it in memory instead: --stream off"
 def layers_on_disk(model: Any) -> Any:
     """The `LayersOnDisk` of a model, None for a model in memory."""
     return getattr(model, "layers_on_disk", None)
-
-
-def share(model: Any) -> Any:
-    """`model_weights.share`, also of a model whose layers are on disk, or of a clone of one."""
-    disk = layers_on_disk(model)
-    if disk is None:
-        return model_weights.share(model)
-    disk.files.leave_()  # what is copied are layers without data
-    gc.collect()  # layers and their `forward` refer to each other: unused clones would keep their own weights
-    clone = model_weights.copied(model)
-    clone.layers_on_disk = LayersOnDisk(disk.files, clone, [disk.number[layer] for layer in disk.layers])
-    return clone
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,9 +75,9 @@ def open_on_disk(
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     if why := why_not_by_layer(checkpoint, config):
         raise ModelError(f"{checkpoint.name} {why}", IN_MEMORY)
-    place = devices.pick_device(device)
-    own = devices.pick_dtype(dtype, config, checkpoint)
-    number = devices.computing_dtype(dtype, own, place)
+    place = loading.pick_device(device)
+    own = loading.pick_dtype(dtype, config, checkpoint)
+    number = loading.computing_dtype(dtype, own, place)
     stored = checkpoints.stored_tensors(checkpoint.folder)
     loading.refuse_larger(config, checkpoint)
     skeleton = _build(checkpoint, config, stored, number)
@@ -329,18 +317,23 @@ class LayersOnDisk:
     def __deepcopy__(self, memo: Any) -> LayersOnDisk:
         return self
 
+    def shared(self, model: Any) -> Any:
+        """`decoder_stack.share` of the model whose layers these are."""
+        self.files.leave_()  # what is copied are layers without data
+        gc.collect()  # layers and their `forward` refer to each other: unused clones would keep their own weights
+        clone = copied(model)
+        clone.layers_on_disk = LayersOnDisk(self.files, clone, [self.number[layer] for layer in self.layers])
+        return clone
+
     def _on_demand(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
-            self._enter_(layer)
+            self.enter_(layer)
             return forward(*args, **kwargs)
 
         return forward_with_weights
 
-    def enter_(self, i: int) -> None:
-        """Load layer i's weights, by its position in this model."""
-        self._enter_(self.layers[i])
-
-    def _enter_(self, layer: nn.Module) -> None:
+    def enter_(self, layer: nn.Module) -> None:
+        """Load the weights of one of these layers, where it lacks them."""
         number = self.number[layer]
         if number != self.files.resident and _lacks_weights(layer):
             self.files.enter_(number, self._after(number))
@@ -368,8 +361,8 @@ class LayersOnDisk:
 
     def load_one_by_one(self) -> Iterator[nn.Module]:
         """Each layer of the original in turn, read, for the caller to keep; afterwards nothing is on disk any more."""
-        for i, layer in enumerate(self.layers):
-            self.enter_(i)
+        for layer in self.layers:
+            self.enter_(layer)
             self.files.resident = None
             del layer.forward
             yield layer

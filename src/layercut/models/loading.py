@@ -18,15 +18,18 @@ from typing import Any
 
 import torch
 
+from layercut.distributed import processes
 from layercut.errors import ModelError, first_line
 from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular, read_json
-from layercut.models import checkpoints, config_checks, gguf_config
+from layercut.models import checkpoints, config_files, gguf_header
 from layercut.models.checkpoints import Checkpoint
-from layercut.models.devices import computing_dtype, pick_device, pick_dtype
+from layercut.models.decoder_stack import convert_parameters_
 from layercut.models.gguf_header import HEAD, corrupt, read_header
-from layercut.models.model_weights import convert_parameters_
 from layercut.progress import say
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ()}
+"""What a CPU must have to multiply matrices of a dtype as fast as of float32, by torch's names; any of them."""
 SLACK = 2**26
 """Numbers that a model may have beyond twice those stored: tables that classes compute, such as attention masks."""
 TOKENIZER_FILES = (
@@ -48,6 +51,63 @@ class LanguageModel:
     device: torch.device
 
 
+# --- where, and in which number format --------------------------------------------------------------------------
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a name; "auto" takes the first accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        place = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
+    if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
+        raise ModelError(f"device {device!r} is not available on this machine", "use --device cpu, or --device auto")
+    if place.type != "cpu" and (place.index or 0) >= torch.accelerator.device_count():
+        raise ModelError(
+            f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
+            f"use --device {place.type}:0",
+        )
+    processes.check_device(place)
+    return place
+
+
+def accelerators(kind: torch.device) -> list[torch.device]:
+    """The accelerators of this machine that a model may be placed over; one where the user named it, none on a CPU."""
+    if kind.type == "cpu" or kind.index is not None:
+        return [kind] if kind.type != "cpu" else []
+    return [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+
+
+def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the weights are saved in: the checkpoint's own for "auto", bfloat16 where that is GGUF."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"--dtype {dtype!r} is unknown", f"allowed are auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if checkpoint.gguf:
+        return torch.bfloat16
+    own, text = (getattr(c, "dtype", None) for c in (config, config.get_text_config()))
+    stored = own or text or torch.float32
+    return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
+
+    Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2).
+    """
+    if dtype != "auto" or device.type != "cpu" or stored not in INSTRUCTIONS:
+        return stored
+    return stored if any(cpu_has(feature) for feature in INSTRUCTIONS[stored]) else torch.float32
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has some instructions, by torch's names; none where torch cannot say."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get(feature))
+
+
 # --- the config -----------------------------------------------------------------------------------------------
 
 
@@ -66,7 +126,7 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     hint = "check that this version of transformers knows the architecture: pip install -U transformers"
     with _said(f"the config of {checkpoint.name} cannot be read", hint):
         if checkpoint.gguf:
-            config = gguf_config.read_config(checkpoint.file)
+            config = gguf_header.read_config(checkpoint.file)
         else:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     _check_causal(config, checkpoint.name, trust_remote_code)
@@ -334,7 +394,7 @@ def _check_tokenizer_files(folder: Path) -> None:
         if size > LARGEST_JSON:
             raise ModelError(f"{file} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
     if (file := folder / "tokenizer_config.json") in there:
-        config_checks.check_tokenizer_config(read_json(file), str(file))
+        config_files.check_tokenizer_config(read_json(file), str(file))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -367,3 +368,36 @@ def halves(part: Any) -> list[Any]:
         middle = (part.start + part.stop + 1) // 2
         return [slice(part.start, middle), slice(middle, part.stop)] if middle < part.stop else [part]
     return list(part.split((len(part) + 1) // 2))
+
+
+# --- what devices differ in ---
+
+
+@cache
+def place_of_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64, as Apple's GPUs."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from the CPU's memory to a GPU's by way of pinned memory, for which nothing waits."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def sum_in_float32_() -> None:
+    """From now on have GPUs sum products of float16 and bfloat16 in float32, and not round float32 to TF32.
+
+    torch lets the first be summed in parts of the narrow format, which overflows in float16, and convolutions of
+    recurrent layers be rounded. It costs little where memory is what a product waits for. Of the whole process: for a
+    command's own, not for a library call.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -24,8 +24,8 @@ from layercut.errors import ConfigError, ModelError
 from layercut.files.sizes import size
 from layercut.models import checkpoints, loading
 from layercut.models.decoder_stack import find_decoder
-from layercut.models.devices import accelerators, computing_dtype, pick_device, pick_dtype
 from layercut.models.layer_reader import open_on_disk, why_not_by_layer
+from layercut.models.loading import accelerators, computing_dtype, pick_device, pick_dtype
 from layercut.models.memory import available_bytes, memory_limit
 
 FITS = 0.8

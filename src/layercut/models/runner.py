@@ -1,4 +1,4 @@
-"""A decoder opened up: embeddings, then layer by layer, then the head.
+"""A decoder opened up: embeddings, then layer by layer, then the head; and rows of tokens taken through it.
 
 Search, fold and tuning all need hidden states *between* layers. `DecoderRunner` gives them for any architecture
 without knowing it: what a layer receives beside the hidden state (masks, positions, rotary embeddings, by layer
@@ -9,10 +9,9 @@ type) is recorded from the model's own forward, in which every layer passes its 
     h = stack.run(h, calls, 0, 13)          # layers 0 … 12
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
 
-A model whose layers are on disk (`models/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
-another one was entered last, so that a sweep takes all its rows through a layer before the next one
-(`passes`, `carry_`). So is one that is sharded over several processes (`distributed/sharding.py`): it runs as a copy
-over the same weights, and all processes must take as many steps (`sharding.in_step`).
+Layers on disk (`models/layer_reader.py`) are read where another one was entered last, so all batches go through a layer
+before the next one (`passes`, `carry_`). A model that is sharded over several processes (`distributed/sharding.py`)
+runs as a copy over the same weights, and all processes must take as many steps (`sharding.in_step`).
 """
 
 from __future__ import annotations
@@ -27,18 +26,21 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layercut.distributed import sharding
+from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.models.decoder_stack import find_decoder, positions
-from layercut.models.devices import placed
+from layercut.files.sizes import size
+from layercut.models.decoder_stack import find_decoder, positions, stored_dtype
 from layercut.models.layer_reader import layers_on_disk
-from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget, memory_limit
-from layercut.models.model_weights import stored_dtype
+from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget, memory_limit, placed
 from layercut.progress import say
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
-LayerForward = Callable[..., Any]
 Part = TypeVar("Part")
+REPEATS, NOISE = 3, 4
+"""Where layer by layer a model's logits are not its own to the bit: forwards that show how far its own are from each
+other, and how many times as far those may be."""
+STREAMS_SHARE = 0.5
+"""Hidden states may take this share of the available memory; beyond it, rows go in several passes. A guess."""
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
     """
     own = [layer.__dict__.get("forward") for layer in layers]
 
-    def replace(i: int, run: LayerForward) -> LayerForward:
+    def replace(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         device = own_device(layers[i])
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -67,10 +69,10 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
             layer.forward = replace(i, layer.forward)
         yield
     finally:
-        for layer, forward_before in zip(layers, own, strict=True):
+        for layer, before in zip(layers, own, strict=True):
             layer.__dict__.pop("forward", None)
-            if forward_before is not None:
-                layer.forward = forward_before
+            if before is not None:
+                layer.forward = before
 
 
 def own_device(layer: nn.Module) -> torch.device | None:
@@ -86,11 +88,6 @@ def hidden_of(output: Any) -> torch.Tensor:
 def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
     """A layer's output with another hidden state in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-REPEATS, NOISE = 3, 4
-"""Where layer by layer a model's logits are not its own to the bit: runs that show how far its own are from each other,
-and how many times as far those may be."""
 
 
 class DecoderRunner:
@@ -160,7 +157,7 @@ class DecoderRunner:
     def loaded(self, i: int) -> nn.Module:
         """Layer i with its weights in memory: read now where it is on disk, and there until another is entered."""
         if self.on_disk:
-            self.on_disk.enter_(i)
+            self.on_disk.enter_(self.layers[i])
         return self.layers[i]
 
     def layer_at_rest(self, i: int) -> nn.Module:
@@ -185,7 +182,7 @@ class DecoderRunner:
         calls: Calls = []
         embedded: list[torch.Tensor] = []
 
-        def record(i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def record(i: int, run: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if i == 0:
                 embedded.append(hidden)
             calls.append((args, kwargs))
@@ -233,7 +230,7 @@ class DecoderRunner:
         last = len(self.layers) - 1
         kept = {} if part is None else self._keep(torch.arange(part.start, part.stop, device=self.device))
 
-        def inject(i: int, run: LayerForward, h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def inject(i: int, run: Callable[..., Any], h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return self._untouched(i, run, hidden if i == last else h, *args, **kwargs)
 
         with intercepted(self.layers, inject), sharding.not_gathering(self.layers):
@@ -244,7 +241,7 @@ class DecoderRunner:
         """While open, a head that computes its weight (a quantized one in training, `weight_once`) does so once."""
         return getattr(self.model.get_output_embeddings(), "weight_once", nullcontext)()
 
-    def _untouched(self, i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _untouched(self, i: int, run: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What layer i would return had it changed nothing."""
         kind = type(self.layers[i])
         if kind not in self._shapes:
@@ -271,10 +268,8 @@ class DecoderRunner:
         tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
         expected = getattr(self.model(input_ids=tokens, use_cache=False), "logits", None)
         if expected is None:
-            raise ModelError(
-                f"a {type(self.model).__name__} has no language-model head, and gives no logits",
-                "AutoModelForCausalLM.from_pretrained(name)",
-            )
+            words = f"a {type(self.model).__name__} has no language-model head, and gives no logits"
+            raise ModelError(words, "AutoModelForCausalLM.from_pretrained(name)")
         hidden, calls = self.enter(tokens)
         got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
         if hidden.shape[:2] != tokens.shape or not self._agrees(expected, got, tokens):
@@ -319,6 +314,98 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
     return checkpoint(stack.plain_layer, i, hidden, calls, use_reentrant=False, preserve_rng_state=False)
 
 
+# --- rows of tokens through a model ---------------------------------------------------------------------------------
+
+
+def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[torch.Tensor]]:
+    """Tokens as batches, grouped by pass through the stack.
+
+    In memory a batch is a pass, since another pass costs nothing. On disk all batches go in one pass, so that each
+    layer is read once; where the hidden states of all rows would not fit, in as few as possible.
+    """
+    if not len(tokens):
+        return []
+    fit = rows_at_once(stack, tokens.shape[1], streams)
+    if not stack.on_disk:
+        return [[batch] for batch in tokens.split(min(rows, fit))]
+    groups = [list(group.split(rows)) for group in tokens.split(fit)]
+    say_passes(stack, min(fit, len(tokens)) * tokens.shape[1], streams, len(groups))
+    return groups
+
+
+def passes_in_step(
+    stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int
+) -> list[tuple[list[torch.Tensor], bool]]:
+    """`passes` of this process's share of the rows, as many on every process."""
+    mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
+    return sharding.in_step(stack.model, mine, [tokens[:1]])
+
+
+def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
+    """This process's batches of rows, as slices; grouped by pass as in `passes`."""
+    parts = processes.share_of_batches(len(tokens), rows)
+    if not stack.on_disk:
+        return [[part] for part in parts]
+    window = tokens.shape[1]
+    together = max(1, rows_at_once(stack, window, streams) // rows)
+    groups = [parts[i : i + together] for i in range(0, len(parts), together)]
+    say_passes(stack, max(sum(len(tokens[part]) for part in group) for group in groups) * window, streams, len(groups))
+    return groups
+
+
+def rows_at_once(stack: DecoderRunner, window: int, streams: int) -> int:
+    """Rows of tokens whose hidden states fit in memory."""
+    return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
+
+
+def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> None:
+    """Say what the hidden states of one pass take, and how often layers on disk are read."""
+    if stack.on_disk:
+        taken = size(streams * stack.stream_bytes(tokens))
+        often = f"layers are read {times} time{'s'[: times > 1]}"
+        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken}; {often}")
+
+
+def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
+    """`DecoderRunner.enter` of several batches."""
+    found = [stack.enter(batch) for batch in batches]
+    return [hidden for hidden, _ in found], [calls for _, calls in found]
+
+
+def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
+    """Replace h_start of several batches by h_stop; layers outermost: each is entered once for all."""
+    for i in range(start, stop):
+        for b, arguments in enumerate(calls):
+            hidden[b] = stack.layer(i, hidden[b], arguments)
+
+
+def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
+    """How many layers, from the first, are the very same weights in both models, embeddings included.
+
+    Found by identity, since after several rounds of cutting and healing no position shows it: below a new cut there
+    may be layers that were trained at an old one.
+    """
+
+    def below(stack: DecoderRunner) -> list[int]:
+        """All that is not in a layer; a head of its own counts too, to be safe."""
+        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
+        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
+
+    if below(dense) != below(student):
+        return 0
+    both = [[[id(t) for t in (*m.parameters(), *m.buffers())] for m in stack.layers] for stack in (dense, student)]
+    same = [one == other for one, other in zip(*both, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def common_prefix(
+    dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int
+) -> tuple[torch.Tensor, Calls, Calls]:
+    """h_prefix of two models whose layers below `prefix` are the same, computed once."""
+    hidden, calls = dense.enter(tokens)
+    return dense.run(hidden, calls, 0, prefix), calls, student.arguments(tokens)
+
+
 # --- models of a caller ------------------------------------------------------------------------------------------
 
 
@@ -326,16 +413,13 @@ def model_of(given: Any) -> Any:
     """The model that a caller gives, itself or in a `DecoderRunner`."""
     if isinstance(given, DecoderRunner):
         return given.at_rest
+    kind = type(given).__name__
     if hasattr(given, "merge_and_unload"):
-        raise ModelError(
-            f"a {type(given).__name__} is given as a model: what peft's adapters stand around",
-            "model.merge_and_unload() gives the model with the adapters in its weights",
-        )
+        words = f"a {kind} is given as a model: what peft's adapters stand around"
+        raise ModelError(words, "model.merge_and_unload() gives the model with the adapters in its weights")
     if not isinstance(given, nn.Module) or not hasattr(getattr(given, "config", None), "get_text_config"):
-        raise ModelError(
-            f"a {type(given).__name__} is given as a model, and is no language model of transformers in memory",
-            "AutoModelForCausalLM.from_pretrained(name)",
-        )
+        words = f"a {kind} is given as a model, and is no language model of transformers in memory"
+        raise ModelError(words, "AutoModelForCausalLM.from_pretrained(name)")
     return given
 
 
@@ -348,16 +432,22 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
     """
     at_rest = [model_of(model) for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
+
+    def set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != flags.get(name, False):
+                parameter.requires_grad_(flags.get(name, False))
+
     # in inference mode nothing can be trained
     within = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with memory_limit(), in_eval_mode(*at_rest), within:
         try:
             for model in at_rest:
-                _set_flags_(model, {})
+                set_flags_(model, {})
             yield [model if isinstance(model, DecoderRunner) else DecoderRunner(model) for model in models]
         finally:
             for model, before in zip(at_rest, flags, strict=True):
-                _set_flags_(model, before)
+                set_flags_(model, before)
 
 
 @contextmanager
@@ -371,10 +461,3 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:
-    """`requires_grad` of every parameter by name, False where it is not given."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad != flags.get(name, False):
-            parameter.requires_grad_(flags.get(name, False))

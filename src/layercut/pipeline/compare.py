@@ -25,15 +25,15 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
 from layercut.distributed import processes
-from layercut.errors import ConfigError, ModelError, SurgeryError
+from layercut.errors import ConfigError, SurgeryError
 from layercut.evaluation.probe_scores import Grid, Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.retention import Retained, compare_records, representative_metric, retained
 from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import Rows
 from layercut.healing.least_squares import Fold, fold_cut_
-from layercut.models import checkpoints, decoder_stack, loading, memory, model_weights, placement
-from layercut.models.passes import mean_kl
+from layercut.models import checkpoints, decoder_stack, loading, memory, placement
+from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import BeforeAfter
 from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_windows
@@ -148,8 +148,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
-    if placement.wanted(checkpoint, **asdict(config.load)):
-        raise ModelError(model_weights.STREAMED, model_weights.STREAMED_HINT)
+    decoder_stack.refuse_on_disk(placement.wanted(checkpoint, **asdict(config.load)))
     if config.tasks.names:
         evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
@@ -336,7 +335,7 @@ def student_in(work: RunContext, segments: Sequence[Segment], state: str) -> Any
     """The model without the segments, in a state whose weights the run folder has."""
     student = cut(work.dense.model, segments)
     if state != "cut":
-        model_weights.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
+        decoder_stack.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
     return student
 
 

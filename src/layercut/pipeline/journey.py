@@ -16,7 +16,7 @@ from pathlib import Path
 from layercut.config import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
-from layercut.models.devices import sum_in_float32_
+from layercut.models.memory import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,

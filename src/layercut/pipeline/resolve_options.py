@@ -22,7 +22,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.export import engines
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import names
-from layercut.models import checkpoints, decoder_stack, devices, loading, placement
+from layercut.models import checkpoints, decoder_stack, loading, placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
@@ -70,7 +70,7 @@ def resolve(model: str, config: CompressConfig, until: Stage, *, shortlist: bool
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
-    devices.pick_device(config.load.device)
+    loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
     on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
     shortlist = shortlist and until != "search" and shortlists(config)
@@ -114,7 +114,7 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     if keeps_gguf(config, checkpoint):
         length_for_target(config, checkpoint, config.search.target_bytes)
         return
-    stored = devices.pick_dtype(config.load.dtype, architecture, checkpoint)
+    stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
     try:
         bare = loading.skeleton(architecture, stored)
     except ModelError:

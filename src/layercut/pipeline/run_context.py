@@ -29,7 +29,7 @@ from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.healing import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
-from layercut.models import checkpoints, decoder_stack, layer_reader, loading, model_weights, placement
+from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement
 from layercut.models.gguf_header import read_header
 from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
@@ -132,7 +132,7 @@ class RunContext:
             where = f", sharded over {processes.world()} processes, {held} in this one"
         if len(devices := placed_over(loaded.model)) > 1:
             where = f" to {devices[-1]}, layers placed over {len(devices)} devices"
-        stored = model_weights.stored_dtype(loaded.model)
+        stored = decoder_stack.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
@@ -217,16 +217,16 @@ class RunContext:
                 quantized = run.artefact(QuantizeArtefact, "quantize")
                 if quantized.gguf:
                     rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
-                    model_weights.replace_parameters_(student, rounded)
+                    decoder_stack.replace_parameters_(student, rounded)
                 if quantized.quantization_config:
                     packed = load_file(run / "quantized.safetensors")
-                    model_weights.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
+                    decoder_stack.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
             elif (
                 run.artefact(FoldArtefact, "fold").changed
                 if each == "folded"
                 else run.artefact(HealArtefact, "heal").tuning
             ):
-                model_weights.replace_parameters_(student, load_file(run / f"{each}.safetensors"))
+                decoder_stack.replace_parameters_(student, load_file(run / f"{each}.safetensors"))
         return student
 
     def compressed(self, cut: Sequence[Segment]) -> Any:

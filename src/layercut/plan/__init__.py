@@ -26,7 +26,7 @@ from layercut.config import CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
 from layercut.files.sizes import parse_bytes
-from layercut.models import checkpoints, decoder_stack, devices, loading
+from layercut.models import checkpoints, decoder_stack, loading, memory
 from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
@@ -95,7 +95,7 @@ class Rates:
         small, large = torch.ones(8, dtype=dtype, device=device), torch.ones(32 * 2**20, device=device)
         return cls(
             flops=2 * rows * width * inner / product(rows, width, inner, dtype, device),
-            flops64=2 * square**3 / product(square, square, square, torch.float64, devices.place_of_float64(device)),
+            flops64=2 * square**3 / product(square, square, square, torch.float64, memory.place_of_float64(device)),
             matvec=width * inner * dtype.itemsize / product(1, width, inner, dtype, device),
             launch=seconds(lambda: [small.add_(0) for _ in range(100)]) / 100,
             memory=2 * large.nbytes / seconds(lambda: large.mul_(1.0)),
@@ -278,8 +278,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if checkpoint.gguf:
         check_output(asked, checkpoint)  # else it is about --out, which a plan has not
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    device, layers = devices.pick_device(config.load.device), decoder_stack.count_layers(stock)
-    stored = devices.pick_dtype(config.load.dtype, stock, checkpoint)
+    device, layers = loading.pick_device(config.load.device), decoder_stack.count_layers(stock)
+    stored = loading.pick_dtype(config.load.dtype, stock, checkpoint)
     check_window("--window", asked.text.window, stock)
     capability_names(asked.search.preserve)
     given = checked_segments(asked.search.segments, layers)
@@ -293,7 +293,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 
     whole = loading.skeleton(stock, stored)
     segments, after = pruned_parts(stock, stored, given, _length(asked, checkpoint, whole, stored))
-    dtypes = {True: devices.computing_dtype(config.load.dtype, stored, torch.device("cpu")), False: stored}
+    dtypes = {True: loading.computing_dtype(config.load.dtype, stored, torch.device("cpu")), False: stored}
     before, length, on_cpu = count_parts(whole), sum(map(len, segments)), device.type == "cpu"
     planner = Planner(
         checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=resident_bytes(),

@@ -21,9 +21,9 @@ from torch import nn
 from layercut.config import NEAR_ENOUGH, Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.files.sizes import parse_bytes
-from layercut.models import decoder_stack, model_weights
+from layercut.models import decoder_stack
+from layercut.models.decoder_stack import replace_parameters_, stored_dtype
 from layercut.models.memory import memory_limit
-from layercut.models.model_weights import replace_parameters_, stored_dtype
 from layercut.models.runner import DecoderRunner, model_of
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
@@ -91,7 +91,9 @@ def quantize(
     config = QuantizeConfig(
         bits=bits, group_size=group_size, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own
     )
-    clone = model_weights.share(model_of(model)).eval()
+    given = model_of(model)
+    decoder_stack.refuse_on_disk(getattr(given, "layers_on_disk", None))
+    clone = decoder_stack.share(given).eval()
     target = parse_bytes("target_size", str(target_size)) if target_size else None
     return quantize_(clone, tokens, config, quantizer=None if own else quantizer, target=target)
 
@@ -119,7 +121,7 @@ def quantize_(
         targets, one_width = list(mixture.targets), mixture.one_width
         require_library(one_width=one_width)
     covered = {target.name for target in targets}
-    decoder, before = decoder_stack.find_decoder(model), model_weights.parameter_bytes(model)
+    decoder, before = decoder_stack.find_decoder(model), decoder_stack.parameter_bytes(model)
     matrices = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
     left = tuple(name for name in matrices if name.removesuffix(".weight") not in covered)
     linear_left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in covered]

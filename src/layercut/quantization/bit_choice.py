@@ -22,7 +22,7 @@ from torch import nn
 from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
-from layercut.models import decoder_stack, model_weights
+from layercut.models import decoder_stack
 from layercut.quantization import sensitivity
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, Width, plan
 from layercut.quantization.packing import stored_bytes, unpacks_while_loading
@@ -97,7 +97,7 @@ class _Choice:
     """What there is to choose for a model: its weights, and the formats that stock transformers can load."""
 
     def __init__(self, model: Any, config: QuantizeConfig) -> None:
-        self.dtype = model_weights.stored_dtype(model)
+        self.dtype = decoder_stack.stored_dtype(model)
         together: dict[int, list[Assignment]] = {}
         for target in plan(model, replace(config, bits=8, embedding_bits=config.embedding_bits or 8)):
             module = model.get_submodule(target.name)

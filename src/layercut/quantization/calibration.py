@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.devices import place_of_float64
-from layercut.models.memory import slices
+from layercut.models.memory import place_of_float64, slices
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.quantization.gptq import gram
 

@@ -16,8 +16,7 @@ import transformers
 
 from layercut.config import QuantizeConfig
 from layercut.errors import ConfigError
-from layercut.models.decoder_stack import find_decoder
-from layercut.models.model_weights import parameter_bytes
+from layercut.models.decoder_stack import find_decoder, parameter_bytes
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, plan
 from layercut.quantization.grid import Grid, decode
 

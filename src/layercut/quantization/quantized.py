@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.model_weights import replace_parameters_
+from layercut.models.decoder_stack import replace_parameters_
 from layercut.quantization.packing import quantized_weights
 
 

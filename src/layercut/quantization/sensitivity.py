@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut.models.decoder_stack import taking_gradients
 from layercut.models.losses import likelihood_slope_
 from layercut.models.memory import kept_bytes
-from layercut.models.model_weights import taking_gradients
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.progress import bar
 from layercut.quantization.assignment import Width

@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layercut.models.decoder_stack import find_decoder
+from layercut.models.decoder_stack import find_decoder, replace_parameters_, stored_dtype, weight_as_stored
 from layercut.models.memory import slices
-from layercut.models.model_weights import replace_parameters_, stored_dtype, weight_as_stored
 from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, pack
 from layercut.quantization.quantized import Quantized

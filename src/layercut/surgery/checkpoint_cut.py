@@ -22,9 +22,9 @@ from layercut.errors import ModelError, SurgeryError
 from layercut.files.reading import read_json
 from layercut.files.writing import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, used_index, weight_files
+from layercut.models.config_files import add_older_names_
 from layercut.models.decoder_stack import OTHER_TOWERS
 from layercut.models.loading import load_config
-from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
 from layercut.surgery.cut_plan import CutPlan, plan_cut

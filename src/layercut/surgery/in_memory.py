@@ -9,7 +9,7 @@ from torch import nn
 
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
-from layercut.models.layer_reader import share
+from layercut.models.decoder_stack import share
 from layercut.models.runner import model_of
 from layercut.segments import Segment, as_segments
 from layercut.surgery.cut_plan import CutPlan, plan_cut

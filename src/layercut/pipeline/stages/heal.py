@@ -19,8 +19,8 @@ from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
-from layercut.models import decoder_stack, layer_reader, memory, model_weights
-from layercut.models.objectives import KL
+from layercut.models import decoder_stack, layer_reader, memory
+from layercut.models.losses import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
     BeforeAfter,
@@ -64,7 +64,7 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
         layers = decoder_stack.find_decoder(student)
         names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
         surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
-    parameters, sizes = model_weights.parameter_count, model_weights.parameter_bytes
+    parameters, sizes = decoder_stack.parameter_count, decoder_stack.parameter_bytes
     return CutArtefact(
         segments=sorted(segments),
         original_layer_index=kept_layers(segments, work.layers),

@@ -25,7 +25,7 @@ from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_se
 from layercut.layer_search.cut_costs import CutCosts, row_kl
 from layercut.layer_search.shortlist import LONGER, shortlist
 from layercut.layer_search.weighted_rows import WeightedRows, probes_alone, weighted_rows
-from layercut.models.losses import as_price
+from layercut.models.losses import as_cost
 from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
@@ -180,7 +180,7 @@ class Left:
                 kl = row_kl(dense, self.kept[key].to(dense.device), tokens, weights)
                 found.append(kl(student.last(tokens)).cpu().double())
                 advance(len(tokens))
-        return as_price(rows.mean(torch.cat(found)[None]).item())
+        return as_cost(rows.mean(torch.cat(found)[None]).item())
 
 
 def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: int) -> ProbeRows | None:

@@ -17,7 +17,7 @@ from layercut.files.writing import remove_written
 from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
-from layercut.models import memory, model_weights
+from layercut.models import decoder_stack, memory
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import ANSWER_WEIGHT, tuning_treatment
@@ -65,7 +65,7 @@ def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], 
     if (state := kept.load(key)) is not None:
         tensors, facts = state
         say("quantize", "rounded before the run was stopped: only the training goes on")
-        return Quantized.restored(model_weights.share(before), {name: one for name, (one,) in tensors.items()}, facts)
+        return Quantized.restored(decoder_stack.share(before), {name: one for name, (one,) in tensors.items()}, facts)
     found = rounded()
     kept.save(key, {name: [tensor] for name, tensor in found.packed.items()}, found.to_dict())
     return found

@@ -20,8 +20,8 @@ from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, written_by
 from layercut.files.sizes import size_flag
 from layercut.layer_search.shortlist import LONGER
-from layercut.models import decoder_stack, model_weights
-from layercut.models.losses import as_price
+from layercut.models import decoder_stack
+from layercut.models.losses import as_cost
 from layercut.pipeline.artefacts import FrontierArtefact, FrontierRecord
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import RunContext
@@ -81,13 +81,13 @@ def measured(work: RunContext, removed: int, bits: Sequence[Bits]) -> list[dict[
         cuts = layer_search.search(work.stack, calibration, **how, seed=work.config.text.seed).segments
         model = trial.healed_for_a_while(work, cuts, calibration, LONGER).at_rest
     for one in bits:
-        smaller, size = model, model_weights.parameter_bytes(model)
+        smaller, size = model, decoder_stack.parameter_bytes(model)
         if one < 16:
             asked = replace(work.config.quantize, bits=one)
             rows = quantize.rows_to_round_on(work, quantize.tests_to_round_on(work, asked))
             found = rounding.quantize(model, rows, **asdict(asked))
             smaller, size = found.model, found.bytes_after
-        rise = as_price(evaluation.perplexity(smaller, work.held_out_text) / work.heldout_perplexity - 1)
+        rise = as_cost(evaluation.perplexity(smaller, work.held_out_text) / work.heldout_perplexity - 1)
         layers = len(decoder_stack.find_decoder(model))
         points.append({"layers": layers, "bits": one, "bytes": size, "rise": rise})
     return points
