@@ -11,8 +11,7 @@ from typing import Any
 from layercut.cli.demo import fetch_model
 from layercut.data.blocks import Blocks, load_blocks
 from layercut.data.sources import CHATS, SELF, has
-from layercut.files.json_values import write_json
-from layercut.files.writing import write_atomically
+from layercut.files import write_atomically, write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.environment import environment
 

@@ -19,7 +19,7 @@ from common import arguments
 from layercut.cli.demo import fetch_model
 from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig, TasksConfig
 from layercut.data.sources import split_mix
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 from layercut.pipeline.compare import compare
 
 HEALING = 4

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
-from layercut.files.writing import appearing
+from layercut.files import appearing
 from layercut.models import decoder_stack, loading
 from layercut.pipeline.journey import compress
 

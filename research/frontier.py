@@ -47,8 +47,7 @@ from layercut.config import (
 from layercut.evaluation import perplexity
 from layercut.evaluation.probe_scores import found_of, passkey, retrieval_grid, trials
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
-from layercut.files.json_values import write_json
-from layercut.files.reading import read_json
+from layercut.files import read_json, write_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS

@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from common import RESULTS, blocks, compact, named, open_model
-from layercut.files.json_values import write_text
+from layercut.files import write_text
 from layercut.layer_search import SearchResult, search
 from layercut.layer_search.baselines import sleb_work
 from layercut.layer_search.result import Cost

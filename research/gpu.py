@@ -38,7 +38,7 @@ from common import RESULTS, named
 from layercut.cli.demo import fetch_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, PlanConfig, SearchConfig
 from layercut.evaluation.speed import peak_device_bytes, speed
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 from layercut.healing.recipe import endpoints
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.runner import DecoderRunner

@@ -44,7 +44,7 @@ from healers import BASELINES, PASS_TOKENS, judged, patch_, train_
 from layercut.config import TuneSettings
 from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
-from layercut.files.json_values import write_json, write_text
+from layercut.files import write_json, write_text
 from layercut.healing import tune_
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.recipe import default_learning_rate, usual_weight

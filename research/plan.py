@@ -29,7 +29,7 @@ from common import arguments
 from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.data.blocks import TextFacts
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (

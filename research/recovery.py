@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from common import arguments, blocks, finish, open_model
 from layercut.config import TuneSettings
 from layercut.evaluation import perplexity
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_

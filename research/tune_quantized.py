@@ -43,7 +43,7 @@ from layercut import evaluation
 from layercut.config import NEAR_ENOUGH, QuantizeConfig, TuneSettings
 from layercut.data.probes import probe_rows
 from layercut.data.sources import TESTS, split_mix
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import tune_parameters_
 from layercut.healing.inputs import Rows

@@ -26,7 +26,7 @@ from layercut.data.probes import SHORT_ROW, ProbeRows, _Writer, capability_names
 from layercut.data.sources import find, split_mix
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import probe_scores
-from layercut.files.json_values import digest
+from layercut.files import digest
 
 CHAT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
 {%- if add_generation_prompt %}<assistant>{% endif %}"""

@@ -23,7 +23,7 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import lm_eval_harness
 from layercut.evaluation.probe_scores import Probes, found_of
 from layercut.evaluation.retention import standard_error
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from layercut.errors import RunError
-from layercut.files.json_values import Damaged, check_seal, decode, jsonable, seal
-from layercut.files.writing import appearing, disk_refusal, partial_of, remove_written, write_atomically
+from layercut.files import (
+    Damaged,
+    appearing,
+    check_seal,
+    decode,
+    disk_refusal,
+    jsonable,
+    partial_of,
+    remove_written,
+    seal,
+    write_atomically,
+)
 from layercut.segments import Segment
 
 GONE = 2**22 + 1

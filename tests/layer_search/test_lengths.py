@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import tiny
-from layercut import layer_search
+from layercut import files, layer_search
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, SearchConfig
 from layercut.errors import ConfigError
-from layercut.files import sizes
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, split_rows
 from layercut.layer_search.budgets import length_for_size
 from layercut.layer_search.result import Candidate, Cost
@@ -172,8 +171,8 @@ def test_given_segments_are_priced_together():
     [(100, "100 B", "100B"), (1234, "1.2 kB", "1.3kB"), (71234567, "71.2 MB", "71.3MB"), (2e9, "2.0 GB", "2GB")],
 )
 def test_sizes_are_readable_at_any_scale_and_a_flags_value_allows_what_was_asked(count, text, flag):
-    assert sizes.size(count) == formatting.size(count) == text
-    assert sizes.size_flag(count) == flag
+    assert files.size(count) == formatting.size(count) == text
+    assert files.size_flag(count) == flag
     assert parse_bytes("--target-size", flag) >= count
 
 

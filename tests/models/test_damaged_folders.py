@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import folders
 from fuzz import folders as fuzz
+from layercut import files
 from layercut.cli import evaluate_alone, single_stage
 from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError
 from layercut.export import checkpoint
-from layercut.files import reading
 from layercut.models import checkpoints, config_files, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_folder import Run
@@ -58,7 +58,7 @@ def test_json_beyond_the_limits_is_refused(kind, tmp_path):
     raw, words = BAD_JSON[kind]
     (tmp_path / "x.json").write_bytes(raw)
     with pytest.raises(ModelError, match=words):
-        reading.read_json(tmp_path / "x.json")
+        files.read_json(tmp_path / "x.json")
 
 
 def test_only_regular_files_of_some_size_are_read(tmp_path, monkeypatch):
@@ -71,11 +71,11 @@ def test_only_regular_files_of_some_size_are_read(tmp_path, monkeypatch):
         "nothing": "no file",
     }.items():  # fmt: skip
         with fuzz.limited(5), pytest.raises(ModelError, match=words):
-            reading.read_json(tmp_path / name)
+            files.read_json(tmp_path / name)
     (tmp_path / "long").write_text("[1, 2, 3]")
-    monkeypatch.setattr(reading, "LARGEST_JSON", 5)
+    monkeypatch.setattr(files, "LARGEST_JSON", 5)
     with pytest.raises(ModelError, match="9 bytes; allowed are 5"):
-        reading.read_json(tmp_path / "long")
+        files.read_json(tmp_path / "long")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
@@ -300,13 +300,13 @@ def test_a_record_tells_damage(tmp_path):
     model.mkdir()
     save_file({"a": torch.zeros(4)}, model / "x.safetensors")
     (model / "config.json").write_text("{}")
-    recorded = json.loads(json.dumps(reading.record([model], tmp_path)))
-    assert reading.differing(tmp_path, recorded) is None
+    recorded = json.loads(json.dumps(files.record([model], tmp_path)))
+    assert files.differing(tmp_path, recorded) is None
     (model / "README.md").write_text("more files do not matter")
-    assert reading.differing(tmp_path, recorded) is None
-    assert reading.differing(tmp_path, recorded | {"model/gone": [0, ""]})
+    assert files.differing(tmp_path, recorded) is None
+    assert files.differing(tmp_path, recorded | {"model/gone": [0, ""]})
     (model / "config.json").write_text("[]")
-    assert reading.differing(tmp_path, recorded)
+    assert files.differing(tmp_path, recorded)
 
 
 def test_the_fresh_process_sees_what_this_one_sees_but_the_working_directory(tmp_path, monkeypatch):

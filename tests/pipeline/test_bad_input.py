@@ -28,7 +28,7 @@ from transformers import BertConfig, T5Config
 
 from layercut.cli.command_line import main
 from layercut.errors import RunError
-from layercut.files.json_values import write_text
+from layercut.files import write_text
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_folder import Run
 
@@ -504,7 +504,7 @@ def test_an_error_that_is_no_disks_is_a_fault_of_ours(tmp_path, monkeypatch):
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "layercut.files.writing.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+        "layercut.files.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
     )
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(RunError, match=r"report\.html cannot be written: No space left"):

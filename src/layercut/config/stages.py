@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.registries import Registry, criteria, objectives
 from layercut.segments import Segment
 

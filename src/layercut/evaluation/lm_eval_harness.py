@@ -32,7 +32,7 @@ import torch
 from layercut.data.documents import content
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
-from layercut.files.json_values import digest, restored, write_json
+from layercut.files import digest, restored, write_json
 from layercut.models.decoder_stack import positions
 from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget

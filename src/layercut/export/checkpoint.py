@@ -24,9 +24,7 @@ from safetensors.torch import save_file
 
 from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
-from layercut.files.reading import read_json
-from layercut.files.sizes import size
-from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
+from layercut.files import check_replaceable, partial_of, read_json, replace_folder, size, usual_mode_, writing
 from layercut.models import checkpoints, layer_reader, memory
 from layercut.models.config_files import add_older_names_
 from layercut.models.decoder_stack import as_stored, share

@@ -39,7 +39,7 @@ from layercut.export.gguf_export import (
     write_requantized,
 )
 from layercut.export.gguf_tensors import tensor_types
-from layercut.files.reading import read_json
+from layercut.files import read_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.segments import Segment
 

@@ -39,7 +39,7 @@ from layercut.export.gguf_tensors import (
     types_as_they_came,
 )
 from layercut.export.importance import importance
-from layercut.files.reading import read_json
+from layercut.files import read_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import read_header

@@ -31,7 +31,7 @@ from torch import nn
 from layercut.config import TuneSettings
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
-from layercut.files.json_values import digest
+from layercut.files import digest
 from layercut.healing.inputs import Batch, Rows, removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
 from layercut.healing.recipe import (

@@ -20,7 +20,7 @@ from typing import IO
 import torch
 
 from layercut.errors import RunError
-from layercut.files.sizes import size
+from layercut.files import size
 from layercut.healing.inputs import Batch, Rows
 from layercut.healing.tuning_pass import Pair, loss_gradient
 from layercut.models.memory import placed

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from layercut.files.writing import write_atomically
+from layercut.files import write_atomically
 from layercut.plotting import axes_or_new
 
 

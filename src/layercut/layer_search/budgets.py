@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError
-from layercut.files.sizes import size, size_flag
+from layercut.files import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, Cuts, set_losses
 from layercut.models.losses import as_cost

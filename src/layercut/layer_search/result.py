@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercut.distributed import processes
-from layercut.files.json_values import OPTIONAL, jsonable
+from layercut.files import OPTIONAL, jsonable
 from layercut.plotting import axes_or_new
 from layercut.segments import Segment
 

@@ -1,7 +1,7 @@
 """From a model's name to files on this machine, checked: a Hub id or a .gguf file there, a local folder or .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
-shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
+shard names may not leave the folder, and JSON is read within limits (`files.py`) and checked
 (`models/config_files.py`) before a class of transformers sees it. Which files hold the weights is decided here alone,
 as transformers decides it.
 """
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, first_line
-from layercut.files.json_values import write_json
-from layercut.files.reading import content_digest, read_json
+from layercut.files import content_digest, read_json, write_json
 from layercut.models import config_files
 
 DIGESTS = ".digests.json"

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError
-from layercut.files.reading import read_json
-from layercut.files.writing import write_atomically
+from layercut.files import read_json, write_atomically
 
 COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",

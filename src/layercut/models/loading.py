@@ -20,7 +20,7 @@ import torch
 
 from layercut.distributed import processes
 from layercut.errors import ModelError, first_line
-from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular, read_json
+from layercut.files import LARGEST_JSON, REFETCH, open_regular, read_json
 from layercut.models import checkpoints, config_files, gguf_header
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.decoder_stack import convert_parameters_

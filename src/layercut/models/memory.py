@@ -30,7 +30,7 @@ import torch
 from layercut import progress
 from layercut.distributed import processes
 from layercut.errors import ModelError
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 
 Part = TypeVar("Part", bound=Any)
 CGROUP = Path("/sys/fs/cgroup")

@@ -21,7 +21,7 @@ from torch import nn
 from layercut.config import DeviceMapMode, ShardMode, StreamMode
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError
-from layercut.files.sizes import size
+from layercut.files import size
 from layercut.models import checkpoints, loading
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.layer_reader import open_on_disk, why_not_by_layer

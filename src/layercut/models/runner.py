@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.files.sizes import size
+from layercut.files import size
 from layercut.models.decoder_stack import find_decoder, positions, stored_dtype
 from layercut.models.layer_reader import layers_on_disk
 from layercut.models.memory import Budget, ShrinkingParts, available_bytes, budget, memory_limit, placed

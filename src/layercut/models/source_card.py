@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from layercut.errors import ModelError
-from layercut.files.reading import open_regular
+from layercut.files import open_regular
 from layercut.models.gguf_header import read_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

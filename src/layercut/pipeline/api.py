@@ -14,7 +14,7 @@ from typing import Any
 
 from layercut.config import PRESETS, CompressConfig, from_flat
 from layercut.errors import ConfigError
-from layercut.files.json_values import restored
+from layercut.files import restored
 from layercut.pipeline import journey
 from layercut.pipeline.handover import result_of
 

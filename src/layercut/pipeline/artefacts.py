@@ -1,7 +1,7 @@
 """What each stage leaves in the run folder, by type: the keys that other stages and the report read.
 
 A stage makes one of these, or a dataclass of another package such as `TextFacts`; `Run.stage` writes it, and later
-stages read its attributes. The names of the fields are the keys of the JSON files (`files/json_values.py`).
+stages read its attributes. The names of the fields are the keys of the JSON files (`files.py`).
 """
 
 from __future__ import annotations

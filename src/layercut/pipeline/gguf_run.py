@@ -29,7 +29,7 @@ from layercut.export.gguf_export import (
     write_cut,
 )
 from layercut.export.gguf_tensors import architecture_of, check_converts, possible_names, tensor_types
-from layercut.files.writing import partial_of, replace_folder, writing
+from layercut.files import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments
 from layercut.models import checkpoints, decoder_stack, loading

@@ -20,9 +20,7 @@ from layercut.export.formats import ExportSource
 from layercut.export.gguf_export import AS_THEY_CAME
 from layercut.export.gguf_measured import FLOATS
 from layercut.export.modelfile import modelfile
-from layercut.files.json_values import write_json, write_text
-from layercut.files.reading import read_json
-from layercut.files.writing import appearing
+from layercut.files import appearing, read_json, write_json, write_text
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
 from layercut.pipeline.run_folder import check_finished, is_run

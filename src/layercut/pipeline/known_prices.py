@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from layercut.distributed import processes
-from layercut.files.json_values import write_json
+from layercut.files import write_json
 from layercut.pipeline.run_folder import Run
 from layercut.segments import Segment
 

@@ -25,8 +25,7 @@ from layercut.data.sources import CHATS, SELF, SHARED, has
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
-from layercut.files.sizes import size
-from layercut.files.writing import write_atomically
+from layercut.files import size, write_atomically
 from layercut.healing import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement

@@ -30,19 +30,21 @@ from safetensors import SafetensorError, safe_open
 
 from layercut.distributed import processes
 from layercut.errors import RunError
-from layercut.files.json_values import (
+from layercut.files import (
     Damaged,
     check_seal,
     decode,
+    differing,
     digest,
+    disk_refusal,
     jsonable,
+    record,
     restored,
     seal,
     write_json,
     write_text,
+    writing,
 )
-from layercut.files.reading import differing, record
-from layercut.files.writing import disk_refusal, writing
 from layercut.models import checkpoints, memory
 from layercut.pipeline.environment import environment, versions
 from layercut.progress import warn

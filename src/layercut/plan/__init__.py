@@ -25,7 +25,7 @@ from layercut import registries
 from layercut.config import CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.models import checkpoints, decoder_stack, loading, memory
 from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name

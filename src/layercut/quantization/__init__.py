@@ -20,7 +20,7 @@ from torch import nn
 
 from layercut.config import NEAR_ENOUGH, Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
-from layercut.files.sizes import parse_bytes
+from layercut.files import parse_bytes
 from layercut.models import decoder_stack
 from layercut.models.decoder_stack import replace_parameters_, stored_dtype
 from layercut.models.memory import memory_limit

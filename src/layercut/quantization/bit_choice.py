@@ -21,7 +21,7 @@ from torch import nn
 
 from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError
-from layercut.files.sizes import size, size_flag
+from layercut.files import size, size_flag
 from layercut.models import decoder_stack
 from layercut.quantization import sensitivity
 from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, Width, plan

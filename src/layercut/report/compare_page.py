@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.files.writing import write_atomically
+from layercut.files import write_atomically
 from layercut.report.formatting import (
     Json,
     dash,

@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut import progress
-from layercut.files import sizes
+from layercut import files, progress
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -123,7 +122,7 @@ def whole(value: Any) -> str:
 def size(value: Any) -> str:
     """Bytes with their unit: 269030016 -> 269.0 MB."""
     found = finite(value)
-    return NOT_MEASURED if found is None else sizes.size(found)
+    return NOT_MEASURED if found is None else files.size(found)
 
 
 def figure(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.files.writing import write_atomically
+from layercut.files import write_atomically
 from layercut.report import charts, sections
 from layercut.report.compare_page import write_comparison
 from layercut.report.formatting import (

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, SurgeryError
-from layercut.files.reading import read_json
-from layercut.files.writing import appearing
+from layercut.files import appearing, read_json
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, used_index, weight_files
 from layercut.models.config_files import add_older_names_
 from layercut.models.decoder_stack import OTHER_TOWERS

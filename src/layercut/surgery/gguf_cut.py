@@ -15,7 +15,7 @@ from typing import Any
 
 from layercut import __version__
 from layercut.errors import ConfigError, ModelError, SurgeryError
-from layercut.files.writing import appearing
+from layercut.files import appearing
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import Header, block_of, open_gguf, raw_value
 from layercut.progress import say

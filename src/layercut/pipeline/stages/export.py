@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from layercut import evaluation
 from layercut.export import engines
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
-from layercut.files.writing import partial_of
+from layercut.files import partial_of
 from layercut.models import layer_reader
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact

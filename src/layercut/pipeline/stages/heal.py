@@ -13,8 +13,7 @@ from layercut import surgery
 from layercut.config import HealConfig
 from layercut.data.blocks import fingerprint, in_rows
 from layercut.distributed import processes
-from layercut.files.json_values import digest
-from layercut.files.writing import remove_written
+from layercut.files import digest, remove_written
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Rows

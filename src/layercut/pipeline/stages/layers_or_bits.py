@@ -13,7 +13,7 @@ from functools import cache, partial
 from layercut import layer_search, surgery
 from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError, SurgeryError
-from layercut.files.json_values import jsonable
+from layercut.files import jsonable
 from layercut.pipeline.artefacts import ShareRecord, SharesArtefact
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import RunContext

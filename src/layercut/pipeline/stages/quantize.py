@@ -14,7 +14,7 @@ from layercut.config import CompressConfig, DataConfig, QuantizeConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS, has
-from layercut.files.json_values import digest
+from layercut.files import digest
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext

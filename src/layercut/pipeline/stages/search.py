@@ -16,7 +16,7 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.errors import ConfigError
 from layercut.export.engines import restriction
-from layercut.files.json_values import jsonable
+from layercut.files import jsonable
 from layercut.layer_search import (
     Restriction,
     SearchResult,

@@ -23,8 +23,7 @@ from layercut.data.probe_families import EDITION
 from layercut.data.sources import CHATS, MADE_ANEW, TESTS, has, share_of, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
 from layercut.errors import DataError
-from layercut.files.json_values import digest
-from layercut.files.reading import read_json
+from layercut.files import digest, read_json
 from layercut.models import decoder_stack
 from layercut.pipeline.artefacts import SharedText
 from layercut.pipeline.run_context import RunContext

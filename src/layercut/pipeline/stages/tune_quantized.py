@@ -12,8 +12,7 @@ from typing import Any
 
 from layercut.config import CompressConfig
 from layercut.distributed import processes
-from layercut.files.sizes import size
-from layercut.files.writing import remove_written
+from layercut.files import remove_written, size
 from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile

@@ -18,7 +18,7 @@ from layercut.config import Bits, CompressConfig, consumer_names
 from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, written_by
-from layercut.files.sizes import size_flag
+from layercut.files import size_flag
 from layercut.layer_search.shortlist import LONGER
 from layercut.models import decoder_stack
 from layercut.models.losses import as_cost
