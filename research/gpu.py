@@ -175,7 +175,7 @@ def in_bfloat16(model: Any) -> Any:
 
 def timed(dense: Any, small: Any, amounts: dict[str, int]) -> dict[str, Any]:
     found = speed(dense, small, **{name: amounts[name] for name in ("prompt", "decode", "repeats")})
-    return {name: found[name] for name in ("prefill", "decode", "generation_bytes", "kv_bytes_per_token")}
+    return {name: found[name] for name in ("prefill", "decode", "kv_bytes_per_token")}
 
 
 # --- vLLM, in processes of its own, after this one has freed the device -----------------------------------------------

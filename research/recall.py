@@ -36,13 +36,13 @@ def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tens
     """What is left: perplexity by text, keys and values found, damage and hit rates of generated tests."""
     found: dict[str, Any] = {"perplexity": {name: evaluation.perplexity(small, text) for name, text in texts.items()}}
     told = probed(small, model.model, model.tokenizer, probes)
-    for name, cells in (("keys", told.keys), ("lists", told.lists)):
+    for name, cells in (("keys", told["keys"]), ("lists", told["lists"])):
         hits, trials = found_of(cells)
         found |= {name: cells, f"{name}_found": hits, f"{name}_asked": trials}
     models = {"dense": model.model, "compressed": small}
     written = {name: evaluation.generations(each, model.tokenizer) for name, each in models.items()}
     own = evaluation.replies(model.model, small, model.tokenizer, written)
-    return found | (told.capabilities or {}) | {"replies": own}
+    return found | (told["capabilities"] or {}) | {"replies": own}
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
     longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
-    probes = replace(longer, tests=tests)
+    probes = replace(longer, rows=tests)
     named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
     facts = {key: getattr(args, key) for key in named}
     done = RowsDone(args.out, facts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from common import RESULTS
 from layercut import evaluation
-from layercut.evaluation.retention import retained
+from layercut.evaluation.tasks import retained
 from layercut.models import loading
 from layercut.pipeline.compare import score_of
 

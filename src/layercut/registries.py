@@ -13,8 +13,8 @@ A part is registered by a decorator, or by an entry point of an installed packag
         ...
 
 What a part must look like is documented where it is used: `layer_search/criteria.py`, `models/losses.py`,
-`quantization/quantizers.py`, `evaluation/protocol.py`, `export/formats.py`. Nothing is imported before it is asked for,
-so that `layercut --help` knows all names and loads none of them.
+`quantization/quantizers.py`, `evaluation/comparison.py`, `export/formats.py`. Nothing is imported before it is asked
+for, so that `layercut --help` knows all names and loads none of them.
 """
 
 from __future__ import annotations

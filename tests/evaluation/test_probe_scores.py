@@ -121,9 +121,6 @@ def test_what_follows_an_answer_in_one_token_with_its_last_sign_does_not_count(t
     assert ended
 
 
-# ---- a hidden key --------------------------------------------------------------------------------------------
-
-
 def test_prompts_fill_the_length_and_hide_the_key_at_the_depth():
     tokenizer = folders.tokenizer()
     found = probe_scores.trials(probe_scores.passkey, tokenizer, 1024, seed=3)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from layercut.errors import RunError
-from layercut.evaluation.retention import (
+from layercut.evaluation.tasks import (
+    FEWEST,
     compare_records,
     compare_tasks,
-    flips,
     guessing,
     mcnemar,
     representative_metric,
     retained,
-    retention,
     standard_error,
 )
+from layercut.report.stage_lines import describe_retention
 
 
 def record(values: Any, choices: Any = 2, metric: str = "acc", name: str = "one", **more: Any) -> dict[str, Any]:
@@ -39,19 +39,15 @@ def items(right: int, of: int = 400) -> list[int]:
     return [1] * right + [0] * (of - right)
 
 
-def test_guessing_follows_the_choices_of_each_item():
+def test_guessing_flips_and_their_p_value():
     assert guessing(record([1] * 2, [2, 4]), "acc")[0] == 0.375, "the mean of 1/2 and 1/4, not 1/3"
     assert guessing(record([1] * 2, None), "acc") == guessing(record([1], 4, metric="f1"), "f1") == (0, 0)
-
-
-def test_flips_and_their_p_value():
-    assert flips([1, 1, 1, 0, 0, 1.0], [1, 0, 0, 1, 0, 0.0]) == (3, 1)
     # two-sided exact binomial, by counting all 2^4 splits of the four flips: at least 3 on one side
     uneven = sum(1 for bits in range(16) if max(bits.bit_count(), 4 - bits.bit_count()) >= 3)
     assert mcnemar(3, 1) == mcnemar(1, 3) == Fraction(uneven, 16)
     assert mcnemar(0, 0) == mcnemar(5, 5) == 1.0
     assert 0 < mcnemar(3000, 2500) < 1e-10, "no overflow with thousands of items"
-    assert flips([0.5, 1], [1, 1]) is None, "an F1 score does not flip"
+    assert compare_records(record([0.5, 1]), record([1, 1]))["lost"] is None, "an F1 score does not flip"
     assert standard_error([1, 0, 0, 1, 1]) == pytest.approx(np.std([1, 0, 0, 1, 1], ddof=1) / 5**0.5)
     assert standard_error([1.0]) is None
 
@@ -81,12 +77,27 @@ def test_retention_is_the_mean_over_tasks_that_count():
     }  # fmt: skip
     found = compare_tasks(dense, pruned)
     assert found["retention"] == {
-        "mean": pytest.approx((0.75 + 1 + 0.5) / 3), "tasks": 3,
+        "mean": pytest.approx((0.75 + 1 + 0.5) / 3), "tasks": 3, "items": 10, "error": None,
         "above_chance": pytest.approx(((0.75 - 0.25) / 0.75 + 0.5) / 2), "tasks_above_chance": 2,
     }  # fmt: skip
     text = found["tasks"]["w"]
     assert (text["dense"], text["compressed"], text["retention"], text["p_value"]) == (30.0, 60.0, None, None)
-    assert retention([]) == {"mean": None, "above_chance": None, "tasks": 0, "tasks_above_chance": 0}
+    assert compare_tasks({}, {})["retention"]["mean"] is None
+
+
+@pytest.mark.parametrize("count", [1, FEWEST - 1, FEWEST, 400])
+def test_a_share_says_of_how_many_items_it_is_and_few_have_no_error(count):
+    """Of one item, or of few that agree, resampling would find no error at all."""
+    dense, half = record([1] * count, 4), record([i % 2 for i in range(count)], 4)
+    found = compare_tasks({"a": dense}, {"a": half})["retention"]
+    assert found["items"] == count
+    assert f"{count} items" in describe_retention(found)
+    if count < FEWEST:
+        assert found["error"] is None
+        assert retained({"a": dense}, {"x": {"a": half}})["x"].above_chance_error is None
+    else:
+        assert found["error"] == pytest.approx((0.25 / count) ** 0.5, rel=0.15)
+        assert "±" in describe_retention(found)
 
 
 def test_the_metric_that_speaks():
@@ -108,6 +119,11 @@ def test_points_are_those_of_the_paper_and_above_chance():
     assert kept["worse"].behind == pytest.approx(1 - kept["worse"].mean)
     alone = retained({"w": dense["w"]}, {"x": {"w": worse["w"]}})["x"]
     assert alone.mean is alone.above_chance is None
+    for each in (dense, worse):  # a corpus's BLEU has a score and no error
+        each["a"]["metrics"]["acc"]["values"] = None
+    found = retained(dense, {"x": dense, "y": worse})
+    assert (found["x"].mean, found["x"].error, found["x"].above_chance_error) == (1, None, None)
+    assert found["y"].behind_error is found["y"].p_value is None
 
 
 def test_errors_are_paired_over_the_items():
@@ -132,16 +148,6 @@ def test_a_large_difference_is_significant_and_few_items_that_differ_are_not():
     assert p_value(items(1, 100), items(1, 100), items(0, 100)) == p_value([1], [1], [0]) == 1
     assert p_value(items(60, 100), items(60, 100), items(55, 100)) >= 0.0625, "the sign test's"
     assert p_value(items(60, 100), items(60, 100), items(53, 100)) < 0.05
-
-
-def test_what_is_no_mean_of_items_has_a_score_and_no_error():
-    dense, worse = ({"a": record(items(right)), "b": record(items(200))} for right in (200, 150))
-    for each in (dense, worse):
-        each["a"]["metrics"]["acc"]["values"] = None
-    found = retained(dense, {"x": dense, "y": worse})
-    assert (found["x"].mean, found["x"].error, found["x"].above_chance_error) == (1, None, None)
-    assert found["y"].behind == pytest.approx(0.125)
-    assert found["y"].behind_error is found["y"].p_value is None, "a tenth of a BLEU is no significant difference"
 
 
 def test_an_accuracy_that_is_no_share_of_right_answers_counts_above_chance_for_nothing():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from layercut import evaluation, memory_limit
 from layercut.cli.command_line import main
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, DataError
-from layercut.evaluation import lm_eval_harness
+from layercut.evaluation import tasks as harness
 from layercut.evaluation.probe_scores import Probes, found_of
-from layercut.evaluation.retention import standard_error
-from layercut.files import write_json
+from layercut.evaluation.tasks import standard_error
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------
 
@@ -106,8 +104,8 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
             raise KeyboardInterrupt
         return run(lm, name, *more)
 
-    run = lm_eval_harness._run
-    monkeypatch.setattr(lm_eval_harness, "_run", count)
+    run = harness._run
+    monkeypatch.setattr(harness, "_run", count)
     tokenizer = folders.tokenizer()
 
     def score(lm: Any, limit: int = 2) -> Any:
@@ -145,7 +143,7 @@ def test_what_a_task_is_goes_by_its_content(task_folder, tmp_path):
         (folder / "data.py").write_text(folders.TASK_DATA + code.format(helper))
         (folder / "choices.yaml").write_text(folders.TASK_CHOICES + f"process_docs: !function data.{function}\n")
         task = evaluation.load_tasks(["tiny_choices"], folder)["tiny_choices"]
-        return lm_eval_harness.definition(task, 4), evaluation.harness_version(folder)
+        return harness.definition(task, 4), evaluation.harness_version(folder)
 
     first, edited = prepared("prepared"), prepared("prepared", "items.select(range(len(items)))")
     assert prepared("prepared") == first
@@ -156,21 +154,21 @@ def test_what_a_task_is_goes_by_its_content(task_folder, tmp_path):
 
 def test_a_healed_weight_changes_the_content(tasks):
     lm, tokenizer = model(), folders.tokenizer()
-    before = lm_eval_harness.content_hash(lm, tokenizer)
-    assert lm_eval_harness.content_hash(model(), folders.tokenizer()) == before
+    before = harness.content_hash(lm, tokenizer)
+    assert harness.content_hash(model(), folders.tokenizer()) == before
     lm.config.original_layer_index = [0, 1, 2]
-    assert lm_eval_harness.content_hash(lm, tokenizer) == before, "where it came from is not what it computes"
+    assert harness.content_hash(lm, tokenizer) == before, "where it came from is not what it computes"
     lm.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
-    assert lm_eval_harness.content_hash(lm, tokenizer) != before
+    assert harness.content_hash(lm, tokenizer) != before
 
 
 def test_how_a_model_generates_is_part_of_the_content():
     lm, tokenizer = model(), folders.tokenizer()
-    before = lm_eval_harness.content_hash(lm, tokenizer)
+    before = harness.content_hash(lm, tokenizer)
     lm.generation_config.repetition_penalty = 1.5
-    assert lm_eval_harness.content_hash(lm, tokenizer) != before
+    assert harness.content_hash(lm, tokenizer) != before
     tokenizer.eos_token = tokenizer.bos_token
-    assert lm_eval_harness.content_hash(model(), tokenizer) != before
+    assert harness.content_hash(model(), tokenizer) != before
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------
@@ -249,7 +247,7 @@ def test_compress_scores_both_models(scored, tiny_model, texts):
     assert (row["metric"], row["items"]) == ("acc_norm", 6)
     assert row["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
     assert row["compressed"] == pytest.approx(row["dense"] + (row["gained"] - row["lost"]) / 6)
-    assert set(summary["retention"]) == {"mean", "above_chance", "tasks", "tasks_above_chance"}
+    assert {"mean", "above_chance", "tasks", "tasks_above_chance"} < set(summary["retention"])
     assert summary["long_context"]["window"] == 64, "the text ends before 128"
     for name in ("dense", "compressed"):
         assert sum(cell["found"] for cell in summary["probes"]["keys"][name]) == 2
@@ -312,7 +310,7 @@ def test_what_a_run_measured_is_kept_and_nothing_is_run_twice(scored, monkeypatc
 def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
     lm, rows = model(), []
     requests = [(("", ""), [5] * (9 - i), [i, i + 1]) for i in range(7)]
-    wanted = lm_eval_harness.language_model(lm, folders.tokenizer(), 64)._loglikelihood_tokens(requests)
+    wanted = harness.language_model(lm, folders.tokenizer(), 64)._loglikelihood_tokens(requests)
     forward = lm.forward
 
     def short(input_ids: Any, **how: Any) -> Any:
@@ -323,7 +321,7 @@ def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
 
     monkeypatch.setattr(lm, "forward", short)
     with memory_limit():
-        adapter = lm_eval_harness.language_model(lm, folders.tokenizer(), 64)
+        adapter = harness.language_model(lm, folders.tokenizer(), 64)
         found = adapter._loglikelihood_tokens(requests)
         before = len(rows)
         adapter._loglikelihood_tokens(requests)
@@ -333,7 +331,7 @@ def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
 
 
 def test_an_answer_without_a_token_of_its_own_is_refused():
-    lm = lm_eval_harness.language_model(model(), folders.tokenizer(), 64)
+    lm = harness.language_model(model(), folders.tokenizer(), 64)
     with pytest.raises(DataError, match="no token of its own"):
         lm._loglikelihood_tokens([(("ba", ""), [5, 6], [7]), (("ba", ""), [5, 6], [])])
 
@@ -350,11 +348,3 @@ def test_a_task_that_samples_draws_the_same_for_every_model(tmp_path):
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert random.getstate() == own
-
-
-def test_a_kept_score_that_is_no_number_is_read_as_one(tmp_path):
-    file = tmp_path / "record.json"
-    write_json(file, {"metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}})
-    assert lm_eval_harness._kept(file) == {
-        "metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}
-    }

@@ -142,11 +142,8 @@ def test_the_plan_knows_the_accelerators_that_are_there(counts, tiny_model, monk
 def test_peak_memory_is_the_devices(counts, tiny_model):
     model = placement.load(checkpoints.resolve(str(tiny_model)), device="standin:1").model
     held = torch.accelerator.memory_allocated(1)
-    on_top = speed.generation_bytes(model, 16, 2)
-    assert 16 * folders.VOCABULARY < on_top < held
-    before = speed.peak_device_bytes(torch.device("standin:1"))
-    torch.accelerator.reset_peak_memory_stats(1)
-    assert before > held
+    model(torch.zeros(1, 16, dtype=torch.long, device="standin:1"))
+    assert speed.peak_device_bytes(torch.device("standin:1")) > held
     assert speed.peak_device_bytes(torch.device("cpu")) is None
 
 

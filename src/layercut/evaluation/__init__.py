@@ -3,7 +3,16 @@
 Everything is measured on the dense and on the pruned model, on the same tokens, items and prompts.
 """
 
-from layercut.evaluation.comparison import Evaluation, evaluate
+from layercut.evaluation.comparison import (
+    Evaluation,
+    EvaluationFunction,
+    Rows,
+    evaluate,
+    measure,
+    measure_all,
+    metric_rows,
+    named,
+)
 from layercut.evaluation.generation import PROMPTS, SAMPLE, generation_health, generations, replies
 from layercut.evaluation.likelihood import (
     long_windows,
@@ -15,44 +24,14 @@ from layercut.evaluation.likelihood import (
     perplexity_protocol,
     window_losses,
 )
-from layercut.evaluation.lm_eval_harness import check_tasks, harness_version, load_tasks, score_tasks
 from layercut.evaluation.probe_scores import CapabilityFigures, capability_figures, retrieval_grid
-from layercut.evaluation.protocol import EvaluationFunction, Rows, measure, measure_all, metric_rows, named
-from layercut.evaluation.retention import compare_records, compare_tasks, representative_metric, retention
+from layercut.evaluation.tasks import check_tasks, compare_tasks, harness_version, load_tasks, score_tasks
 from layercut.registries import source_digest
 
 __all__ = [
-    "PROMPTS",
-    "SAMPLE",
-    "CapabilityFigures",
-    "Evaluation",
-    "EvaluationFunction",
-    "Rows",
-    "capability_figures",
-    "check_tasks",
-    "compare_records",
-    "compare_tasks",
-    "evaluate",
-    "generation_health",
-    "generations",
-    "harness_version",
-    "load_tasks",
-    "long_windows",
-    "loss_by_position",
-    "measure",
-    "measure_all",
-    "metric_rows",
-    "named",
-    "of_losses",
-    "paired_error",
-    "perplexity",
-    "perplexity_by_position",
-    "perplexity_protocol",
-    "replies",
-    "representative_metric",
-    "retention",
-    "retrieval_grid",
-    "score_tasks",
-    "source_digest",
-    "window_losses",
-]
+    "PROMPTS", "SAMPLE", "CapabilityFigures", "Evaluation", "EvaluationFunction", "Rows", "capability_figures",
+    "check_tasks", "compare_tasks", "evaluate", "generation_health", "generations", "harness_version", "load_tasks",
+    "long_windows", "loss_by_position", "measure", "measure_all", "metric_rows", "named", "of_losses", "paired_error",
+    "perplexity", "perplexity_by_position", "perplexity_protocol", "replies", "retrieval_grid", "score_tasks",
+    "source_digest", "window_losses",
+]  # fmt: skip

@@ -1,23 +1,47 @@
-"""`layercut.evaluate`: measure a model in memory on held-out text, by itself or against a baseline."""
+"""`layercut.evaluate`: measure a model in memory on held-out text, by itself or against a baseline.
+
+And the evaluations that packages bring, run on the dense and on the compressed model in the same way. One is a function
+of a model that returns figures by name. It is registered by a decorator, or by an entry point of the group
+"layercut.evaluations", and asked for by `--evaluations mypackage-digits` or
+`layercut.evaluate(…, evaluations=["mypackage-digits"], tokenizer=tokenizer)`:
+
+    @layercut.evaluations.register("mypackage-digits")
+    def digits(model, tokenizer, *, seed):
+        prompts = make_prompts(random.Random(seed))
+        return {"accuracy": …, "seconds": …}
+
+    digits.higher_is_better = {"accuracy": True, "seconds": False}      # optional: what reports say of a change
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from layercut import registries
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
-from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import decoder_stack
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner, in_eval_mode, model_of
 from layercut.plotting import axes_or_new
 from layercut.progress import bar
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Evaluation, metric -> figure by the name of a model, and "higher_is_better": bool, None where not known."""
+
+
+class EvaluationFunction(Protocol):
+    """What `layercut.evaluations` holds. It may have an attribute `higher_is_better`, a mapping of metric to bool."""
+
+    def __call__(self, model: Any, tokenizer: Any, *, seed: int) -> Mapping[str, float]:
+        """Measure a model."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +148,7 @@ def evaluate(
         heldout: token ids [N, T], T at least 2 and no more than the model has positions; text that the model was
             neither searched nor tuned on.
         baseline: the dense model, given as `model` is; of the same vocabulary.
-        evaluations: further evaluations (`evaluation/protocol.py`): registered names, or functions.
+        evaluations: further evaluations (`evaluation/comparison.py`): registered names, or functions.
         tokenizer: handed to the evaluations, which it is needed for.
         seed: of the evaluations.
 
@@ -137,8 +161,12 @@ def evaluate(
             vocabularies of different sizes.
         ConfigError: an evaluation is unknown or returns no figures, or the tokenizer is missing.
     """
-    model = _model_in(model)
-    models = {"model": model} if baseline is None else {"model": model, "baseline": _model_in(baseline)}
+
+    def model_in(given: Any) -> Any:  # its `.model` where it is neither a torch module nor a runner
+        own = isinstance(given, torch.nn.Module | DecoderRunner)
+        return model_of(given if own else getattr(given, "model", given))
+
+    models = {"model": model_in(model)} | ({} if baseline is None else {"baseline": model_in(baseline)})
     functions = named(evaluations)
     if functions and tokenizer is None:
         raise ConfigError("evaluations are given and no tokenizer", "evaluate(…, tokenizer=tokenizer)")
@@ -146,34 +174,26 @@ def evaluate(
         _check_tokens(heldout, each)
     if len({each.config.get_text_config().vocab_size for each in models.values()}) > 1:
         raise ModelError("the baseline has another vocabulary than the model", "give the model that this one came from")
-    tokens = heldout.long()
+    tokens, kl = heldout.long(), None
     with memory_limit(), in_eval_mode(*models.values()), bar("perplexity", len(models) * len(tokens)) as advance:
         if baseline is None:
-            mine, theirs, kl = window_losses(model, tokens, advance=advance), None, None
+            mine = theirs = window_losses(models["model"], tokens, advance=advance)
         else:
-            mine, theirs, kl = compared_losses(model, models["baseline"], tokens, advance=advance)
+            mine, theirs, kl = compared_losses(models["model"], models["baseline"], tokens, advance=advance)
     given = {name: (lambda judged=each: judged) for name, each in models.items()}
-    figures = measure_all(functions, given, tokenizer, seed=seed) if functions else {}
-    return _evaluation(mine, theirs, kl, tokens=heldout.numel(), window=heldout.shape[1], evaluations=figures)
-
-
-def _evaluation(mine: torch.Tensor, theirs: torch.Tensor | None, kl: torch.Tensor | None, **more: Any) -> Evaluation:
-    """From the windows' losses and KL, [N] each."""
+    alone = baseline is None
     return Evaluation(
         perplexity=of_losses(mine),
-        baseline_perplexity=None if theirs is None else of_losses(theirs),
-        ratio=None if theirs is None else of_losses(mine) / of_losses(theirs),
-        log_ratio_error=None if theirs is None else paired_error(mine, theirs),
+        baseline_perplexity=None if alone else of_losses(theirs),
+        ratio=None if alone else of_losses(mine) / of_losses(theirs),
+        log_ratio_error=None if alone else paired_error(mine, theirs),
         kl=None if kl is None else kl.mean().item(),
         losses=tuple(mine.tolist()),
-        baseline_losses=None if theirs is None else tuple(theirs.tolist()),
-        **more,
+        baseline_losses=None if alone else tuple(theirs.tolist()),
+        tokens=heldout.numel(),
+        window=heldout.shape[1],
+        evaluations=measure_all(functions, given, tokenizer, seed=seed) if functions else {},
     )
-
-
-def _model_in(given: Any) -> Any:
-    """What is given, or its `.model` where it is neither a torch module nor a runner."""
-    return model_of(given if isinstance(given, torch.nn.Module | DecoderRunner) else getattr(given, "model", given))
 
 
 def _check_tokens(tokens: Any, model: Any) -> None:
@@ -192,3 +212,64 @@ def _check_tokens(tokens: Any, model: Any) -> None:
             "give shorter windows: token_blocks(…, window=256)",
         )
     decoder_stack.check_tokens(tokens, model.config, type(model).__name__)
+
+
+# --- evaluations of packages --------------------------------------------------------------------------------
+
+
+def named(evaluations: Sequence[str | EvaluationFunction]) -> dict[str, EvaluationFunction]:
+    """Functions by name: names are looked up in the registry, a function of one's own is called what it is called."""
+    found: dict[str, EvaluationFunction] = {}
+    for given in evaluations:
+        name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+        if name in found:
+            raise ConfigError(f"two evaluations are called {name!r}", "give each once, and under a name of its own")
+        found[name] = registries.evaluations.get(given) if isinstance(given, str) else given
+    return found
+
+
+def measure(name: str, evaluation: EvaluationFunction, model: Any, tokenizer: Any, *, seed: int) -> dict[str, float]:
+    """Run one evaluation on one model."""
+    device = next(model.parameters()).device
+    with (
+        in_eval_mode(model), torch.no_grad(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        figures = evaluation(model, tokenizer, seed=seed)
+    try:
+        if all(isinstance(metric, str) for metric in figures):
+            return {metric: float(value) for metric, value in dict(figures).items()}
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"the evaluation {name!r} returned {type(figures).__name__} {str(figures)[:60]!r}; allowed is a mapping of "
+        "metric to number",
+        'such as {"accuracy": 0.5}',
+    )
+
+
+def measure_all(
+    evaluations: Mapping[str, EvaluationFunction], models: Mapping[str, Callable[[], Any]], tokenizer: Any, *, seed: int
+) -> Rows:
+    """Run evaluations on models, each of which is made when its turn comes."""
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in evaluations}
+    with bar("evaluations", len(models) * len(evaluations)) as advance:
+        for which, model in models.items():
+            judged = model()
+            for name, evaluation in evaluations.items():
+                figures[name][which] = measure(name, evaluation, judged, tokenizer, seed=seed)
+                advance(1, f"{name}, {which}")
+    return {name: metric_rows(evaluations[name], of_models) for name, of_models in figures.items()}
+
+
+def metric_rows(
+    evaluation: EvaluationFunction, figures: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """One evaluation's figures by model, as one row a metric."""
+    better = getattr(evaluation, "higher_is_better", {})
+    metrics = dict.fromkeys(metric for each in figures.values() for metric in each)
+    return {
+        metric: {which: each.get(metric) for which, each in figures.items()} | {"higher_is_better": better.get(metric)}
+        for metric in metrics
+    }

@@ -39,11 +39,9 @@ PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_n
 @torch.no_grad()
 def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = SAMPLE) -> list[str]:
     """Greedy continuations with the cache; through the chat template where the model has one."""
-    pad = padding(tokenizer)
     texts = []
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt)
-        out = greedy(model, torch.tensor([ids]), tokens, pad)
+        out = greedy(model, torch.tensor([prompt_ids(tokenizer, prompt)]), tokens, padding(tokenizer))
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return texts
 
@@ -66,8 +64,7 @@ def replies(
         row = torch.tensor([[*ids, *reply]], device=device)
         both = [model(input_ids=row, use_cache=False).logits[:, len(ids) - 1 :] for model in (dense, compressed)]
         found.append(kl_divergence(both[0], both[1])[0].double().cpu())
-    lengths = {name: math.fsum(map(len, told)) / len(told) for name, told in written.items()}
-    return lengths | {"kl": torch.cat(found).mean().item()}
+    return {name: _mean([*map(len, told)]) for name, told in written.items()} | {"kl": torch.cat(found).mean().item()}
 
 
 def padding(tokenizer: Any) -> int:
@@ -86,13 +83,9 @@ def greedy(
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
     settings |= PLAIN if streamer is None else {"streamer": streamer}
-    if exactly:
-        settings["min_new_tokens"] = tokens
+    settings |= {"min_new_tokens": tokens} if exactly else {}
     with as_just_loaded(model):
         return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()
-
-
-# --- health --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -103,37 +96,21 @@ def generation_health(
 
     "dense" and "compressed": `repeated_4grams` (share of 4-grams that have occurred before in the same
     continuation), `distinct_1`, `distinct_2` (different n-grams / n-grams), `dense_loss` (nats per token that
-    the dense model gives the continuation). "agreement": of the compressed model's tokens with the dense one's,
-    `first_divergence` is the mean number of tokens before the two part.
+    the dense model gives the continuation).
     """
-    prompts = blocks[:FEWEST_PROMPTS, : min(LONGEST_PROMPT, blocks.shape[1])]
-    written = {
-        "dense": greedy(dense, prompts, tokens, 0, exactly=True),
-        "compressed": greedy(compressed, prompts, tokens, 0, exactly=True),
-    }
-    figures: dict[str, Any] = {name: _figures(dense, prompts, rows) for name, rows in written.items()}
-    common = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
-    return figures | {
-        "agreement": {"first_divergence": sum(common) / len(common), "shortest": min(common), "longest": max(common)},
-        "prompts": len(prompts),
-        "prompt_tokens": prompts.shape[1],
-        "tokens": tokens,
-    }
-
-
-def _figures(dense: Any, prompts: torch.Tensor, rows: Sequence[Sequence[int]]) -> dict[str, float]:
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(values) / len(values)
-
-    device = next(dense.parameters()).device
-    whole = torch.cat([prompts, torch.tensor(rows)], dim=1).to(device)
-    losses = next_token_loss(dense(input_ids=whole, use_cache=False).logits, whole)[:, prompts.shape[1] - 1 :]
-    return {
-        "repeated_4grams": mean([1 - distinct(row, 4) for row in rows]),
-        "distinct_1": mean([distinct(row, 1) for row in rows]),
-        "distinct_2": mean([distinct(row, 2) for row in rows]),
-        "dense_loss": losses.cpu().double().mean().item(),
-    }
+    prompts, device = blocks[:FEWEST_PROMPTS, : min(LONGEST_PROMPT, blocks.shape[1])], next(dense.parameters()).device
+    figures: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": prompts.shape[1], "tokens": tokens}
+    for name, model in (("dense", dense), ("compressed", compressed)):
+        rows = greedy(model, prompts, tokens, 0, exactly=True)
+        whole = torch.cat([prompts, torch.tensor(rows)], dim=1).to(device)
+        losses = next_token_loss(dense(input_ids=whole, use_cache=False).logits, whole)[:, prompts.shape[1] - 1 :]
+        figures[name] = {
+            "repeated_4grams": _mean([1 - distinct(row, 4) for row in rows]),
+            "distinct_1": _mean([distinct(row, 1) for row in rows]),
+            "distinct_2": _mean([distinct(row, 2) for row in rows]),
+            "dense_loss": losses.cpu().double().mean().item(),
+        }
+    return figures
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
@@ -142,6 +119,5 @@ def distinct(tokens: Sequence[int], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two continuations begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

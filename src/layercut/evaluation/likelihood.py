@@ -1,7 +1,4 @@
-"""Perplexity on held-out text, as one figure, against another model's, and by how much text comes before.
-
-The evaluate stage, `layercut evaluate`, `layercut compare` and `layercut.evaluate` all measure by these functions.
-"""
+"""Perplexity on held-out text, as one figure, against another model's, and by how much text comes before."""
 
 from __future__ import annotations
 
@@ -22,8 +19,12 @@ from layercut.models.losses import kl_divergence, next_token_loss, token_loss
 from layercut.models.memory import ShrinkingParts, budget, slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
+Advance = Callable[[float], None]
+MOST_LONG_WINDOWS = 8
+"""A CPU takes seconds for each."""
 
-def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
+
+def perplexity(model: Any, tokens: torch.Tensor, *, advance: Advance = lambda rows: None) -> float:
     """exp of the mean negative log-likelihood over non-overlapping windows."""
     return of_losses(window_losses(model, tokens, advance=advance))
 
@@ -50,9 +51,7 @@ def perplexity_protocol(window: int) -> str:
 
 
 @torch.no_grad()
-def window_losses(
-    model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
-) -> torch.Tensor:
+def window_losses(model: Any, tokens: torch.Tensor, *, advance: Advance = lambda rows: None) -> torch.Tensor:
     """Mean negative log-likelihood of each window.
 
     Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. Of several
@@ -70,9 +69,7 @@ def window_losses(
     return torch.tensor(processes.summed(losses.tolist()), dtype=torch.float64)
 
 
-def _whole(
-    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
-) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+def _whole(model: Any, tokens: torch.Tensor, rows: int, advance: Advance) -> Iterator[tuple[slice, torch.Tensor, bool]]:
     """Losses [B, T - 1] of a few windows after the other, by the model's own forward, and whether they count."""
     device = next(model.parameters()).device
     stack = _opened(model, tokens.shape[1], model.dtype.itemsize)  # float32 is had of a few tokens at a time
@@ -92,7 +89,7 @@ def _whole(
 
 @torch.no_grad()
 def compared_losses(
-    model: Any, baseline: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
+    model: Any, baseline: Any, tokens: torch.Tensor, *, advance: Advance = lambda rows: None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Of each window: the losses of both models, as `window_losses` gives them, and KL(baseline || model).
 
@@ -102,18 +99,22 @@ def compared_losses(
     if layers_on_disk(model) or layers_on_disk(baseline):
         mine, theirs = (window_losses(each, tokens, advance=advance) for each in (model, baseline))
         return mine, theirs, None
-    student, dense = (sharding.runnable(each) for each in (model, baseline))
-    stacks = [_opened(each, tokens.shape[1], 4) for each in (student, dense)]
-    rows = rows_per_chunk(student, tokens.shape[1])
+    student, dense = models = [sharding.runnable(each) for each in (model, baseline)]
+    stacks = [_opened(each, tokens.shape[1], 4) for each in models]
+    rows, device, last = rows_per_chunk(student, tokens.shape[1]), _device(student), tokens.shape[1] - 1
     found = torch.zeros(3, len(tokens), dtype=torch.float64)
     shared = sharding.in_step(dense, processes.share_of_batches(len(tokens), rows), slice(0, 1))
-    queue = ShrinkingParts("evaluate", shared, _device(student), alone=not sharding.is_spread(dense))
-    for one in queue:
+    for one in (queue := ShrinkingParts("evaluate", shared, device, alone=not sharding.is_spread(dense))):
         with queue.trying(one):
             part, counts = one
-            batch = tokens[part].to(_device(student))
-            q, p = (_next_logits(each, stack, batch) for each, stack in zip((student, dense), stacks, strict=True))
-            terms = [_terms(q(where), p(where), batch[:, 1:][:, where]) for where in _positions(stacks, batch)]
+            batch, terms = tokens[part].to(device), list[torch.Tensor]()
+            q, p = (_next_logits(each, stack, batch) for each, stack in zip(models, stacks, strict=True))
+            # the T - 1 positions that predict a token: all at once, or so many as the logits leave room for
+            together = [positions_at_once(stack.model, len(batch)) for stack in stacks if stack]
+            for where in slices(last, min(together, default=last)):
+                both, targets = [q(where), p(where)], batch[:, 1:][:, where]
+                losses = [token_loss(each, targets.to(each.device)).to(device) for each in both]
+                terms.append(torch.stack([*losses, kl_divergence(both[1].to(both[0].device), both[0]).to(device)]))
             if counts:
                 found[:, part] = torch.cat(terms, dim=2).cpu().double().mean(2)
             advance(2 * len(batch))
@@ -146,20 +147,6 @@ def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -
     return lambda where: opened.exit(last, batch, where)
 
 
-def _positions(stacks: list[DecoderRunner | None], batch: torch.Tensor) -> list[slice]:
-    """The T - 1 positions of a batch [B, T] that predict a token: all at once, or so many as the logits leave room."""
-    last = batch.shape[1] - 1
-    together = [positions_at_once(stack.model, len(batch)) for stack in stacks if stack]
-    return [*slices(last, min(together))] if together else [slice(0, last)]
-
-
-def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses of a model and of its baseline, and KL(p || q), on one device: [B, n, V] twice, [B, n] -> [3, B, n]."""
-    losses = [token_loss(each, targets.to(each.device)) for each in (q, p)]
-    kl = kl_divergence(p.to(q.device), q)
-    return torch.stack([each.to(q.device) for each in (*losses, kl)])
-
-
 def _opened(model: Any, window: int, itemsize: int) -> DecoderRunner | None:
     """A runner of the model, where one window's logits are too large to have at once and its layers can be run.
 
@@ -186,9 +173,7 @@ def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor
     return torch.cat([token_loss(stack.exit(hidden, tokens, part), targets[:, part]) for part in parts], dim=1)
 
 
-def _swept(
-    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
-) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+def _swept(model: Any, tokens: torch.Tensor, rows: int, advance: Advance) -> Iterator[tuple[slice, torch.Tensor, bool]]:
     """The same, of which all windows go through a layer before the next is read."""
     stack = DecoderRunner(model)
     for parts in shared_passes(stack, tokens, rows, streams=2):
@@ -205,15 +190,11 @@ def _exp(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
-
-# --- by position -------------------------------------------------------------------------------------------------
+# --- by position --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def loss_by_position(
-    model: Any, row: torch.Tensor, *, advance: Callable[[float], None] = lambda tokens: None
-) -> torch.Tensor:
+def loss_by_position(model: Any, row: torch.Tensor, *, advance: Advance = lambda tokens: None) -> torch.Tensor:
     """Loss of each next token of one long window, in one pass: its logits are had of a part of it at a time.
 
     Not through the cache: several families continue otherwise than they read (Mamba's convolution of a chunk).
@@ -237,21 +218,12 @@ def long_windows(blocks: torch.Tensor, longest: int, model: Any, origins: Sequen
     return torch.stack(turns[:MOST_LONG_WINDOWS])
 
 
-def bucket_edges(window: int, first: int = 64) -> list[int]:
-    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Nothing predicts position 0."""
-    edges = [1]
-    while first < window:
-        edges.append(first)
-        first *= 2
-    return [*edges, window]
-
-
 def perplexity_by_position(
-    model: Any, windows: torch.Tensor, *, advance: Callable[[float], None] = lambda tokens: None
+    model: Any, windows: torch.Tensor, *, advance: Advance = lambda tokens: None
 ) -> list[dict[str, Any]]:
-    """Perplexity in buckets of position."""
+    """Perplexity in buckets of position that double in width: 1, 64, 128, … T. Nothing predicts position 0."""
     losses = torch.stack([loss_by_position(model, row, advance=advance).cpu().double() for row in windows])
-    edges = bucket_edges(windows.shape[1])
+    edges = [1, *(64 << i for i in range(40) if 64 << i < windows.shape[1]), windows.shape[1]]
     return [
         # the loss at index i is that of the token at position i + 1
         {"start": a, "stop": b, "perplexity": _exp(losses[:, a - 1 : b - 1].mean().item())}

@@ -38,7 +38,8 @@ Trial = tuple[int, float, list[int], str]
 Grid = list[dict[str, Any]]
 """[{"length", "depth", "found", "trials"}, …]."""
 DEPTHS, TRIALS = (0.0, 0.25, 0.5, 0.75, 1.0), 2
-ANSWER = 8  # new tokens: enough for five digits, one a token, with a blank before them
+ANSWER = 8
+"""New tokens: enough for five digits, one a token, with a blank before them."""
 FILLER = (
     "The bakery on the corner opens before sunrise.", "A tram rattles past the old town hall.",
     "Rain has been falling on the harbour since noon.", "The gardener waters the tomatoes in the evening.",
@@ -71,7 +72,7 @@ class CapabilityFigures:
     answers: dict[str, int]
     """How many answers that is."""
     loss: dict[str, float] = field(default_factory=dict)
-    """What the right answers cost the cut model, -log p of their tokens, mean, in nats: lower is better."""
+    """-log p of the right answers' tokens by the cut model, mean, in nats: lower is better."""
     dense_loss: dict[str, float] = field(default_factory=dict)
     """The same of the dense model."""
 
@@ -85,7 +86,7 @@ def capability_figures(
     Args:
         model: a causal LM of transformers, or a `DecoderRunner` of one.
         dense: the model that it came from.
-        probes: what is tested.
+        probes: what is asked.
         advance: told the rows that are done.
 
     Returns:
@@ -173,21 +174,11 @@ def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:
     return sorted({longest >> i for i in range(steps) if longest >> i >= shortest} or {longest})
 
 
-def trials(
-    make: Callable[[Any, int, float, random.Random], tuple[list[int], str] | None],
-    tokenizer: Any,
-    longest: int,
-    seed: int,
-    each: int = TRIALS,
-) -> list[Trial]:
+def trials(make: Callable[..., Any], tokenizer: Any, longest: int, seed: int, each: int = TRIALS) -> list[Trial]:
     """`each` prompts by `passkey` or `key_value` of every length and depth; the same for every model of a tokenizer."""
-    draw, found = random.Random(seed), list[Trial]()
-    for length in lengths(longest):
-        for depth in DEPTHS:
-            for _ in range(each):
-                if made := make(tokenizer, length - ANSWER, depth, draw):
-                    found.append((length, depth, *made))
-    return found
+    draw, places = random.Random(seed), [(length, depth) for length in lengths(longest) for depth in DEPTHS]
+    made = ((*place, make(tokenizer, place[0] - ANSWER, place[1], draw)) for place in places for _ in range(each))
+    return [(length, depth, *prompt) for length, depth, prompt in made if prompt]
 
 
 @torch.no_grad()
@@ -200,10 +191,7 @@ def retrieval_grid(
         reply = tokenizer.decode(greedy(model, torch.tensor([ids]), ANSWER, padding(tokenizer))[0])
         grid.setdefault((length, depth), []).append(first_answer(reply) == key)
         advance(len(ids))
-    return [
-        {"length": length, "depth": depth, "found": sum(hits), "trials": len(hits)}
-        for (length, depth), hits in grid.items()
-    ]
+    return [{"length": n, "depth": d, "found": sum(hits), "trials": len(hits)} for (n, d), hits in grid.items()]
 
 
 def first_answer(reply: str) -> str:
@@ -231,7 +219,7 @@ class Probes:
 
     keys: list[Trial]
     lists: list[Trial]
-    tests: ProbeRows
+    rows: ProbeRows
     longest: int
     """Tokens of the longest prompts."""
 
@@ -243,17 +231,7 @@ class Probes:
     @property
     def tokens(self) -> int:
         """In all prompts and rows."""
-        return self.prompt_tokens + self.tests.tokens.numel()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """What a model made of them."""
-
-    keys: Grid
-    lists: Grid
-    capabilities: dict[str, Any] | None
-    """`CapabilityFigures` by name; None where no probe fits a row."""
+        return self.prompt_tokens + self.rows.tokens.numel()
 
 
 def probes_for(
@@ -261,18 +239,23 @@ def probes_for(
 ) -> Probes:
     """The prompts and rows for all models of a tokenizer, no longer than the model has positions for."""
     longest = min(longest, positions(config) or longest)
-    tests = probe_rows(tokenizer, rows=TEST_ROWS, window=min(TEST_WINDOW, longest), family="judging", seed=seed)
+    rows = probe_rows(tokenizer, rows=TEST_ROWS, window=min(TEST_WINDOW, longest), family="judging", seed=seed)
     keys, lists = (trials(make, tokenizer, longest, seed, each) for make in (passkey, key_value))
     for name, found in (("keys", keys), ("lists", lists)):
         if not found:
             say("probes", f"no prompt of {name} fits {longest} tokens: not asked for")
-    return Probes(keys, lists, tests, longest)
+    return Probes(keys, lists, rows, longest)
 
 
-def probed(model: Any, dense: Any, tokenizer: Any, probes: Probes, *, advance: Advance = lambda tokens: None) -> Probed:
-    """What a model makes of the probes."""
-    keys, lists = (retrieval_grid(model, tokenizer, asked, advance=advance) for asked in (probes.keys, probes.lists))
-    figures, window = None, probes.tests.tokens.shape[1]
-    if probes.tests.names:
-        figures = vars(capability_figures(model, dense, probes.tests, advance=lambda rows: advance(rows * window)))
-    return Probed(keys=keys, lists=lists, capabilities=figures)
+def probed(
+    model: Any, dense: Any, tokenizer: Any, probes: Probes, *, advance: Advance = lambda tokens: None
+) -> dict[str, Any]:
+    """What a model makes of the probes: grids of "keys" and "lists", and "capabilities", None where no probe fits.
+
+    advance: told the tokens that are done.
+    """
+    asked, figures, window = {"keys": probes.keys, "lists": probes.lists}, None, probes.rows.tokens.shape[1]
+    grids = {name: retrieval_grid(model, tokenizer, each, advance=advance) for name, each in asked.items()}
+    if probes.rows.names:
+        figures = vars(capability_figures(model, dense, probes.rows, advance=lambda rows: advance(rows * window)))
+    return grids | {"capabilities": figures}

@@ -6,16 +6,13 @@ token stay. So the layers' share of the dense model's time is measured as well, 
 
 from __future__ import annotations
 
-import ctypes
-import re
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,8 +36,7 @@ class Seconds:
 
     def since(self, earlier: Seconds) -> Seconds:
         """The difference; never 0, which nothing could be divided by."""
-        least = 1e-9
-        wall, cpu = max(self.wall - earlier.wall, least), max(self.cpu - earlier.cpu, least)
+        wall, cpu = max(self.wall - earlier.wall, 1e-9), max(self.cpu - earlier.cpu, 1e-9)
         return Seconds(wall, cpu, self.layers - earlier.layers)
 
 
@@ -57,51 +53,41 @@ def speed(
     known = positions(dense.config) or PROMPT + DECODE + 1
     decode = min(DECODE, max(1, known // 4)) if decode is None else decode
     prompt = max(1, min(PROMPT, known - decode - 1)) if prompt is None else prompt
-    removed = 1 - _layers(compressed) / _layers(dense)
-    rounds: list[list[dict[str, Seconds]]] = []
+    had, has = (model.config.get_text_config().num_hidden_layers for model in (dense, compressed))
+    removed, rounds = 1 - has / had, []
     for repeat in range(-1, repeats):  # the first round warms up and does not count
         timed = [_time_once(dense, prompt, decode), _time_once(compressed, prompt, decode)]
         timed.append(_time_once(dense, prompt, decode, inside=True))
-        if repeat >= 0:
-            rounds.append(timed)
-    device = next(dense.parameters()).device
+        rounds += [timed] * (repeat >= 0)
+
+    def phase(name: str, tokens: int) -> dict[str, Any]:
+        of_dense, of_cut, inside = ([models[i][name] for models in rounds] for i in range(3))
+        ratio = median(a.wall / b.wall for a, b in zip(of_dense, of_cut, strict=True))
+        share = min(1.0, median(seconds.layers / seconds.wall for seconds in inside))
+        reachable = 1 / (1 - removed * share)
+        return {
+            "dense": median(tokens / seconds.wall for seconds in of_dense),
+            "compressed": median(tokens / seconds.wall for seconds in of_cut),
+            "ratio": ratio,
+            "cpu_ratio": median(a.cpu / b.cpu for a, b in zip(of_dense, of_cut, strict=True)),
+            "ideal": 1 / (1 - removed),
+            "layer_share": share,
+            "reachable": reachable,
+            "reached": ratio / reachable,
+        }
+
+    both = {"dense": dense, "compressed": compressed}
     return {
-        "prefill": _phase(rounds, "prefill", prompt, removed),
-        "decode": _phase(rounds, "decode", decode, removed),
+        "prefill": phase("prefill", prompt),
+        "decode": phase("decode", decode),
         "prompt_tokens": prompt,
         "decode_tokens": decode,
         "repeats": repeats,
-        "device": str(device),
+        "device": str(next(dense.parameters()).device),
         "threads": torch.get_num_threads(),
-        "kv_bytes_per_token": {"dense": cache_bytes(dense), "compressed": cache_bytes(compressed)},
-        "weight_bytes": {"dense": parameter_bytes(dense), "compressed": parameter_bytes(compressed)},
-        "generation_bytes": {
-            "dense": generation_bytes(dense, prompt, decode),
-            "compressed": generation_bytes(compressed, prompt, decode),
-        },
+        "kv_bytes_per_token": {name: cache_bytes(model) for name, model in both.items()},
+        "weight_bytes": {name: parameter_bytes(model) for name, model in both.items()},
     }
-
-
-def _phase(rounds: list[list[dict[str, Seconds]]], phase: str, tokens: int, removed: float) -> dict[str, Any]:
-    dense, compressed, inside = ([models[i][phase] for models in rounds] for i in range(3))
-    median = statistics.median
-    ratio = median(a.wall / b.wall for a, b in zip(dense, compressed, strict=True))
-    share = min(1.0, median(seconds.layers / seconds.wall for seconds in inside))
-    reachable = 1 / (1 - removed * share)
-    return {
-        "dense": median(tokens / seconds.wall for seconds in dense),
-        "compressed": median(tokens / seconds.wall for seconds in compressed),
-        "ratio": ratio,
-        "cpu_ratio": median(a.cpu / b.cpu for a, b in zip(dense, compressed, strict=True)),
-        "ideal": 1 / (1 - removed),
-        "layer_share": share,
-        "reachable": reachable,
-        "reached": ratio / reachable,
-    }
-
-
-def _layers(model: Any) -> int:
-    return model.config.get_text_config().num_hidden_layers
 
 
 def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) -> dict[str, Seconds]:
@@ -110,7 +96,7 @@ def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) ->
     The clock is read when the first new token is there and when the last is: a difference of two generations would
     put the noise of both prefills on the steps.
     """
-    with _timing_layers(model) if inside else _not_timing() as spent:
+    with _timing_layers(model, inside) as spent:
 
         def read() -> Seconds:
             return Seconds(_now(model), time.process_time(), spent())
@@ -130,27 +116,16 @@ def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) ->
 def _generate(model: Any, prompt: int, new: int, **more: Any) -> Any:
     device = next(model.parameters()).device
     tokens = torch.arange(prompt, device=device)[None] % model.config.get_text_config().vocab_size
+    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     with as_just_loaded(model):
         return model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            **more,
+            tokens, attention_mask=torch.ones_like(tokens), return_dict_in_generate=True, **how, **more
         )
 
 
 @contextmanager
-def _not_timing() -> Iterator[Callable[[], float]]:
-    yield lambda: 0.0
-
-
-@contextmanager
-def _timing_layers(model: Any) -> Iterator[Callable[[], float]]:
-    """Time what happens inside the decoder layers; call what is yielded for the seconds so far.
+def _timing_layers(model: Any, wanted: bool = True) -> Iterator[Callable[[], float]]:
+    """Time what happens inside the decoder layers, if wanted; call what is yielded for the seconds so far.
 
     On CUDA by events on the stream, which do not make it wait; elsewhere by the clock, with the device waited for. So
     it is done where layers are on several devices, too.
@@ -162,21 +137,20 @@ def _timing_layers(model: Any) -> Iterator[Callable[[], float]]:
 
     def mark(*_: Any) -> None:
         if cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append(event)
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
         else:
             marks.append(_now(model))
 
     def spent() -> float:
-        if cuda:
+        if cuda and marks:
             torch.cuda.synchronize()
             return sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) / 1000
         return sum(b - a for a, b in zip(marks[::2], marks[1::2], strict=True))
 
     modules = list(layers.values()) if isinstance(layers, torch.nn.ModuleDict) else list(layers)
-    handles = [module.register_forward_pre_hook(mark) for module in modules]
-    handles += [module.register_forward_hook(mark) for module in modules]
+    handles = [module.register_forward_pre_hook(mark) for module in modules if wanted]
+    handles += [module.register_forward_hook(mark) for module in modules if wanted]
     try:
         yield spent
     finally:
@@ -200,17 +174,12 @@ def cache_bytes(model: Any) -> int:
 
     In the dtype that the model is saved in, also where it computes in a wider one.
     """
-    device = next(model.parameters()).device
-
-    def held(length: int) -> int:
-        tokens = torch.zeros(1, length, dtype=torch.long, device=device)
-        output = model(input_ids=tokens, use_cache=True)
-        return bytes_held(output)
-
-    return (held(12) - held(8)) // 4 * stored_dtype(model).itemsize // model.dtype.itemsize
+    tokens = torch.zeros(1, 12, dtype=torch.long, device=next(model.parameters()).device)
+    fewer, more = (_cached(model(input_ids=tokens[:, :length], use_cache=True)) for length in (8, 12))
+    return (more - fewer) // 4 * stored_dtype(model).itemsize // model.dtype.itemsize
 
 
-def bytes_held(output: Any) -> int:
+def _cached(output: Any) -> int:
     """Bytes of all tensors of the cache that came with a model's output."""
     cache = output.cache if "cache" in output else output.past_key_values  # the deprecated name
     tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
@@ -232,69 +201,19 @@ def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -
             begun = _now(model)
             output = _generate(model, tokens, 1)
             seconds[name].append(_now(model) - begun)
-            held[name] = bytes_held(output)
+            held[name] = _cached(output)
     return {
         "tokens": tokens,
-        "prefill_seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
+        "prefill_seconds": {name: median(taken) for name, taken in seconds.items()},
         "kv_bytes": held,
         "kv_bytes_computed": {name: tokens * cache_bytes(model) for name, model in both.items()},
     }
 
 
-@torch.no_grad()
-def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
-    """The most memory that a generation needs on top of the weights: cache, logits, activations.
-
-    On accelerators from torch's allocators, of all devices that hold weights together. On a CPU with Linux from the
-    process's resident size, whose peak can be reset; of this, memory that an earlier step freed and the allocator kept
-    is first released, so far as the C library does that.
-    """
-    devices = {p.device for p in model.parameters()}
-    if devices != {torch.device("cpu")}:
-        try:
-            before = sum(map(torch.accelerator.memory_allocated, devices))
-            for device in devices:
-                _forgotten_on[device] = peak_device_bytes(device) or 0
-                torch.accelerator.reset_peak_memory_stats(device)
-            _generate(model, prompt, new)
-            return sum(map(torch.accelerator.max_memory_allocated, devices)) - before
-        except (RuntimeError, NotImplementedError):  # some backends do not count
-            return None
-    if not _reset_peak():
-        return None
-    before = _status("VmRSS")
-    _generate(model, prompt, new)
-    return max(0, _status("VmHWM") - before)
-
-
-def _reset_peak() -> bool:
-    """Release freed memory, and set the peak of the resident size to what it is now; False where there is no way."""
-    global _forgotten_peak
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        _forgotten_peak = peak_rss_bytes()
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    except (OSError, AttributeError):
-        return False
-
-
-def _status(field: str) -> int:
-    """Bytes, from the kernel's account of this process."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
-_forgotten_peak = 0  # of the whole process: the kernel forgets it when the peak is set back
-_forgotten_on: dict[torch.device, int] = {}  # the same of accelerators
-
-
 def peak_device_bytes(device: torch.device) -> int | None:
     """The most that tensors have taken of an accelerator in this process; None of a CPU, or where nothing counts."""
-    if device.type == "cpu":
-        return None
     try:
-        return max(_forgotten_on.get(device, 0), torch.accelerator.max_memory_allocated(device))
+        return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     except (RuntimeError, NotImplementedError):
         return None
 
@@ -302,4 +221,4 @@ def peak_device_bytes(device: torch.device) -> int | None:
 def peak_rss_bytes() -> int:
     """The largest resident size this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(_forgotten_peak, peak if sys.platform == "darwin" else peak * 1024)
+    return peak if sys.platform == "darwin" else peak * 1024

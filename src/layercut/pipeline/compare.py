@@ -26,8 +26,8 @@ from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
 from layercut.distributed import processes
 from layercut.errors import ConfigError, SurgeryError
-from layercut.evaluation.probe_scores import Grid, Probed, Probes, found_of, probed, probes_for
-from layercut.evaluation.retention import Retained, compare_records, representative_metric, retained
+from layercut.evaluation.probe_scores import Grid, Probes, found_of, probed, probes_for
+from layercut.evaluation.tasks import Retained, compare_records, representative_metric, retained
 from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import Rows
@@ -398,9 +398,9 @@ class CutJudge:
                 if asked.probes:
                     dense, rows = work.dense.model, in_rows(work.blocks["evaluation"], work.config.text.window)
                     with bar(f"probes, {shown}", self.probes.tokens) as advance:
-                        told: Probed = probed(judged, dense, work.tokenizer, self.probes, advance=advance)
+                        told = probed(judged, dense, work.tokenizer, self.probes, advance=advance)
                     health = evaluation.generation_health(dense, judged, rows) if after else None
-                    found = replace(found, **vars(told), health=health)
+                    found = replace(found, **told, health=health)
                 if asked.names:
                     records = evaluation.score_tasks(
                         judged, work.tokenizer, self.tasks, limit=asked.limit, name=shown, cache=work.run / "tasks"

@@ -255,7 +255,6 @@ def speed(run: RunFacts) -> Section:
         ("parameters", whole, s.parameters.before, s.parameters.after),
         ("weight files", size, source_bytes(s), s.bytes.after),
         ("KV cache per token", size, found.kv_bytes_per_token.dense, found.kv_bytes_per_token.compressed),
-        ("working memory", size, found.generation_bytes.dense, found.generation_bytes.compressed),
     ) if number(before) is not None]  # fmt: skip
     rows += [[f"{phase}, tokens/s", *(figure(found[phase][model]) for model in BOTH), times(found[phase].ratio)]
              for phase in ("prefill", "decode") if found[phase]]  # fmt: skip

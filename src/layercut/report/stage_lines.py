@@ -14,7 +14,9 @@ def describe_retention(retained: dict[str, Any]) -> str:
         return "scored; the dense model has no score on them to retain"
     above = retained["above_chance"]
     rest = "the dense model is not above chance" if above is None else f"{percent(above)} of the score above chance"
-    return f"{percent(retained['mean'])} of the dense model's score retained over {retained['tasks']} tasks; {rest}"
+    error = "" if retained["error"] is None else f" ± {percent(retained['error'])}"
+    of = f"{retained['tasks']} tasks, {retained['items']:,} items"
+    return f"{percent(retained['mean'])}{error} of the dense model's score retained over {of}; {rest}"
 
 
 def describe_shared(common: dict[str, Any]) -> str:

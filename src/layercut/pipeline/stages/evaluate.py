@@ -18,7 +18,7 @@ from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import probe_scores, speed
 from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, found_of, probes_for, retrieval_grid
-from layercut.evaluation.retention import CLEAR
+from layercut.evaluation.tasks import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.models import decoder_stack, layer_reader
 from layercut.models.placement import placed_over
@@ -212,7 +212,9 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
                 map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
             )  # fmt: skip
     told = stage.artefact.judged
-    kept = ", ".join(f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%}" for name in told.hits)
+    kept = ", ".join(
+        f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%} of {told.answers[name]}" for name in told.hits
+    )
     say("capabilities", f"answers given to probes: {kept}")
     return stage.artefact
 
