@@ -62,7 +62,6 @@ def test_a_file_of_a_hub_repository(hub, file, tmp_path, monkeypatch):
     assert checkpoints.resolve(str(out)).gguf == "cut.gguf"
     # fetched once, it is found without the Hub
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("layercut.models.checkpoints._hub_answers", lambda _: False)
     assert checkpoints.resolve("owner/tiny-GGUF:tiny.Q8_0.gguf").file.read_bytes() == file.read_bytes()
     assert "Hub cannot be reached" in refused("owner/tiny-GGUF:other.gguf").message
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import folders
 from layercut.cli.command_line import main
-from layercut.models.source_card import SourceCard, source_card
+from layercut.models.checkpoints import SourceCard, source_card
 from layercut.report.formatting import layer_names
 from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, layers_of, model_card
 from report_runs import MODEL, make_run, with_perplexity

@@ -25,7 +25,7 @@ from layercut.export import engines
 from layercut.export.checkpoint import save, text_to_check
 from layercut.files import check_replaceable, parse_bytes, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
-from layercut.models.source_card import source_card
+from layercut.models.checkpoints import source_card
 from layercut.pipeline.handover import describe_, export
 from layercut.pipeline.run_folder import is_run
 from layercut.progress import say

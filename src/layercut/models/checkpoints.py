@@ -11,18 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import errors, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
 
 from layercut.errors import ModelError, first_line
-from layercut.files import content_digest, read_json, write_json
+from layercut.files import content_digest, open_regular, read_json, write_json
 from layercut.models import config_files
+from layercut.models.gguf_header import read_header
 
 DIGESTS = ".digests.json"
 """In a run folder: the hashes of the files that its model was read from."""
@@ -33,7 +36,8 @@ PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken"]
 CARD = "README.md"
 """Fetched along, for the card of what is made of the model; no part of the model."""
-HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(.+\.gguf)", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_FILE = re.compile(rf"({HUB_ID.pattern}):(.+\.gguf)", re.ASCII)
 """A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
 SHOWN_FILES = 8
 ALLOWED = "a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id"
@@ -119,19 +123,22 @@ def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> C
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
         raise ModelError(f"{name!r} cannot be read: {first_line(error)}", "check the path of the model") from None
     if not is_file and (found := HUB_FILE.fullmatch(name)):
-        return _gguf_at(name, _download_file(found[1], found[2]))
+        return _gguf_at(name, _fetch(found[1], found[2]))
     if path.suffix == ".gguf" or is_file:
         return _gguf_at(name, path)
     if is_dir:
-        if file := _only_gguf(path):
-            return _gguf_at(name, file)
+        ggufs = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        if len(ggufs) > 1:
+            words = f"{path} holds {len(ggufs)} .gguf files: {_listed([file.name for file in ggufs])}"
+            raise ModelError(words, f"give one: {ggufs[0]}")
+        if ggufs:
+            return _gguf_at(name, ggufs[0])
         folder = path.resolve()
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
-        raise ModelError(
-            f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)", f"give {ALLOWED}"
-        )
+        words = f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)"
+        raise ModelError(words, f"give {ALLOWED}")
     else:
-        folder = path = _download(name, allow_pickle=allow_pickle and weights, weights=weights)
+        folder = path = _fetch(name, allow_pickle=allow_pickle and weights, weights=weights)
     if weights:
         check_folder(path, allow_pickle=allow_pickle)
     else:
@@ -156,84 +163,42 @@ def names_a_gguf(name: str) -> bool:
     return name.endswith(".gguf") or path.is_file() or (path.is_dir() and not (path / "config.json").exists())
 
 
-def _only_gguf(folder: Path) -> Path | None:
-    """The .gguf file of a folder that holds no other model; None where there is none."""
-    if (folder / "config.json").exists():
-        return None
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
-        raise ModelError(
-            f"{folder} holds {len(files)} .gguf files: {_listed([file.name for file in files])}",
-            f"give one: {files[0]}",
-        )
-    return files[0] if files else None
-
-
 def _listed(names: list[str]) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
     return ", ".join(names[:SHOWN_FILES]) + more
 
 
-def _download_file(repository: str, file: str) -> Path:
-    """Fetch one .gguf file of a repository, or take an earlier fetch where the Hub cannot be reached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    with _fetching(repository):
-        answers = _hub_answers(repository)
-        try:
-            return Path(hf_hub_download(repository, file, local_files_only=not answers))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            there = _gguf_files(repository)
-    hint = f"{repository}:{there[0]}" if there else "give a repository that holds .gguf files"
-    has = f"it has {_listed(there)}" if there else "it has no .gguf file"
-    raise ModelError(f"{repository!r} has no file {file!r}; {has}", hint)
-
-
-def _gguf_files(repository: str) -> list[str]:
-    """The .gguf files of a repository on the Hub."""
-    from huggingface_hub import HfApi
-
-    siblings = getattr(HfApi().model_info(repository), "siblings", None) or []
-    return sorted(each.rfilename for each in siblings if each.rfilename.endswith(".gguf"))
-
-
-def _download(name: str, *, allow_pickle: bool, weights: bool) -> Path:
-    """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    with _fetching(name):
-        answers = _hub_answers(name)
-        if not answers and weights:
-            return Path(snapshot_download(name, local_files_only=True))
-        try:
-            config = Path(hf_hub_download(name, "config.json", local_files_only=not answers))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            if not (there := _gguf_files(name)):
-                raise
-            words = f"{name!r} holds GGUF files and no config.json: {_listed(there)}"
-            raise ModelError(words, f"give one: {name}:{there[0]}") from None
-        if not weights:
-            return config.parent
-        patterns = [*WEIGHT_PATTERNS, *OTHER_PATTERNS, CARD, *(PICKLE_PATTERNS if allow_pickle else [])]
-        left_out = ["original/*", "consolidated*"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
-
-
-@contextmanager
-def _fetching(name: str) -> Iterator[None]:
-    """While open, what the Hub's client raises is said in our words."""
-    from huggingface_hub import errors
+def _fetch(name: str, file: str = "", *, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """A model's files from the Hub, or one .gguf file; an earlier fetch where the Hub cannot be reached."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     local = "give a local folder or .gguf file"
     try:
-        yield
+        try:  # asked once, before anything is fetched: without a network that would try for 23 s (measured)
+            info, offline = HfApi().model_info(name, timeout=10), False
+        except (errors.HFValidationError, errors.RepositoryNotFoundError):
+            raise  # not a name; or it answers: no such model, private, gated
+        except Exception:  # no network, offline mode, a proxy's refusal: every layer below has its own error
+            info, offline = None, True
+        names = [sibling.rfilename for sibling in getattr(info, "siblings", None) or []]
+        ggufs = sorted(each for each in names if each.endswith(".gguf"))
+        if offline and weights and not file:
+            return Path(snapshot_download(name, local_files_only=True))
+        try:
+            found = Path(hf_hub_download(name, file or "config.json", local_files_only=offline))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError) or not (file or ggufs):
+                raise
+            has = f"has no file {file!r}; it has " if file else "holds GGUF files and no config.json: "
+            one = f"{'' if file else 'give one: '}{name}:{ggufs[0]}" if ggufs else ""
+            words = f"{name!r} {has}{_listed(ggufs) if ggufs else 'no .gguf file'}"
+            raise ModelError(words, one or "give a repository that holds .gguf files") from None
+        if file or not weights:
+            return found if file else found.parent
+        patterns = [*WEIGHT_PATTERNS, *OTHER_PATTERNS, CARD, *(PICKLE_PATTERNS if allow_pickle else [])]
+        left_out = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except ModelError:
         raise
     except errors.GatedRepoError:
@@ -251,20 +216,6 @@ def _fetching(name: str) -> Iterator[None]:
     except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
         words = f"{name!r} could not be fetched from the Hub: {first_line(error)}"
         raise ModelError(words, f"check the name and the network, or {local}") from error
-
-
-def _hub_answers(name: str) -> bool:
-    """Ask the Hub once, before anything is fetched: without a network that would try for 23 s (measured)."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except (HFValidationError, RepositoryNotFoundError):
-        raise  # not a name; or it answers: no such model, private, gated
-    except Exception:  # no network, offline mode, a proxy's refusal: every layer below has its own error
-        return False
-    return True
 
 
 # --- what a folder must hold ----------------------------------------------------------------------------------
@@ -318,8 +269,7 @@ def _check_index(index: Path) -> None:
 
 def used_index(folder: Path) -> Path | None:
     """The index that transformers would read: where there is model.safetensors, none."""
-    index = folder / INDEX
-    return index if index.is_file() and not (folder / SINGLE).is_file() else None
+    return folder / INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -371,12 +321,107 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
         except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
             size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
-            raise ModelError(
-                f"{file} is corrupt or truncated ({size}): {first_line(error)}", "fetch this file again"
-            ) from None
+            words = f"{file} is corrupt or truncated ({size}): {first_line(error)}"
+            raise ModelError(words, "fetch this file again") from None
     return found
 
 
 def stored_elements(folder: Path) -> int:
     """How many numbers a folder's safetensors files hold."""
     return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())
+
+
+# --- what a model says of itself ------------------------------------------------------------------------------------
+
+# For the card of what is made of it: from the README.md of a folder or of the Hub's copy on this machine, or from the
+# metadata of a GGUF file. What is not said there is None, and nothing is guessed.
+
+CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
+"""The folder of a model in huggingface_hub's cache."""
+LICENCE = ("license", "license_name", "license_link")
+GGUF_ADDRESSES = ("general.repo_url", "general.source.repo_url", "general.source.huggingface.repository")
+QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|TQ\d\w*|B?F16|F32|MXFP4\w*)$", re.IGNORECASE)
+"""How the stem of a GGUF file's name ends that says its number format."""
+LONGEST_CARD, LONGEST_VALUE = 4 * 2**20, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCard:
+    """Who a model is, as far as that is known."""
+
+    name: str
+    """Of the model, of its folder or of its file; never a path."""
+    hub_id: str | None = None
+    """owner/name on the Hub."""
+    license: str | None = None
+    """As the Hub names it, such as apache-2.0; with "other", `license_name` and `license_link` say which."""
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    """Codes such as en."""
+    is_first: bool = False
+    """Whether it is the model that a folder was once made from by layercut, and not that folder."""
+
+    @property
+    def base_model(self) -> str | None:
+        """What the Hub's `base_model` takes: the id, else the name where it has the form of one."""
+        try:
+            validate_repo_id(self.hub_id or self.name)
+        except errors.HFValidationError:
+            return None
+        return self.hub_id or self.name
+
+
+def source_card(model: str) -> SourceCard:
+    """What the files of a model on this machine, or its page on the Hub, say of it."""
+    path = Path(model).expanduser()
+    stem = QUANTIZED_NAME.sub("", path.stem) if path.suffix == ".gguf" else path.name  # without the number format
+    cached = CACHED.search(str(path))
+    hub_id = f"{cached[1]}/{cached[2]}" if cached else None
+    if path.is_file():  # not by general.name: what converters write there is often the folder of a training run
+        try:
+            values = read_header(path).values
+        except ModelError:
+            values = {}
+        for address in (str(values.get(key, "")) for key in GGUF_ADDRESSES):
+            found = HUB_ID.fullmatch(address.removeprefix("https://huggingface.co/").rstrip("/"))
+            hub_id = hub_id or (found[0] if found else None)
+        front = {key: values.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
+        return _described(stem, hub_id, front | {"language": values.get("general.languages")})
+    if path.is_dir():
+        front = _front_matter(path / "README.md")
+        bases = _texts(front.get("base_model"))
+        if hub_id is None and bases and "layercut" in _texts(front.get("tags")):  # what was made of a model is that one
+            known = next((base for base in bases if HUB_ID.fullmatch(base)), None)
+            return replace(_described(bases[0].rpartition("/")[2], known, front), is_first=True)
+        return _described(hub_id.rpartition("/")[2] if hub_id else path.resolve().name, hub_id, front)
+    if HUB_ID.fullmatch(model):
+        readme = try_to_load_from_cache(model, CARD)  # fetched with the weights
+        front = _front_matter(Path(readme)) if isinstance(readme, str) else {}
+        return _described(model.rpartition("/")[2], model, front)
+    return _described(stem or "model", hub_id, {})  # it is not there any more
+
+
+def _described(name: str, hub_id: str | None, front: dict[str, Any]) -> SourceCard:
+    """With what a card's front matter says, as far as it is text of one line and of a bearable length."""
+    found: dict[str, Any] = {key: next(iter(_texts(front.get(key))), None) for key in LICENCE}
+    shown = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return SourceCard(name=shown, hub_id=hub_id, languages=tuple(_texts(front.get("language"))), **found)
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML between the two --- at the top of a README.md; empty where there is none that can be read."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(LONGEST_CARD).decode("utf-8", errors="replace")
+        found = re.match(r"---[ \t]*\r?\n(.*?\n)---[ \t]*\r?\n", text, re.DOTALL)
+        values = yaml.safe_load(found[1]) if found else {}
+    except (OSError, ModelError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    values = ["no" if each is False else each for each in values[:100]]  # YAML reads the code of Norwegian as false
+    return [each for each in values if isinstance(each, str) and 0 < len(each) <= LONGEST_VALUE and each.isprintable()]

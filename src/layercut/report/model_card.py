@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from layercut.data.sources import find
 from layercut.errors import LayercutError
-from layercut.models.source_card import SourceCard, source_card
+from layercut.models.checkpoints import SourceCard, source_card
 from layercut.report import sections, verdicts
 from layercut.report.formatting import (
     Json,
