@@ -1,7 +1,7 @@
 """Reading a GGUF file: every number in its header is held against the file's size before anything is allocated.
 
 The `gguf` package and transformers allocate what a header promises, so all that reads a .gguf file comes through
-here first: `surgery/gguf_cut.py`, `models/loading.py` and the export.
+here first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import math
 import re
 import struct
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -117,9 +117,8 @@ def read_header(file: Path, texts: Container[str] = ()) -> Header:
     try:
         header = _HeaderParser(file, texts).header()
     except ImportError:
-        raise ModelError(
-            "reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"'
-        ) from None
+        words = "reading GGUF files needs a package that is missing: gguf"
+        raise ModelError(words, 'pip install "layercut[gguf]"') from None
     check_blocks(header)
     return header
 
@@ -178,20 +177,14 @@ def check_blocks(header: Header) -> None:
     norm = FINAL_NORM.get(name, "output_norm.weight")
     wanted = {EMBEDDING} | ({norm} if norm and "output_norm.weight" not in header.tensors else set())
     missing = sorted(wanted - header.tensors.keys()) + [f"blk.{i}.*" for i in range(layers) if i not in roles]
-    if name not in UNEQUAL_BLOCKS:
-        missing += _missing({block: found for block, found in roles.items() if block < layers})
+    kinds = {frozenset(held) for block, held in roles.items() if block < layers}
+    for block, held in sorted(roles.items()) if name not in UNEQUAL_BLOCKS else ():
+        # of a kind of block that the file has and of which this one holds a part
+        fuller = [kind for kind in kinds if held < kind] if block < layers else []
+        missing += [f"blk.{block}.{role}" for role in sorted(max(fuller, key=len) - held)] if fuller else []
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ModelError(f"{file} is incomplete: it lacks {', '.join(missing[:5])}{more}", FETCH)
-
-
-def _missing(roles: dict[int, set[str]]) -> Iterable[str]:
-    """Tensors that a block lacks of a kind of block which the file has and of which this one holds a part."""
-    kinds = {frozenset(found) for found in roles.values()}
-    for block, found in sorted(roles.items()):
-        fuller = [kind for kind in kinds if found < kind]
-        for role in sorted(max(fuller, key=len) - found) if fuller else ():
-            yield f"blk.{block}.{role}"
 
 
 class _HeaderParser:
@@ -203,102 +196,98 @@ class _HeaderParser:
     def header(self) -> Header:
         """ModelError: a number in the header promises more than the file holds, or what no GGUF file has."""
         with self.file.open("rb") as self.stream:
-            if self._take(4) != b"GGUF":
-                raise self._bad("it does not start with GGUF")
-            version = self._take(4)
+            if self.take(4) != b"GGUF":
+                raise self.bad("it does not start with GGUF")
+            version = self.take(4)
             self.order = "<" if version[:2] != b"\0\0" else ">"
             if (number := struct.unpack(f"{self.order}I", version)[0]) not in (2, 3):
-                raise self._bad(f"version {number} is not 2 or 3")
-            tensors, pairs = self._number("Q"), self._number("Q")
+                raise self.bad(f"version {number} is not 2 or 3")
+            tensors, pairs = self.number("Q"), self.number("Q")
             if tensors * 24 + pairs * 13 > self.size:
-                raise self._bad(f"it promises {tensors:,} tensors and {pairs:,} metadata keys")
-            values = self._keys(pairs)
-            return Header(self.file, values, self._tensors(tensors, values.get("general.alignment", 32)))
+                raise self.bad(f"it promises {tensors:,} tensors and {pairs:,} metadata keys")
+            values: dict[str, Any] = {}
+            for _ in range(pairs):
+                name, kind = self.name(values), self.number("I")
+                values[name] = self.array(name) if kind == ARRAY else self.value(name, kind)
+                if name == "general.alignment" and (kind != UINT32 or values[name] not in ALIGNMENTS):
+                    raise self.bad("general.alignment is no power of two")
+            places = self.tensors(tensors, values.get("general.alignment", 32))
+        return Header(self.file, {name: value for name, value in values.items() if value is not None}, places)
 
-    def _bad(self, why: str) -> ModelError:
+    def bad(self, why: str) -> ModelError:
         return corrupt(self.file, why)
 
-    def _left(self, count: int) -> int:
+    def left(self, count: int) -> int:
         if count > (left := self.size - self.stream.tell()):
-            raise self._bad(f"{count:,} bytes are called for where {left:,} are left")
+            raise self.bad(f"{count:,} bytes are called for where {left:,} are left")
         return count
 
-    def _take(self, count: int) -> bytes:
-        return self.stream.read(self._left(count))
+    def take(self, count: int) -> bytes:
+        return self.stream.read(self.left(count))
 
-    def _number(self, code: str) -> int:
-        return struct.unpack(self.order + code, self._take(struct.calcsize(code)))[0]
+    def number(self, code: str) -> int:
+        return struct.unpack(self.order + code, self.take(struct.calcsize(code)))[0]
 
-    def _name(self, seen: Container[str]) -> str:
-        length = self._number("Q")
-        if length > LARGEST_NAME:
-            raise self._bad(f"a name of {length:,} bytes")
+    def name(self, seen: Container[str]) -> str:
+        if (length := self.number("Q")) > LARGEST_NAME:
+            raise self.bad(f"a name of {length:,} bytes")
         try:
-            name = self._take(length).decode()
+            name = self.take(length).decode()
         except UnicodeDecodeError:
-            raise self._bad("a name that is not UTF-8") from None
+            raise self.bad("a name that is not UTF-8") from None
         if name in seen:
-            raise self._bad(f"{name!r} stands in it twice")
+            raise self.bad(f"{name!r} stands in it twice")
         return name
 
-    def _keys(self, count: int) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for _ in range(count):
-            name, kind = self._name(values), self._number("I")
-            values[name] = self._array(name) if kind == ARRAY else self._value(name, kind)
-            if name == "general.alignment" and (kind != UINT32 or values[name] not in ALIGNMENTS):
-                raise self._bad("general.alignment is no power of two")
-        return {name: value for name, value in values.items() if value is not None}
-
-    def _value(self, name: str, kind: int) -> Any:
+    def value(self, name: str, kind: int) -> Any:
         if kind == STRING:
-            return self._take(self._number("Q")).decode(errors="replace")
+            return self.take(self.number("Q")).decode(errors="replace")
         if kind not in SCALARS:
-            raise self._bad(f"{name} is of the unknown type {kind}")
-        value = self._number(SCALARS[kind])
+            raise self.bad(f"{name} is of the unknown type {kind}")
+        value = self.number(SCALARS[kind])
         if kind == BOOL and value not in (0, 1):
-            raise self._bad(f"{name} is neither true nor false")
+            raise self.bad(f"{name} is neither true nor false")
         return bool(value) if kind == BOOL else value
 
-    def _array(self, name: str) -> list[Any] | None:
-        kind, count = self._number("I"), self._number("Q")
+    def array(self, name: str) -> list[Any] | None:
+        kind, count = self.number("I"), self.number("Q")
         if kind != STRING and kind not in SCALARS:
-            raise self._bad(f"{name} is an array of the type {kind}")
+            raise self.bad(f"{name} is an array of the type {kind}")
         least = 8 if kind == STRING else struct.calcsize(SCALARS[kind])
         self.elements += count
         if count * least > self.size - self.stream.tell() or self.elements > LARGEST_ARRAYS:
-            raise self._bad(f"{name} promises {count:,} elements")
+            raise self.bad(f"{name} promises {count:,} elements")
         if kind == STRING and (name.startswith("general.") or name in self.texts):
-            return [self._value(name, STRING) for _ in range(count)]
+            return [self.value(name, STRING) for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                self.stream.seek(self._left(self._number("Q")), 1)
+                self.stream.seek(self.left(self.number("Q")), 1)
             return None
-        items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self._take(count * least))
+        items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self.take(count * least))
         return [bool(item) for item in items] if kind == BOOL else list(items)
 
-    def _tensors(self, count: int, alignment: int) -> dict[str, TensorPlace]:
+    def tensors(self, count: int, alignment: int) -> dict[str, TensorPlace]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         found: dict[str, TensorPlace] = {}
         ends = []
         for _ in range(count):
-            name, rank = self._name(found), self._number("I")
+            name, rank = self.name(found), self.number("I")
             if not 1 <= rank <= LARGEST_RANK:
-                raise self._bad(f"tensor {name!r} has {rank:,} dimensions")
-            shape = tuple(self._number("Q") for _ in range(rank))
-            kind, offset = self._number("I"), self._number("Q")
+                raise self.bad(f"tensor {name!r} has {rank:,} dimensions")
+            shape = tuple(self.number("Q") for _ in range(rank))
+            kind, offset = self.number("I"), self.number("Q")
             try:
                 block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             except (ValueError, KeyError):
-                raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
+                raise self.bad(f"tensor {name!r} is of the unknown type {kind}") from None
             if 0 in shape or shape[0] % block or offset % alignment:
-                raise self._bad(f"tensor {name!r} cannot have the shape {[*shape]} or start at {offset:,}")
+                raise self.bad(f"tensor {name!r} cannot have the shape {[*shape]} or start at {offset:,}")
             found[name] = TensorPlace(kind, offset, shape)
             ends.append((offset + math.prod(shape) // block * size, name))
         start = -(-self.stream.tell() // alignment) * alignment
         if ends and start + max(ends)[0] > self.size:
-            raise self._bad(f"tensor {max(ends)[1]!r} ends behind the file")
+            raise self.bad(f"tensor {max(ends)[1]!r} ends behind the file")
         return {name: each._replace(start=start + each.start) for name, each in found.items()}
 
 

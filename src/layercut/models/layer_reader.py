@@ -193,10 +193,17 @@ class LayerFiles:
     def enter_(self, i: int, ahead: Sequence[int]) -> None:
         """Load layer i's weights, drop those of the layer before, and begin to read the ones after."""
         if self._random is not None:
-            self._set_random_(i, self._random)
+            self.leave_()
+            _put_(self.layers[i], self._made(i, self._random))
+            self.resident = i
+            self._fill_clones_(i)
             return
         self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
-        tensors = self._take(i)
+        early, self._ahead = self._ahead, None
+        tensors = early[1].result() if early else {}  # waited for also if another layer's: no third one in memory
+        if early is None or early[0] != i:
+            del early, tensors
+            tensors = self._read(i)
         self.leave_()
         self.resident = i  # from here on, also half installed: an error leaves nothing behind
         try:
@@ -242,16 +249,6 @@ class LayerFiles:
         if _versions(self.layers[i]) != self._versions[i]:
             raise ModelError(f"{type(self.model).__name__} changes the weights of its layers as it runs", IN_MEMORY)
 
-    def _take(self, i: int) -> dict[str, torch.Tensor]:
-        """Layer i's tensors as stored: read ahead, or read now."""
-        ahead, self._ahead = self._ahead, None
-        if ahead:
-            tensors = ahead[1].result()  # waited for also where it is another layer: no third one in memory
-            if ahead[0] == i:
-                return tensors
-            del tensors, ahead
-        return self._read(i)
-
     def _read(self, i: int) -> dict[str, torch.Tensor]:
         tensors = _read(self._stored[i])
         self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
@@ -284,8 +281,7 @@ class LayerFiles:
             self._drop_()
             self._random = None
 
-    def _set_random_(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> None:
-        self.leave_()
+    def _made(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         kind = type(self.layers[i]), tuple((n, t.shape, t.dtype) for n, t in self._empty[i].items())
         if kind not in made:
             drawn, made[kind] = torch.Generator().manual_seed(0), {}
@@ -293,9 +289,7 @@ class LayerFiles:
                 size = 0.02 if empty.is_floating_point() else 0.0
                 tensor = torch.randn(empty.shape, generator=drawn).mul_(size).to(self.device, empty.dtype)
                 made[kind][name] = nn.Parameter(tensor, False) if isinstance(empty, nn.Parameter) else tensor
-        _put_(self.layers[i], made[kind])
-        self.resident = i
-        self._fill_clones_(i)
+        return made[kind]
 
 
 class LayersOnDisk:
@@ -308,9 +302,17 @@ class LayersOnDisk:
         """Which of the original's layers each is."""
         self._lowest: int | None = None  # while layers are entered upwards from there and down again
         self._said = ""
+
+        def on_demand(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
+                self.enter_(layer)
+                return forward(*args, **kwargs)
+
+            return forward_with_weights
+
         for layer, number in self.number.items():
             layer.__dict__.pop("forward", None)  # of the model that this is a clone of
-            layer.forward = self._on_demand(layer, layer.forward)
+            layer.forward = on_demand(layer, layer.forward)
             if layer is not files.layers[number]:
                 files.clones[number].add(layer)
 
@@ -325,30 +327,20 @@ class LayersOnDisk:
         clone.layers_on_disk = LayersOnDisk(self.files, clone, [self.number[layer] for layer in self.layers])
         return clone
 
-    def _on_demand(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
-            self.enter_(layer)
-            return forward(*args, **kwargs)
-
-        return forward_with_weights
-
     def enter_(self, layer: nn.Module) -> None:
         """Load the weights of one of these layers, where it lacks them."""
-        number = self.number[layer]
-        if number != self.files.resident and _lacks_weights(layer):
-            self.files.enter_(number, self._after(number))
-
-    def _after(self, number: int) -> list[int]:
-        """The layer to read once this one is there: the next one on the way, up or down, whose weights are lacking."""
-        resident = self.files.resident
+        number, resident = self.number[layer], self.files.resident
+        if number == resident or not _lacks_weights(layer):
+            return
+        # read ahead is the next layer on the way, up or down, whose weights are lacking
         order = [n for one in self.layers if (n := self.number[one]) in (number, resident) or _lacks_weights(one)]
         place = order.index(number)
         below, above = order[max(0, place - 1) : place], order[place + 1 : place + 2]
-        downwards = resident in above
-        if self._lowest is None:
-            return below if downwards else above
-        below = [n for n in below if n >= self._lowest]
-        return (below or above) if downwards else (above or below)
+        after, turn = (below, above) if resident in above else (above, below)
+        if self._lowest is not None:
+            after, turn = ([n for n in way if way is above or n >= self._lowest] for way in (after, turn))
+            after = after or turn
+        self.files.enter_(number, after)
 
     @contextmanager
     def up_and_down(self, i: int) -> Iterator[None]:

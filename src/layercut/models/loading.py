@@ -64,10 +64,8 @@ def pick_device(device: str) -> torch.device:
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
         raise ModelError(f"device {device!r} is not available on this machine", "use --device cpu, or --device auto")
     if place.type != "cpu" and (place.index or 0) >= torch.accelerator.device_count():
-        raise ModelError(
-            f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
-            f"use --device {place.type}:0",
-        )
+        words = f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}"
+        raise ModelError(words, f"use --device {place.type}:0")
     processes.check_device(place)
     return place
 
@@ -119,10 +117,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         checkpoints.check_config(checkpoint.folder)
         raw = read_json(checkpoint.folder / "config.json")
         if not trust_remote_code and "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
-            raise ModelError(
-                f"{checkpoint.folder.name} brings its own modelling code, which layercut does not run",
-                "pass --trust-remote-code if you have read that code and trust it",
-            )
+            words = f"{checkpoint.folder.name} brings its own modelling code, which layercut does not run"
+            raise ModelError(words, "pass --trust-remote-code if you have read that code and trust it")
     hint = "check that this version of transformers knows the architecture: pip install -U transformers"
     with _said(f"the config of {checkpoint.name} cannot be read", hint):
         if checkpoint.gguf:
@@ -218,7 +214,7 @@ def load(
     place = pick_device(device)
     stored = pick_dtype(dtype, config, checkpoint)
     number = computing_dtype(dtype, stored, place)
-    quantized = _is_quantized(config)
+    quantized = getattr(config, "quantization_config", None) is not None
     refuse_larger(config, checkpoint, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
     finer = None
@@ -258,10 +254,6 @@ def load(
     model = (model.to(place) if moved else model).eval().requires_grad_(False)
     model.stored_dtype = stored
     return LanguageModel(model, tokenizer, checkpoint, number, place)
-
-
-def _is_quantized(config: Any) -> bool:
-    return getattr(config, "quantization_config", None) is not None
 
 
 @lru_cache
@@ -308,7 +300,7 @@ def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
         numbers = [value for value in config.to_dict().values() if isinstance(value, int)]
         if any(abs(value) > max(1 << 31, stored) for value in numbers):
             raise corrupt(checkpoint.file, "a size in its metadata is larger than the file")
-    elif _is_quantized(config) or not checkpoints.weight_files(checkpoint.folder):
+    elif getattr(config, "quantization_config", None) is not None or not checkpoints.weight_files(checkpoint.folder):
         return
     else:
         stored, slack = checkpoints.stored_elements(checkpoint.folder), SLACK
@@ -350,8 +342,18 @@ def check_loading(info: dict[str, Any], name: str) -> None:
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint, tried on a line of text; of a GGUF file its own, where that can be read."""
     if not checkpoint.gguf:
-        _check_tokenizer_files(checkpoint.folder)
-        return _tokenizer_in(checkpoint.folder, checkpoint, trust_remote_code)
+        folder = checkpoint.folder
+        there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+        if not any(file.is_file() for file in there):
+            raise ModelError(f"{folder} holds no tokenizer", COPY_TOKENIZER)
+        for file in there:
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
+            if size > LARGEST_JSON:
+                raise ModelError(f"{file} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
+        if (file := folder / "tokenizer_config.json") in there:
+            config_files.check_tokenizer_config(read_json(file), str(file))
+        return _tokenizer_in(folder, checkpoint, trust_remote_code)
     with tempfile.TemporaryDirectory() as alone:  # transformers prefers a tokenizer.json beside it, of whatever model
         (Path(alone) / checkpoint.file.name).symlink_to(checkpoint.file.absolute())
         try:
@@ -378,23 +380,8 @@ def _tokenizer_in(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool)
         # the library in Rust ends in a kind of its own that is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(
-            f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}", COPY_TOKENIZER
-        ) from error
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder without a tokenizer, or whose tokenizer files are of a kind or size that none has."""
-    there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if not any(file.is_file() for file in there):
-        raise ModelError(f"{folder} holds no tokenizer", COPY_TOKENIZER)
-    for file in there:
-        with open_regular(file) as opened:
-            size = os.fstat(opened.fileno()).st_size
-        if size > LARGEST_JSON:
-            raise ModelError(f"{file} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
-    if (file := folder / "tokenizer_config.json") in there:
-        config_files.check_tokenizer_config(read_json(file), str(file))
+        words = f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}"
+        raise ModelError(words, COPY_TOKENIZER) from error
 
 
 @contextmanager

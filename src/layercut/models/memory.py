@@ -69,17 +69,9 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def memory_bytes() -> int:
-    """The machine's memory."""
-    return int(psutil.virtual_memory().total)
-
-
 def whole_bytes(device: torch.device) -> int:
-    """All memory that a device has, used or not, within a container's limit and what `memory_limit` allows.
-
-    Unlike what is available it is the same whenever it is asked.
-    """
-    found = [memory_bytes()]
+    """All memory that a device has, used or not, within a container's limit and `memory_limit`'s: always the same."""
+    found = [int(psutil.virtual_memory().total)]
     with contextlib.suppress(OSError, ValueError):
         found.append(int((CGROUP / "memory.max").read_text()))
     if device.type != "cpu":
@@ -113,8 +105,6 @@ CHUNK_BYTES = 256 * 2**20
 """CPU: logits of a chunk of rows, in float32."""
 PIECE_BYTES = 32 * 2**20
 """CPU: logits of a piece of a tuning pass. Above it glibc fetches memory from the system, page by page, each time."""
-SWEPT_ROWS = 8
-"""CPU: rows of tokens that go through a layer together where weights are in memory, at most."""
 PASS_TOKENS = 1024
 """Tokens in one forward and backward pass: what is kept for the backward pass grows with them; speed does not."""
 
@@ -149,7 +139,7 @@ class Budget:
         """That of a CPU, by what its caches and the C library's allocator bear, as measured."""
         return cls(
             logits=CHUNK_BYTES, piece=PIECE_BYTES, inner=2**19 * (threads or torch.get_num_threads()),
-            streams=512 * 2**20, kept=0, rows=SWEPT_ROWS, swept_tokens=sys.maxsize, tokens=2048,
+            streams=512 * 2**20, kept=0, rows=8, swept_tokens=sys.maxsize, tokens=2048,
             pass_tokens=PASS_TOKENS,
         )  # fmt: skip
 
@@ -321,8 +311,7 @@ class ShrinkingParts(Generic[Part]):
 
     def __init__(self, stage: str, parts: Iterable[Part], device: torch.device, *, alone: bool = True) -> None:
         """alone: no other process waits for each of the parts."""
-        self.stage, self.device, self.alone = stage, device, alone
-        self.left = deque(parts)
+        self.stage, self.device, self.alone, self.left = stage, device, alone, deque(parts)
 
     def __iter__(self) -> Iterator[Part]:
         while self.left:
@@ -333,15 +322,14 @@ class ShrinkingParts(Generic[Part]):
         """While open, work on a part, to whose results nothing was added yet when it fails."""
         try:
             yield
+            return
         except (RuntimeError, MemoryError) as error:
             if not self.alone or not ran_out(error):
                 raise
-            failed: BaseException | None = error
-        else:
-            failed = None
-        if failed is not None:  # out of the handler: the error's traceback would keep the part's tensors
-            halve_(failed.with_traceback(None), self.stage, self.device, rows_in(part))
-            self.left.extendleft(reversed(halves(part)))
+            failed = error.with_traceback(None)
+        # out of the handler: the error's traceback would keep the part's tensors
+        halve_(failed, self.stage, self.device, rows_in(part))
+        self.left.extendleft(reversed(halves(part)))
 
 
 def rows_in(part: Any) -> int:

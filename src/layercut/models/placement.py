@@ -1,10 +1,8 @@
 """Where a model's weights lie while it runs: in memory, on several accelerators or processes, or on disk.
 
-The one entry point for all commands: `models/loading.py` loads, `models/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` shards. Over several accelerators of one process the layers are placed one after the other by
-accelerate, whose hooks bring to a module what it is given. What is no layer, embeddings and head among it, is on the
-first device, and so are logits and losses. Models that transformers dispatched itself (`device_map="auto"`) are run
-alike, wherever their head is.
+Over several accelerators of one process the layers lie one after the other, and accelerate's hooks bring to a module
+what it is given. What is no layer, embeddings and head among it, is on the first device, and so are logits and losses.
+Models that transformers dispatched itself (`device_map="auto"`) are run alike, wherever their head is.
 """
 
 from __future__ import annotations
@@ -49,7 +47,19 @@ def load(
     """
     with memory_limit(max_memory):
         if spread(checkpoint, stream=stream, shard=shard, **how):
-            return _load_spread(checkpoint, **how)
+            # a safetensors folder is read layer by layer, by every process in full: two layers, and what is no layer,
+            # are whole at a time; what cannot be read so, by one process after the other into the machine's memory
+            config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+            if not why_not_by_layer(checkpoint, config):
+                loaded = open_on_disk(checkpoint, **how)
+                sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
+                return loaded
+            for turn in range(processes.world()):
+                if turn == processes.rank():
+                    loaded = loading.load(checkpoint, **how, moved=False)
+                    sharding.spread_(loaded.model, find_decoder(loaded.model).layers, loaded.device)
+                processes.barrier()
+            return loaded
         if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
             loaded = loading.load(checkpoint, **how, moved=False)
             devices = accelerators(loaded.device)
@@ -73,11 +83,9 @@ def over_devices(
         return False
     devices = accelerators(pick_device(how.get("device", "auto")))
     if device_map == "on" and (len(devices) < 2 or several):
-        raise ConfigError(
-            "--device-map on places the layers over several accelerators of one process, and there "
-            + ("are several processes" if several else f"are {len(devices)}"),
-            "leave it out",
-        )
+        there = "several processes" if several else len(devices)
+        words = f"--device-map on places the layers over several accelerators of one process, and there are {there}"
+        raise ConfigError(words, "leave it out")
     if device_map == "on" or len(devices) < 2 or _share_of_memory(checkpoint, **how) <= FITS:
         return device_map == "on"
     return weight_bytes(checkpoint, **how) <= FITS * sum(map(available_bytes, devices))
@@ -132,26 +140,6 @@ def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:
     return checkpoints.stored_elements(checkpoint.folder) * number.itemsize
 
 
-def _load_spread(checkpoint: checkpoints.Checkpoint, **how: Any) -> loading.LanguageModel:
-    """`loading.load`, of which each process keeps its shard of every weight (`distributed/sharding.py`).
-
-    A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
-    at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the
-    machine's memory, by one process after the other.
-    """
-    config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    if not why_not_by_layer(checkpoint, config):
-        loaded = open_on_disk(checkpoint, **how)
-        sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
-        return loaded
-    for turn in range(processes.world()):
-        if turn == processes.rank():
-            loaded = loading.load(checkpoint, **how, moved=False)
-            sharding.spread_(loaded.model, find_decoder(loaded.model).layers, loaded.device)
-        processes.barrier()
-    return loaded
-
-
 # --- over several accelerators --------------------------------------------------------------------------------
 
 
@@ -164,14 +152,10 @@ def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> list[
     for layer in layers:
         places.append(min(bisect_left(ends, done + layer / 2), len(room) - 1))
         done += layer
-    held = _held(layers, rest, places, len(room))
+    held = [rest, *[0] * (len(room) - 1)]
+    for layer, place in zip(layers, places, strict=True):
+        held[place] += layer
     return places if all(one <= most for one, most in zip(held, room, strict=True)) else None
-
-
-def _held(layers: Sequence[int], rest: int, places: Sequence[int], devices: int) -> list[int]:
-    """Bytes on each device."""
-    by_device = [sum(size for size, place in zip(layers, places, strict=True) if place == i) for i in range(devices)]
-    return [by_device[0] + rest, *by_device[1:]]
 
 
 def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from layercut import registries
@@ -27,7 +28,7 @@ from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
 from layercut.files import parse_bytes
 from layercut.models import checkpoints, decoder_stack, loading, memory
-from layercut.models.memory import Budget, available_bytes, memory_bytes, resident_bytes
+from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
@@ -235,7 +236,7 @@ class Planner:
 
 def places() -> Iterator[Place]:
     """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB."""
-    memory = memory_bytes()
+    memory = psutil.virtual_memory().total
     yield Place(name="this machine's CPU", bytes=memory, accelerator=False)
     if kind := torch.accelerator.current_accelerator(check_available=True):
         with contextlib.suppress(RuntimeError, NotImplementedError):
