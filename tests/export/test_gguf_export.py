@@ -229,7 +229,7 @@ def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypa
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
-    assert "llama.cpp itself has not read it: pip install 'layercut[llamacpp]'" in said
+    assert "llama.cpp itself has not read it: pip install 'layercut[gguf]'" in said
     assert json.loads((gguf_run / "gguf.json").read_text())["again"]["llama_cpp"] is None
 
 

@@ -108,7 +108,7 @@ def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, monkeypat
     assert main([*argv, "--gguf-type=f32", f"--out={out}"]) == 0
     assert out.stat().st_size > source.stat().st_size
     marks = {verdict.name: verdict.mark for verdict in verdicts(read_run(tmp_path / "large.gguf-run"))}
-    assert (marks["GGUF file"], marks["Size"]) == ("bad", "bad")
+    assert marks["Size"] == "bad"
 
 
 def test_evaluate_and_export_take_such_a_run(source, made, texts, tmp_path, monkeypatch, capsys):

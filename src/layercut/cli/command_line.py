@@ -434,14 +434,10 @@ def _refusal(message: str, hint: str) -> Outcome:
 def _show(run: Path, out: Path | None = None) -> None:
     """How the run ended, and the file that was asked for."""
     from rich.console import Console
-    from rich.text import Text
 
     from layercut.pipeline.handover import result_of
     from layercut.report.page import closing
 
     console = Console(highlight=False)
-    for part in closing(run):
-        console.print(part, soft_wrap=not console.is_terminal and isinstance(part, Text))
-    model = out if out and out.suffix == ".gguf" else result_of(run)
-    for name, file in (("model", model), ("report", run / "report.html")):
-        console.print(shown(f"{name:<6}  {file}"), soft_wrap=True, markup=False)
+    for line in closing(run, out if out and out.suffix == ".gguf" else result_of(run)):
+        console.print(line, soft_wrap=True)

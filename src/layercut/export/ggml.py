@@ -1,4 +1,4 @@
-"""llama.cpp's quantization: of a single matrix, and of a whole file. The library comes prebuilt (extra `llamacpp`).
+"""llama.cpp's quantization: of a single matrix, and of a whole file. The library comes prebuilt (extra `gguf`).
 
 Used where a GGUF file is written (`export/gguf_tensors.py`, `export/gguf_export.py`). The `gguf` package rounds to the
 plainest types itself, without importance; what else there is, is llama.cpp's own. An importance matrix (the mean square
@@ -103,7 +103,7 @@ def require_llama_cpp() -> Any:
     except ImportError:
         raise ConfigError(
             "this number format needs a package that is missing: llama-cpp-py-sync",
-            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
+            f'pip install "layercut[gguf]", or a --gguf-type of {", ".join(PLAIN)}',
         ) from None
     return get_lib()
 

@@ -230,6 +230,11 @@ def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
         return math.exp(min(_printed(file, Path(folder))["loss"], 700.0))
 
 
+def speed_by_llama_cpp(dense: Path, pruned: Path) -> dict[str, Any]:
+    """Tokens a second that llama.cpp decodes from both files: {"dense", "compressed", "ratio", "threads"}."""
+    return _told([str(CHECKER), "speed", str(torch.get_num_threads()), str(dense), str(pruned)], pruned)
+
+
 def _in_fresh_process(
     file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
@@ -246,12 +251,17 @@ def _in_fresh_process(
 
 def _printed(file: Path, scratch: Path, *more: str) -> dict[str, Any]:
     """What `export/llama_cpp_process.py` prints. ModelError: it fails."""
-    command = [sys.executable, "-P", str(CHECKER), str(file), str(scratch), str(torch.get_num_threads()), *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return _told([str(CHECKER), str(file), str(scratch), str(torch.get_num_threads()), *more], file)
+
+
+def _told(arguments: list[str], file: Path) -> dict[str, Any]:
+    """The last line that a fresh process prints, as JSON. ModelError: it fails."""
+    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ModelError(f"llama.cpp cannot use {file.name}: {lines[-1]}", _TAKE_FOLDER)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -238,7 +238,7 @@ def _refuse_unknown(architecture: str) -> None:
     if not rules.known(architecture) and not llama_cpp_installed():
         raise ModelError(
             f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
-            'pip install "layercut[llamacpp]"',
+            'pip install "layercut[gguf]"',
         )
 
 

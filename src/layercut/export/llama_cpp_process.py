@@ -6,13 +6,16 @@ line of JSON: the mean loss of next tokens, the prompt's length and what was wri
 cache, and the ids of the text.
 
     python llama_cpp_process.py FILE.gguf FOLDER THREADS LAST
+    python llama_cpp_process.py speed THREADS FILE.gguf OTHER.gguf
 
-Without LAST the mean loss on tokens.npy alone is computed and printed.
+Without LAST the mean loss on tokens.npy alone is computed and printed. `speed` times both files, by turns.
 """
 
 import json
 import os
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from llama_cpp_py_sync import __version__
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
 PROMPT, NEW_TOKENS = 8, 24
+TIMED, ROUNDS = 32, 5
+"""Tokens that are decoded in a round of timing, after one round that warms up."""
 AT_ONCE = 512
 """Tokens computed at once, which bounds the memory that attention takes."""
 FLOAT32 = 0
@@ -28,9 +33,9 @@ ERROR = 4
 
 
 class Model:
-    """A GGUF file in llama.cpp, with keys and values kept in float32, so that only weights and products are rounded."""
+    """A GGUF file in llama.cpp; `exact`: keys and values in float32, so that only weights and products are rounded."""
 
-    def __init__(self, file, positions, threads):
+    def __init__(self, file, positions, threads, exact=True):
         self.ffi, self.lib = get_ffi(), get_lib()
         self.log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self.heard)
         self.lib.llama_log_set(self.log, self.ffi.NULL)
@@ -44,8 +49,9 @@ class Model:
         context.n_ctx = context.n_batch = positions
         context.n_ubatch = min(positions, AT_ONCE)
         context.n_threads = context.n_threads_batch = threads
-        context.type_k = context.type_v = FLOAT32
-        context.flash_attn_type = 0
+        if exact:
+            context.type_k = context.type_v = FLOAT32
+            context.flash_attn_type = 0
         self.context = self.lib.llama_init_from_model(self.model, context)
         if self.context == self.ffi.NULL:
             sys.exit("it has not enough memory for it")
@@ -120,5 +126,23 @@ def greedy(model, written):
     return {"prompt": prompt, "new_tokens": NEW_TOKENS, "written": written}
 
 
+def speed(threads, *files):
+    """Tokens a second of each file, decoding one token at a time; medians, and that of the rounds' ratios."""
+    models = [Model(file, PROMPT + TIMED, int(threads), exact=False) for file in files]
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        taken = []
+        for model in models:
+            token = int(model.logits([1] * PROMPT, last=1)[-1].argmax())
+            begun = time.perf_counter()
+            for at in range(TIMED):
+                token = int(model.logits([token], start=PROMPT + at)[-1].argmax())
+            taken.append(time.perf_counter() - begun)
+        rounds.append(taken)
+    dense, compressed = (statistics.median(TIMED / taken[i] for taken in rounds[1:]) for i in (0, 1))
+    ratio = statistics.median(first / second for first, second in rounds[1:])
+    print(json.dumps({"dense": dense, "compressed": compressed, "ratio": ratio, "threads": int(threads)}))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    speed(*sys.argv[2:]) if sys.argv[1] == "speed" else main(*sys.argv[1:])

@@ -18,6 +18,7 @@ from layercut.config import CompressConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
+from layercut.export.gguf_check import speed_by_llama_cpp
 from layercut.export.gguf_export import (
     AS_THEY_CAME,
     FINER,
@@ -28,6 +29,7 @@ from layercut.export.gguf_export import (
     is_mixture,
     write_cut,
 )
+from layercut.export.gguf_measured import FLOATS
 from layercut.export.gguf_tensors import architecture_of, check_converts, possible_names, tensor_types
 from layercut.files import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
@@ -210,7 +212,11 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
                 partial.mkdir()
                 put(file, partial / name)
                 replace_folder(partial, work.run / "model")
+            if theirs := facts["again"]["llama_cpp"]:
+                theirs["speed"] = speed_by_llama_cpp(work.checkpoint.file, file)
+            kinds = (kind for kind in tensor_types(work.checkpoint.file) if kind not in FLOATS)
             facts |= {"tensor_types": tensor_types(file), "file": name, "bytes": file.stat().st_size}
+            facts["source_type"] = next(kinds, None)
             written = (work.run.artefact(QuantizeArtefact, "quantize").gguf or {}) | facts
             stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written)
             stage.files = ["model"]

@@ -15,7 +15,6 @@ from layercut.files import write_atomically
 from layercut.report import charts, sections
 from layercut.report.compare_page import write_comparison
 from layercut.report.formatting import (
-    NOT_MEASURED,
     Json,
     change,
     figure,
@@ -24,29 +23,22 @@ from layercut.report.formatting import (
     number,
     page,
     percent,
-    plus_minus,
     printable,
     short_name,
     size,
-    times,
 )
 from layercut.report.run_facts import (
-    BOTH,
     evaluation_rows,
-    final_factor,
     hits_of,
-    last_stage,
-    main_tasks,
     read_run,
     source_bytes,
 )
-from layercut.report.verdicts import LIMITS, conclusion, title, verdicts
+from layercut.report.verdicts import LIMITS, conclusion, size_alone, title, verdicts
 
 PRUNED = {"compressed": "pruned", "compressed_stderr": "pruned_stderr"}
 """Names of artefacts that people know by others."""
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
 
 
@@ -78,36 +70,32 @@ def write_report(run: Path) -> Path:
 # ---- the terminal ----------------------------------------------------------------------------------------------
 
 
-def closing(run: Path) -> tuple[Text, Table, Text]:
-    """A run's end in the terminal: the two models side by side, and whether the result is to be shipped."""
-    from rich.table import Table
+def closing(run: Path, file: Path) -> list[Text]:
+    """A run's end in the terminal, a line for each thing: whether to ship it, what was asked for, how to talk to it."""
     from rich.text import Text
 
-    found = read_run(run, place=printable(shlex.quote(str(run))))
-    summary, last, factor = found.summary, last_stage(found.summary), final_factor(found.summary)
-    came, after = source_bytes(summary), summary.bytes.after
-    rows = [["size", size(came), size(after), change(came, after)]]
-    for phase, words in (("decode", "decoding, tokens/s"), ("prefill", "prompt, tokens/s")):
-        if row := found.speed[phase]:
-            rows.append([words, figure(row.dense), figure(row.compressed), times(row.ratio)])
-    over = times(factor, summary.perplexity.standard_error[last[0]]) if last and factor is not None else ""
-    rows.append(["perplexity", figure(summary.perplexity.dense), figure(last[1]) if last else NOT_MEASURED, over])
-    for task, row in main_tasks(found.scored):
-        kept = times(row.retention) if finite(row.retention) is not None else ""
-        rows.append([printable(task), *(plus_minus(row[model], None) for model in BOTH), kept])
-    rows += [[printable(f"{name}, {metric}"), *figures] for name, metric, *figures in evaluation_rows(summary)]
-    table = Table()
-    for heading in ("", "dense", "pruned", "change"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    last_word = conclusion(found)
-    colour = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}[last_word.mark]
-    return (
-        Text(printable(title(summary)), "bold"),
-        table,
-        Text(f"{last_word.sign} {last_word.text}", f"bold {colour}".strip()),
-    )
+    place = printable(shlex.quote(str(run)))
+    found = read_run(run, place=place)
+    known, last = {verdict.name: verdict for verdict in verdicts(found)}, conclusion(found)
+    after, asked = finite(found.summary.bytes.after), file.suffix == ".gguf" and file.is_file()
+    lines = {"report": str(run / "report.html"), "file": str(file)}
+    if came := source_bytes(found.summary):
+        after = file.stat().st_size if asked else after
+        lines["size"] = f"{size(came)} → {size(after)}, {change(came, after)}"
+    if speed := known.get("Speed"):
+        lines["speed"] = f"{speed.figure}, {speed.text}"
+    if quality := known.get("Quality"):
+        lines["quality"] = f"{quality.figure}, {quality.text}"
+        kept = [f"{name.lower()} {one.figure} {one.text}" for name, one in known.items()
+                if name in ("Recall and skills", "Tasks")]  # fmt: skip
+        lines["quality"] = " ".join([lines["quality"], *kept])
+    for name, metric, *figures in evaluation_rows(found.summary):
+        lines[f"{name}, {metric}"] = "{} → {} {}".format(*figures).rstrip()
+    lines["chat"] = f"layercut chat {place}"
+    colour = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}[last.mark]
+    told = [Text(printable(title(found.summary)), "bold"), Text(f"{last.sign} {last.text}", f"bold {colour}".strip())]
+    told += [Text(alone)] if (alone := size_alone(found)) else []
+    return told + [Text(f"{printable(name):<8} {printable(words)}") for name, words in lines.items()]
 
 
 def search_lines(search: Any) -> list[str]:

@@ -46,6 +46,17 @@ class RunFacts:
         return self.evaluation.speed or self.summary.speed
 
     @property
+    def decoding(self) -> tuple[Json, str]:
+        """Tokens a second of both models, and where: llama.cpp, of a run whose result it reads, or transformers."""
+        theirs = self.export.gguf.again.llama_cpp.speed
+        return (theirs, "llama.cpp") if theirs else (self.speed.decode, "transformers")
+
+    @property
+    def exported(self) -> Json:
+        """The GGUF file that was made of the result afterwards; empty where the result is that file itself."""
+        return Json() if self.export.gguf else self.gguf
+
+    @property
     def health(self) -> Json:
         """Figures of both models' continuations; empty where one of them is not known."""
         found = self.summary.generation_health
@@ -173,12 +184,15 @@ class ProbeShare:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the pruned model's share, at 95 % (Wilson)."""
-        if self.pruned is None or not self.items:
-            return None
-        n, p, z = self.items, min(max(self.pruned, 0.0), 1.0), 1.96
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+        """Of the pruned model's share, at 95 %."""
+        return interval_of(self.pruned, self.items) if self.pruned is not None and self.items else None
+
+
+def interval_of(share: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a share of n items, at 95 %."""
+    p, z = min(max(share, 0.0), 1.0), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def skills(judged: Json) -> list[ProbeShare]:

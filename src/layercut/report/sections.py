@@ -50,7 +50,6 @@ from layercut.report.run_facts import (
     positions,
     recall,
     skills,
-    source_bytes,
 )
 
 
@@ -112,9 +111,8 @@ def search(run: RunFacts) -> Section:
 
 def probe_map(run: RunFacts) -> Section:
     """Which layers hold which skill."""
-    note = ["KL increase of each kind of probe, nats per answer token, without the layers; framed: removed."]
-    note += map(printable, run.capabilities.words)
-    return Section("map", "What each layer is needed for", " ".join(note), (), charts.probe_maps(run))
+    note = "How much worse each kind of probe gets without a layer, KL in nats per answer token; framed: removed."
+    return Section("map", "What each layer is needed for", note, (), charts.probe_maps(run))
 
 
 def stages(run: RunFacts) -> Section:
@@ -253,15 +251,12 @@ def speed(run: RunFacts) -> Section:
     rows = [[name, show(before), show(after), change(before, after)] for name, show, before, after in (
         ("layers", whole, s.layers.before, s.layers.after),
         ("parameters", whole, s.parameters.before, s.parameters.after),
-        ("weight files", size, source_bytes(s), s.bytes.after),
         ("KV cache per token", size, found.kv_bytes_per_token.dense, found.kv_bytes_per_token.compressed),
     ) if number(before) is not None]  # fmt: skip
-    rows += [[f"{phase}, tokens/s", *(figure(found[phase][model]) for model in BOTH), times(found[phase].ratio)]
-             for phase in ("prefill", "decode") if found[phase]]  # fmt: skip
-    note = "Speed was not measured."
-    if found:
-        note = f"On {printable(found.device)}, {dash(found.threads, whole)} threads, both models by turns; medians. "
-        note += f"The layers take {dash(found.decode.layer_share, percent)} of the dense model's decoding."
+    row, note = found.prefill, "Speed in transformers was not measured."
+    if row:
+        rows.append(["prompt, tokens/s", *(figure(row[model]) for model in BOTH), times(row.ratio)])
+        note = f"On {printable(found.device)}, {dash(found.threads, whole)} threads, both models by turns; medians."
     return Section("speed", "Size and speed", note, [Table(["", "dense", "pruned", "change"], rows)])
 
 
@@ -278,16 +273,16 @@ def engine_rows(readings: Iterable[Any]) -> list[tuple[str, str, str]]:
 
 
 def engines(run: RunFacts) -> Section:
-    """Which engines read the result right."""
-    note, check = (
-        "By the rules known of each engine; --for restricts the search to cuts it reads right.",
-        run.export.check,
-    )
+    """Which engines read the result right, those that do alike in one row."""
+    note = "By the rules known of each engine; --for restricts the search to cuts it reads right."
+    check = run.export.check
     if how := check.how or check.logits:
         note += f" Verified in a fresh process: logits {printable(how)}."
-    return Section(
-        "engines", "Engines", note, [Table(["engine", "reads it", "why"], engine_rows(run.summary.consumers), 2)]
-    )
+    alike: dict[tuple[str, str], list[str]] = {}
+    for engine, reads, why in engine_rows(run.summary.consumers):
+        alike.setdefault((reads, why), []).append(engine)
+    rows = [[reads, ", ".join(names), why] for (reads, why), names in alike.items()]
+    return Section("engines", "Engines", note, [Table(["reads it", "engines", "why"], rows, 1)])
 
 
 def later(run: RunFacts) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layercut.report.formatting import change, figure, layer_names, percent, signed, size
+from layercut.report.formatting import figure, layer_names, percent, signed, size, times
 
 
 def describe_retention(retained: dict[str, Any]) -> str:
@@ -111,26 +111,25 @@ def describe_point(point: dict[str, Any]) -> str:
 def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
     """What transformers and llama.cpp made of a GGUF file, a line each; a reader that could not is named."""
     again = facts["again"]
-    theirs, found, on = again["llama_cpp"], again["perplexity"], f"perplexity on {again['tokens']:,} tokens"
-    before = f"{found['model']:.4f} before it was written"
+    theirs, found = again["llama_cpp"], again["perplexity"]
+
+    def risen(perplexity: float) -> str:
+        return f"{times(perplexity / found['model'])} the perplexity of before it was written"
+
     if found["file"] is None:
-        lines = [f"transformers cannot read this architecture from GGUF, so no weight was compared; {on} {before}"]
+        lines = ["transformers cannot read this architecture from GGUF, so no weight was compared"]
     else:
         off = f", at most {max(facts['errors'].values()):.2g} off where rounded" if facts["errors"] else ""
-        lines = [f"transformers: every weight read back{off}; {on} {found['file']:.4f}, {before}"]
+        lines = [f"transformers: every weight read back{off}; {risen(found['file'])}"]
     if theirs is None:
-        return [*lines, "llama.cpp itself has not read it: pip install 'layercut[llamacpp]'"]
+        return [*lines, "llama.cpp itself has not read it: pip install 'layercut[gguf]'"]
     same = "same token ids" if theirs["same_token_ids"] else "other token ids than the model's own tokenizer"
     lines.append(
-        f"llama.cpp ({theirs['version']}) in a fresh process: {on} {theirs['perplexity']:.4f}; logits "
+        f"llama.cpp ({theirs['version']}) in a fresh process: {risen(theirs['perplexity'])}; logits "
         f"{100 * theirs['logit_error']:.2f}% off, {theirs['greedy']} of {theirs['new_tokens']} greedy tokens agree, "
         f"{same}"
     )
-    if theirs.get("source_perplexity"):
-        sizes, both = (theirs["source_bytes"], facts["bytes"]), (theirs["source_perplexity"], theirs["perplexity"])
-        worse = "; it is larger and worse than the source" if sizes[1] >= sizes[0] and both[1] > both[0] else ""
-        lines.append(
-            f"against the source file, both in llama.cpp: {size(sizes[0])} -> {size(sizes[1])} ({change(*sizes)}), "
-            f"perplexity {figure(both[0])} -> {figure(both[1])} ({change(*both)}){worse}"
-        )
+    if speed := theirs.get("speed"):
+        both = " -> ".join(figure(speed[model]) for model in ("dense", "compressed"))
+        lines.append(f"llama.cpp decodes {both} tokens/s, {times(speed['ratio'])}, {speed['threads']} threads")
     return lines

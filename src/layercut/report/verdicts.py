@@ -1,7 +1,7 @@
 """What a run's result is worth: a verdict on each of a few questions, and whether it is to be shipped.
 
-The limits are conventions, the same for every run; apart from the arithmetic of chance none was measured. A question
-that nothing was measured for has no verdict, and fewer than `FEWEST` items are shown without a mark.
+The limits are conventions, the same for every run. A question that nothing was measured for has no verdict, and fewer
+than `FEWEST` items are shown without a mark.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from layercut.report.formatting import (
     whole_number,
 )
 from layercut.report.run_facts import (
-    ProbeShare,
     RunFacts,
     final_factor,
+    interval_of,
     last_stage,
     main_tasks,
     perplexities,
@@ -40,10 +40,9 @@ from layercut.report.run_facts import (
 )
 
 CLOSE, FAIR, BROKEN_FACTOR = 1.10, 1.5, 3.0
-"""Perplexity of the result over the dense model's: up to the first it is close, up to the second usable with care,
-beyond the third the model is called broken."""
+"""Perplexity of the result over the dense model's: close, usable with care, and beyond the third broken."""
 ROUNDED, ROUNDED_FAIR = 1.05, 1.25
-"""Perplexity of a GGUF file over that of the model written into it."""
+"""Perplexity of an exported GGUF file over that of the model written into it."""
 FASTER, SLOWER = 1.02, 0.98
 """Tokens a second over the dense model's. Between them lies the noise of a short timing; a guess."""
 KEPT, KEPT_FAIR = 0.9, 0.5
@@ -53,21 +52,24 @@ FEWEST, GUESSING, FEWEST_GUESSED = 20, 0.1, 50
 least the third of items, is called broken."""
 SIGNIFICANT = 0.05
 """A task counts as changed where so uneven a split of its flipped items has less than this probability."""
-REPEATS, CIRCLES = 0.05, 0.2
-"""Share of repeated 4-grams beyond the dense model's: above the first a caution, above the second a failure."""
-UNLIKELY, NONSENSE = 1.0, 2.0
-"""Nats per token that the dense model gives the pruned model's text beyond its own: likewise."""
+REPEATS, CIRCLES, UNLIKELY, NONSENSE = 0.05, 0.2, 1.0, 2.0
+"""Repeated phrases beyond the dense model's, and nats per token that it gives the pruned model's text beyond its own:
+of each a caution and a failure."""
 LONG_LOSS = 0.1
 """Log-perplexity that the last positions may lose beyond what the first ones lose."""
 LIMITS = (
     f"passed (✓), caution (!) and failed (✗) are conventions. Quality passes up to {CLOSE:g}× the dense model's "
     f"perplexity, with caution up to {FAIR:g}×; tasks and probes pass from {KEPT:.0%} of the dense answers, with "
-    f"caution from {KEPT_FAIR:.0%}; speed passes above {FASTER:g}×; generation passes up to {REPEATS:.0%} points more "
-    f"repetition and {UNLIKELY:g} nat more loss, with caution up to {CIRCLES:.0%} points and {NONSENSE:g}. Fewer than "
-    f"{FEWEST} items are not judged (–). Above {BROKEN_FACTOR:g}× the perplexity, or below {GUESSING:.0%} of the score "
-    f"above chance over {FEWEST_GUESSED} items or more, a model is called broken."
+    f"caution from {KEPT_FAIR:.0%}; speed passes above {FASTER:g}×; text passes up to {REPEATS:.0%} points more "
+    f"repetition, with caution up to {CIRCLES:.0%} points. Fewer than {FEWEST} items are not judged (–). Above "
+    f"{BROKEN_FACTOR:g}× the perplexity, or below {GUESSING:.0%} of the score above chance over {FEWEST_GUESSED} items "
+    "or more, a model is called broken."
 )
 MARKS = {"good": ("✓", "passed"), "fair": ("!", "caution"), "bad": ("✗", "failed"), "open": ("–", "not judged")}
+FORMATS = {"Q8_0": (8.5, 0.0004), "Q6_K": (6.56, 0.0035), "Q5_1": (6.0, 0.017), "Q5_K_M": (5.69, 0.009),
+           "Q5_0": (5.5, 0.021), "Q4_1": (5.0, 0.072), "Q4_K_M": (4.85, 0.028), "Q4_0": (4.5, 0.075),
+           "Q3_K_M": (3.91, 0.105), "Q2_K": (2.96, 0.565)}  # fmt: skip
+"""llama.cpp's number formats: bits a weight, and the rise of perplexity of Llama-3-8B (its quantizer's own table)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ class Verdict:
     mark: str
     """good, fair, bad; or open: not known, or too few items."""
     figure: str
-    """The number it is about."""
     text: str
 
     @property
@@ -94,7 +95,7 @@ class Verdict:
 
 def verdicts(run: RunFacts) -> list[Verdict]:
     """All that something was measured for."""
-    judges = (_quality, _size, _speed, _tasks, _probes, _generation, _long_context, _gguf, _budgets)
+    judges = (_size, _speed, _quality, _tasks, _probes, _text, _long_context, _gguf, _budgets)
     return [found for judge in judges if (found := judge(run))]
 
 
@@ -110,26 +111,42 @@ def _quality(run: RunFacts) -> Verdict | None:
     summary, factor, last = run.summary, final_factor(run.summary), last_stage(run.summary)
     if factor is None or last is None:
         return None
-    found, text = perplexities(summary), source_name(summary.perplexity.dataset)
-    words = f"perplexity {figure(last[1])}{f' on {text}' if text else ''}, the dense model's {figure(found['dense'])}"
-    if last[0] != "cut" and "cut" in found:
-        words += f"; {figure(found['cut'])} before healing"
-    error = summary.perplexity.standard_error[last[0]]
-    return Verdict("Quality", _graded(factor, CLOSE, FAIR), times(factor, error), f"{words}.")
+    on = f" on {text}" if (text := source_name(summary.perplexity.dataset)) else ""
+    words = f"perplexity {figure(summary.perplexity.dense)} → {figure(last[1])}{on}; lower is better."
+    figures = times(factor, summary.perplexity.standard_error[last[0]])
+    return Verdict("Quality", _graded(factor, CLOSE, FAIR), figures, words)
 
 
 def _size(run: RunFacts) -> Verdict | None:
     parameters, before, after = run.summary.parameters, source_bytes(run.summary), finite(run.summary.bytes.after)
     if not before or after is None:
         return None
-    words = f"{size(after)} on disk, the source {size(before)}"
-    had, has = finite(parameters.before), finite(parameters.after)
-    if had and has:
-        words += f"; {change(had, has)} parameters" if had != has else ""
-        if after / has > 1.05 * before / had:
-            words += f"; {8 * after / has:.1f} bits a weight, the source {8 * before / had:.1f}"
-    advice = "" if after < before else f" {better_way(run)}"
-    return Verdict("Size", "good" if after < before else "bad", change(before, after), f"{words}.{advice}".rstrip())
+    words, had, has = f"{size(before)} → {size(after)} on disk.", finite(parameters.before), finite(parameters.after)
+    if had and has and after / has > 1.05 * before / had:
+        words += f" {8 * after / has:.1f} bits a weight, the source {8 * before / had:.1f}."
+    advice = size_alone(run) if after < before else better_way(run)
+    return Verdict("Size", "good" if after < before else "bad", change(before, after), f"{words} {advice}".rstrip())
+
+
+def size_alone(run: RunFacts) -> str:
+    """What requantizing the dense model would give in as many bytes, by each format's bits a weight; an estimate.
+
+    Small models lose more: the rise goes with N^-0.2, a guess that fits SmolLM2-135M's 17 % in Q4_0 (stage-two.md).
+    """
+    summary = run.summary
+    before, after, had = source_bytes(summary), finite(summary.bytes.after), finite(summary.parameters.before)
+    came = printable(run.export.gguf.source_type).replace("_K", "_K_M") if run.export.gguf else ""
+    bits, rise = FORMATS.get(came.replace("Q6_K_M", "Q6_K"), (0.0, 0.0))
+    if not (before and after and had) or (run.export.gguf and not bits) or run.quantization.bits not in (None, 16):
+        return ""
+    bits = bits or 8 * before / had
+    small = max(1.0, 8e9 / had) ** 0.2
+    for name, (width, its_rise) in FORMATS.items():
+        if before * width / bits <= after:
+            factor = (1 + its_rise * small) / (1 + rise * small)
+            return (f"For size alone, requantizing to {name} would give about {size(before * width / bits)} at "
+                    f"{max(1.0, factor):.2f}× the perplexity (estimated from its bits a weight).")  # fmt: skip
+    return ""
 
 
 def better_way(run: RunFacts) -> str:
@@ -145,42 +162,37 @@ def better_way(run: RunFacts) -> str:
 
 
 def smaller_file(run: RunFacts) -> float | None:
-    """Bytes of the GGUF file last exported, where it is sound and smaller than the source."""
-    came, weight = source_bytes(run.summary), finite(run.gguf.bytes)
-    return weight if came and weight is not None and weight < came and not run.gguf.broken else None
+    """Bytes of the GGUF file exported after the run, where it is sound and smaller than the source."""
+    came, weight = source_bytes(run.summary), finite(run.exported.bytes)
+    return weight if came and weight is not None and weight < came and not run.exported.broken else None
 
 
 def _gguf(run: RunFacts) -> Verdict | None:
-    again, came, weight = run.gguf.again, source_bytes(run.summary), finite(run.gguf.bytes)
-    theirs, before = again.llama_cpp, number(again.perplexity.model)
-    after, source = number(theirs.perplexity if theirs else again.perplexity.file), number(theirs.source_perplexity)
+    """The GGUF file that was exported after the run; of one that the run itself wrote only that it is broken."""
+    if run.gguf.broken:
+        return Verdict("GGUF file", "bad", size(run.gguf.bytes), printable(run.gguf.broken))
+    again, came, weight = run.exported.again, source_bytes(run.summary), finite(run.exported.bytes)
+    before, after = number(again.perplexity.model), number(again.llama_cpp.perplexity or again.perplexity.file)
     if before is None or after is None or weight is None:
         return None
-    if run.gguf.broken:
-        return Verdict("GGUF file", "bad", size(weight), printable(run.gguf.broken))
     sound = math.isfinite(after) and math.isfinite(before) and before > 0
     mark = _graded(after / before, ROUNDED, ROUNDED_FAIR) if sound else "bad"
-    words = f"perplexity {figure(after)} in {'llama.cpp' if theirs else 'transformers, not read by llama.cpp'}"
-    words += f" on {figure(again.tokens)} tokens, {figure(before)} before it was written"
-    words += f"; the source file {size(came)} and {figure(source)}" if source is not None else ""
+    where = "llama.cpp" if again.llama_cpp else "transformers, not read by llama.cpp"
+    rounded = times(after / before) if sound else "not finite, not a multiple of"
+    words = f"perplexity is {rounded} that of the model written into it, in {where}."
     if came is not None and weight >= came:
-        worse = source is not None and after > source
-        mark = "bad" if worse else "fair" if mark == "good" else mark
-        words = f"{'larger and worse' if worse else 'no smaller'} than the source file: {words}"
-    return Verdict("GGUF file", mark, size(weight), f"{words}.")
+        mark, words = "fair" if mark == "good" else mark, f"no smaller than the source file ({size(came)}): {words}"
+    return Verdict("GGUF file", mark, size(weight), words)
 
 
 def _speed(run: RunFacts) -> Verdict | None:
-    names = {"decode": "decoding", "prefill": "reading a prompt"}
-    known = [(name, ratio, run.speed[phase]) for phase, name in names.items()
-             if (ratio := finite(run.speed[phase].ratio)) is not None]  # fmt: skip
-    if not known:
+    row, where = run.decoding
+    if (ratio := finite(row.ratio)) is None:
         return None
-    name, ratio, row = known[0]
-    mark = "good" if ratio > FASTER else "fair" if ratio >= SLOWER else "bad"
-    words = "".join([name, *(f", {times(other)} {its_name}" for its_name, other, _ in known[1:])])
-    most = finite(row.reachable) or finite(row.ideal)
-    return Verdict("Speed", mark, times(ratio), words + (f"; at most {times(most)} is possible." if most else "."))
+    words = f"decoding in {where}"
+    if finite(row.dense) and finite(row.compressed):
+        words += f": {figure(row.dense)} → {figure(row.compressed)} tokens a second"
+    return Verdict("Speed", _graded(-ratio, -FASTER, -SLOWER), times(ratio), f"{words}.")
 
 
 def _few(items: int) -> str:
@@ -195,7 +207,7 @@ def _tasks(run: RunFacts) -> Verdict | None:
     items = sum(int(finite(row["items"]) or 0) for _, row in rows)
     changed = [row for _, row in rows if (p := finite(row.p_value)) is not None and p < SIGNIFICANT]
     worse = sum((finite(row.lost) or 0) > (finite(row.gained) or 0) for row in changed)
-    words = f"of the dense model's score kept on {len(rows)} task{'s' if len(rows) != 1 else ''}, {items:,} items; "
+    words = f"of the dense model's score on {len(rows)} task{'s' if len(rows) != 1 else ''}, n = {items:,}; "
     words += f"{percent(above)} of what is above chance; " if above is not None else "the dense model guesses; "
     words += f"{worse or 'none'} worse by more than chance, {len(changed) - worse or 'none'} better."
     mark = "open" if above is None or items < FEWEST else _graded(-above, -KEPT, -KEPT_FAIR)
@@ -204,44 +216,39 @@ def _tasks(run: RunFacts) -> Verdict | None:
 
 def _probes(run: RunFacts) -> Verdict | None:
     """Recall and skills: each kind of probe counts the same, whatever its number of answers."""
-    kinds: dict[str, list[ProbeShare]] = {}
+    kinds: dict[str, list[float]] = {}
     for probe in (*skills(run.capabilities.judged), *recall(run.summary)):
         if probe.dense is not None and probe.pruned is not None:
-            kinds.setdefault(probe.name.partition(",")[0], []).append(probe)
-    rows: list[tuple[str, int, float, float]] = []
-    for name, each in kinds.items():
-        counts = [probe.items or 1 for probe in each]
-        means = [sum(n * (value or 0) for n, value in zip(counts, shares, strict=True)) / sum(counts)
-                 for shares in ([p.dense for p in each], [p.pruned for p in each])]  # fmt: skip
-        rows.append((name, sum(probe.items or 0 for probe in each), means[0], means[1]))
-    if not rows:
+            n, kind = probe.items or 1, kinds.setdefault(probe.name.partition(",")[0], [0, 0, 0])
+            kind[:] = kind[0] + n, kind[1] + n * probe.dense, kind[2] + n * probe.pruned
+    if not kinds:
         return None
-    total = sum(row[1] for row in rows)
-    dense, pruned = sum(row[2] for row in rows) / len(rows), sum(row[3] for row in rows) / len(rows)
-    lost = [row for row in rows if row[3] < KEPT_FAIR * row[2] and row[1] >= FEWEST]
+    total = int(sum(n for n, *_ in kinds.values()))
+    dense, pruned = (sum(kind[i] / kind[0] for kind in kinds.values()) / len(kinds) for i in (1, 2))
+    ends = [interval_of(kind[2] / kind[0], kind[0]) for kind in kinds.values()]
+    off = 100 * math.hypot(*((high - low) / 2 for low, high in ends)) / len(kinds)
+    lost = [f"{printable(name)} ({found:.0f} of {n:.0f}, dense {of:.0f})" for name, (n, of, found) in kinds.items()
+            if found < KEPT_FAIR * of and n >= FEWEST]  # fmt: skip
     mark = "open" if not dense or total < FEWEST else _graded(-pruned / dense, -KEPT, -KEPT_FAIR)
-    words = f"of the answers to probes, the dense model {percent(dense)}; {len(rows)} kinds, {total:,} answers"
-    words += "; more than half lost: " if lost else ""
-    words += ", ".join(f"{printable(name)} ({percent(found)}, dense {percent(of)})" for name, _, of, found in lost)
-    return Verdict(
-        "Recall and skills", "fair" if lost and mark == "good" else mark, percent(pruned), f"{words}.{_few(total)}"
-    )
+    words = f"of the answers, ± {off:.0f} points, the dense model {percent(dense)}; n = {total:,} of {len(kinds)} kinds"
+    words += f"; more than half lost: {', '.join(lost)}" if lost else ""
+    mark = "fair" if lost and mark == "good" else mark
+    return Verdict("Recall and skills", mark, percent(pruned), f"{words}.{_few(total)}")
 
 
-def _generation(run: RunFacts) -> Verdict | None:
+def _text(run: RunFacts) -> Verdict | None:
     health, marks = run.health, list[str]()
     if not health:
         return None
-    loss, own = figure(health.compressed.dense_loss), figure(health.dense.dense_loss)
-    words = f"of its 4-grams repeat, of the dense model's {percent(health.dense.repeated_4grams)}; the dense model's "
-    words += f"loss on the text is {loss} nats a token, on its own {own}."
     for key, good, fair in (("repeated_4grams", REPEATS, CIRCLES), ("dense_loss", UNLIKELY, NONSENSE)):
         dense, pruned = finite(health.dense[key]), number(health.compressed[key])
         if dense is not None and pruned is not None:
             marks.append(_graded(pruned - dense, good, fair))
     tokens = int((finite(health.prompts) or 0) * (finite(health.tokens) or 0))
     mark = "open" if not marks or tokens < FEWEST else next(one for one in ("bad", "fair", "good") if one in marks)
-    return Verdict("Generation", mark, percent(health.compressed.repeated_4grams), words)
+    words = f"of the phrases it writes are repeated, the dense model's {percent(health.dense.repeated_4grams)}"
+    words += f"; n = {tokens:,} tokens." if tokens else "."
+    return Verdict("Text it writes", mark, percent(health.compressed.repeated_4grams), words)
 
 
 def _long_context(run: RunFacts) -> Verdict | None:
@@ -279,13 +286,10 @@ def broken(summary: Any, scored: Json | None = None) -> str | None:
     summary = Json(summary)
     last, found, factor = last_stage(summary), perplexities(summary), final_factor(summary)
     if last and (not math.isfinite(last[1]) or (factor is not None and factor > BROKEN_FACTOR)):
-        words = f"The pruned model is broken: its perplexity ({last[0]}) is "
-        sound = factor is not None and math.isfinite(factor)
-        words += (
-            f"{figure(last[1])}, {times(factor)} the dense model's {figure(found['dense'])}."
-            if sound
-            else "not finite."
-        )
+        is_what = "not finite."
+        if factor is not None and math.isfinite(factor):
+            is_what = f"{figure(last[1])}, {times(factor)} the dense model's {figure(found['dense'])}."
+        words = f"The pruned model is broken: its perplexity ({last[0]}) is {is_what}"
         before = [value for name, value in found.items() if name not in ("dense", "quantized")]
         if last[0] == "quantized" and "dense" in found and before and before[-1] <= BROKEN_FACTOR * found["dense"]:
             words += f" Quantization broke it: before, its perplexity was {figure(before[-1])}. More bits may save it."
@@ -308,14 +312,13 @@ def title(summary: Json) -> str:
 
 
 def conclusion(run: RunFacts) -> Verdict:
-    """Whether the result is to be shipped: no, or where it is usable and what to look at first."""
+    """Whether to ship it, where it is usable and what to look at first."""
     summary, factor, exported, place = run.summary, final_factor(run.summary), smaller_file(run), run.place
     found = {verdict.name: verdict for verdict in verdicts(run)}
     marks = {name: verdict.mark for name, verdict in found.items()}
-    ruined = broken(summary, run.scored)
-    if not ruined and marks.get("Generation") == "bad":
-        ruined = f"Generation did not survive: {found['Generation'].figure} {found['Generation'].text}"
-    rise, why = f"perplexity is {times(factor)} the dense model's", "Do not ship this: "
+    ruined, rise = broken(summary, run.scored), f"perplexity is {times(factor)} the dense model's"
+    if not ruined and marks.get("Text it writes") == "bad":
+        ruined = f"It goes in circles: {found['Text it writes'].figure} {found['Text it writes'].text}"
     if ruined:
         return Verdict("Conclusion", "bad", "", f"Do not ship this. {ruined}")
     if factor is None:
@@ -323,26 +326,27 @@ def conclusion(run: RunFacts) -> Verdict:
         if last_stage(summary) and summary.perplexity.dense:
             text = "The dense model's own perplexity is not finite: there is nothing to compare with it."
         return Verdict("Conclusion", "open", "", text)
+    why = ""
     if marks.get("Size") == "bad" and exported is None and factor > 1:
-        why += f"larger than the source ({size(source_bytes(summary))} → {size(summary.bytes.after)}), and {rise}. "
-        return Verdict("Conclusion", "bad", "", f"{why}{better_way(run)}".rstrip())
-    if factor > FAIR:
+        sizes = f"{size(source_bytes(summary))} → {size(summary.bytes.after)}"
+        why = f"larger than the source ({sizes}), and {rise}. {better_way(run)}"
+    elif factor > FAIR:
         states = {name: value for name, value in perplexities(summary).items() if name != "quantized"}
         before, advice = final_factor(Json({"perplexity": states})), "Heal on more tokens, or remove fewer layers."
         if "quantized" in perplexities(summary) and before is not None and before <= FAIR:
             advice = f"Quantization did that ({times(before)} before): give it more bits."
-        return Verdict("Conclusion", "bad", "", f"{why}{rise}. {advice}")
-    if marks.get("Tasks") == "bad":
-        why += f"it keeps {percent(run.scored.retention.above_chance)} of the task score above chance."
-        return Verdict("Conclusion", "bad", "", why)
+        why = f"{rise}. {advice}"
+    elif marks.get("Tasks") == "bad":
+        why = f"it keeps {percent(run.scored.retention.above_chance)} of the task score above chance."
+    if why:
+        return Verdict("Conclusion", "bad", "", f"Do not ship this: {why}".rstrip())
     counted = {name: mark for name, mark in marks.items() if name != "Quality" and (name != "Size" or exported is None)}
     failed, weak = ([name for name, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
-    text = f"The exported GGUF file ({size(exported)}) is usable" if exported else "Usable"
-    where = f"where {times(factor)} the dense model's perplexity is acceptable"
-    text += f" {where}" if factor > 1 else f", with {times(factor)} the dense model's perplexity"
+    mark = "good" if factor <= CLOSE and not failed and not weak else "fair"
+    text = "Ship " + (f"the exported GGUF file ({size(exported)})" if exported else "it")
+    text += f"{' with care' if mark == 'fair' else ''}: {rise}"
     text += f"; failed: {', '.join(failed)}" if failed else ""
-    text += f"; with caution: {', '.join(weak)}" if weak else ""
+    text += f"; look at: {', '.join(weak)}" if weak else ""
     if not main_tasks(run.scored):
         text += ". No task was measured" + (f": layercut evaluate {place} --tasks NAMES" if place else "")
-    mark = "good" if factor <= CLOSE and not failed and not weak else "fair"
     return Verdict("Conclusion", mark, "", f"{text}.")

@@ -17,7 +17,7 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import probe_scores, speed
-from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, found_of, probes_for, retrieval_grid
+from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, TEST_WINDOW, found_of, probes_for, retrieval_grid
 from layercut.evaluation.tasks import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.models import decoder_stack, layer_reader
@@ -195,7 +195,8 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
             of: dict[str, Any] = {"tokenizer": work.tokenizer, "seed": text.seed}
             longest = min(LONGEST_PROBE, decoder_stack.positions(work.architecture) or LONGEST_PROBE)
             with bar("probes", None) as advance:
-                rows = probe_rows(**of, rows=TEST_ROWS, window=text.window, family="judging")
+                window = min(max(text.window, TEST_WINDOW), longest)
+                rows = probe_rows(**of, rows=TEST_ROWS, window=window, family="judging")
                 judged = measures.capability_figures(*models, rows, advance=advance)
                 for name in ("recall", "lists"):
                     for length in probe_scores.lengths(longest):
@@ -213,9 +214,10 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
             )  # fmt: skip
     told = stage.artefact.judged
     kept = ", ".join(
-        f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%} of {told.answers[name]}" for name in told.hits
+        f"{name} {round(told.dense_hits[name] * n)} -> {round(told.hits[name] * n)} of {n}"
+        for name, n in told.answers.items()
     )
-    say("capabilities", f"answers given to probes: {kept}")
+    say("capabilities", f"right answers to probes: {kept}")
     return stage.artefact
 
 
