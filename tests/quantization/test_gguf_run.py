@@ -93,6 +93,7 @@ def test_gguf_in_gives_gguf_out(source, made):
     again = json.loads((run / "gguf.json").read_text())["again"]
     assert again["perplexity"]["file"] == pytest.approx(summary["perplexity"]["quantized"], rel=0.02)
     assert again["llama_cpp"] is None or again["llama_cpp"]["source_bytes"] == source.stat().st_size
+    assert again["llama_cpp"] is None or again["llama_cpp"]["speed"]["ratio"] > 0
     # one file under two names, and what goes with it
     assert {file.name for file in (run / "model").iterdir()} == {"small.gguf", "small.README.md", "small.Modelfile"}
     assert (run / "model" / "small.gguf").samefile(made)
