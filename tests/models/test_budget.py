@@ -1,6 +1,5 @@
 """How much is done at once: by the device's memory, within a limit, and less where memory runs out all the same."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -16,31 +15,28 @@ from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import estimate
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, set_costs, set_losses
-from layercut.models import decoder_stack, memory
+from layercut.models import memory
 from layercut.models.losses import mean_kl
 from layercut.models.memory import Budget, kept_bytes
 from layercut.models.runner import DecoderRunner
 from layercut.quantization import quantize
-from layercut.segments import Segment
-from layercut.surgery import cut_segment_
+from layercut.surgery import cut
 
-GPU = torch.device("cuda", 0)
-GIB = 2**30
+CPU, GIB = torch.device("cpu"), 2**30
+PAIRS = [(segment,) for segment in all_segments(2, 8)]
 
 
 def cut_copy(model):
-    student = decoder_stack.share(model)
-    cut_segment_(student, [Segment(3, 5)])
-    return student
+    return cut(model, "3:5")
 
 
 # --- sizes ---
 
 
 def test_a_cpu_does_as_much_at_once_whatever_is_free():
-    assert memory.budget(torch.device("cpu")) == Budget.of_cpu() == Budget.of_cpu(torch.get_num_threads())
+    assert memory.budget(CPU) == Budget.of_cpu() == Budget.of_cpu(torch.get_num_threads())
     with memory_limit("1TB"):
-        assert replace(memory.budget(torch.device("cpu")), swept_tokens=Budget.of_cpu().swept_tokens) == Budget.of_cpu()
+        assert replace(memory.budget(CPU), swept_tokens=Budget.of_cpu().swept_tokens) == Budget.of_cpu()
 
 
 @pytest.mark.parametrize("free", [0, 3 * GIB, 20 * GIB, 70 * GIB])
@@ -54,53 +50,46 @@ def test_an_accelerator_does_as_much_as_its_free_memory_bears(free):
         largest = max((r.stop - r.start) * (c.stop - c.start) for r, c in pieces)
         assert 5 * rows * 256 * vocabulary * 4 < free
         assert 4 * largest * 2 * vocabulary + 16 * tokens * vocabulary < free / 4
-        assert len(pieces) == {3: 16, 20: 2, 70: 1}[free // GIB], "130 tokens a piece, whatever the device, before"
+        assert len(pieces) == {3: 16, 20: 2, 70: 1}[free // GIB]
 
 
 def test_what_torch_keeps_for_reuse_is_free(monkeypatch):
-    counted = {"get_memory_info": (5 * GIB, 24 * GIB), "memory_reserved": 18 * GIB, "memory_allocated": 3 * GIB}
-    for name, value in counted.items():
+    gpu, counted = torch.device("cuda", 0), {"memory_reserved": 18 * GIB, "memory_allocated": 3 * GIB}
+    for name, value in (counted | {"get_memory_info": (5 * GIB, 24 * GIB)}).items():
         monkeypatch.setattr(torch.accelerator, name, lambda device, value=value: value)
-    assert memory.available_bytes(GPU) == 20 * GIB
-    assert memory.budget(GPU) == Budget.of_accelerator(20 * GIB)
+    assert memory.available_bytes(gpu) == 20 * GIB
+    assert memory.budget(gpu) == Budget.of_accelerator(20 * GIB)
     with memory_limit("8GiB"), memory_limit():
-        assert memory.available_bytes(GPU) == 5 * GIB, "the limit holds for what is there already too"
-        assert memory.budget(GPU) == Budget.of_accelerator(5 * GIB)
+        assert memory.available_bytes(gpu) == 5 * GIB, "the limit holds for what is there already too"
 
 
 def test_a_limit_is_a_size_and_ends(monkeypatch):
     monkeypatch.setattr(memory, "resident_bytes", lambda: GIB)
     with memory_limit("1200MiB"):
-        assert memory.budget(torch.device("cpu")) == Budget.of_cpu().least(Budget.of_accelerator(176 * 2**20))
-    assert memory.budget(torch.device("cpu")) == Budget.of_cpu()
+        assert memory.budget(CPU) == Budget.of_cpu().least(Budget.of_accelerator(176 * 2**20))
+    assert memory.budget(CPU) == Budget.of_cpu()
     with pytest.raises(ConfigError, match="--max-memory 'much' is no size"), memory_limit("much"):
         pass
 
 
 def test_what_is_kept_for_the_way_back_is_told_on_the_safe_side():
-    layer, kept = tiny.llama().model.layers[0], 0
-    seen = set()
+    layer, held = tiny.llama().model.layers[0], {}
 
     def pack(tensor):
-        nonlocal kept
-        key = tensor.untyped_storage().data_ptr()
-        if key not in seen and not isinstance(tensor, torch.nn.Parameter):
-            seen.add(key)
-            kept += tensor.untyped_storage().nbytes()
+        if not isinstance(tensor, torch.nn.Parameter):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    hidden = torch.randn(1, 64, 32, requires_grad=True)
-    angles = torch.zeros(1, 64, 8)
+    hidden, angles = torch.randn(1, 64, 32, requires_grad=True), torch.zeros(1, 64, 8)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(hidden, position_embeddings=(angles.cos(), angles.sin()))
-    told = 64 * kept_bytes([p.shape for p in layer.parameters()], 4)
-    assert kept < told < 4 * kept
+    kept = sum(storage.nbytes() for storage in held.values())
+    assert kept < 64 * kept_bytes([p.shape for p in layer.parameters()], 4) < 4 * kept
     assert kept_bytes([torch.Size([64, 10, 6])], 2) == 2 * 8 * 16 * 2, "of 64 experts a token meets a few"
 
 
 def test_halves_of_everything_that_is_done_in_parts():
-    rows = torch.arange(5)
-    assert [h.tolist() for h in memory.halves(rows)] == [[0, 1, 2], [3, 4]]
+    assert [h.tolist() for h in memory.halves(torch.arange(5))] == [[0, 1, 2], [3, 4]]
     assert memory.halves(slice(2, 7)) == [slice(2, 5), slice(5, 7)]
     assert memory.halves(slice(2, 3)) == [slice(2, 3)]
     assert memory.halves(([slice(0, 4)], True)) == [([slice(0, 2)], True), ([slice(2, 4)], True)]
@@ -110,70 +99,46 @@ def test_halves_of_everything_that_is_done_in_parts():
 # --- where memory runs out ---
 
 
-def short_of_memory(function, most):
-    """As the function, on a device that holds what so many rows take; `tried` notes the rows of each call."""
-    tried = []
+def short_of_memory(patch, where, name, most, rows=lambda first, *_: len(first)):
+    """Have a method run out of memory with more rows than `most`; returns the rows of each call."""
+    function, asked = getattr(where, name), []
 
-    def checked(self, first, *args, **kwargs):
-        tried.append(len(first))
-        if len(first) > most:
+    def checked(self, *args, **kwargs):
+        asked.append(rows(*args))
+        if asked[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return function(self, first, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
-    return checked, tried
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Whatever runs layers runs out of memory with more than two rows."""
-    enter, tried = short_of_memory(DecoderRunner.enter, 2)
-    monkeypatch.setattr(DecoderRunner, "enter", enter)
-    return tried
+    patch.setattr(where, name, checked)
+    return asked
 
 
 def stages():
     model, tokens = tiny.llama(), tiny.some_tokens(7)
     stack, student = DecoderRunner(model), DecoderRunner(cut_copy(model))
-    sets = [(segment,) for segment in all_segments(2, 8)]
     return {
-        "sweep": lambda: [(c.segments, c.kl) for c in set_costs(stack, tokens, sets, Cost())],
-        "losses": lambda: list(set_losses(stack, tokens, sets, Cost()).items()),
-        "prices": lambda: list(zip(sets, CutCosts(stack, tokens, Cost()).of(sets, 7).mean(1).tolist(), strict=True)),
-        "kl": lambda: [("kl", mean_kl(stack, student, tokens))],
+        "sweep": lambda cost: [(c.segments, c.kl) for c in set_costs(stack, tokens, PAIRS, cost)],
+        "losses": lambda cost: list(set_losses(stack, tokens, PAIRS, cost).items()),
+        "cuts": lambda cost: list(zip(PAIRS, CutCosts(stack, tokens, cost).of(PAIRS, 7).mean(1).tolist(), strict=True)),
+        "kl": lambda cost: [("kl", mean_kl(stack, student, tokens))],
     }
 
 
-@pytest.mark.parametrize("name", stages())
-def test_a_stage_that_runs_out_of_memory_goes_on_in_halves_and_says_so(name, short, caplog):
-    with memory_limit(), caplog.at_level(logging.WARNING, "layercut"):
-        stages()[name]()
-    assert max(short) > 2
-    assert "out of memory on cpu: going on with 1/2 as much at once" in caplog.text
-
-
-@pytest.mark.parametrize("name", stages())
-def test_what_goes_on_in_halves_finds_the_same(name, monkeypatch):
-    wanted, stage = dict(stages()[name]()), stages()[name]
-    enter, tried = short_of_memory(DecoderRunner.enter, 2)
-    monkeypatch.setattr(DecoderRunner, "enter", enter)
+@pytest.mark.parametrize("name", ["sweep", "losses", "cuts", "kl"])
+def test_a_stage_that_runs_out_of_memory_finds_the_same_in_halves_and_says_so(name, monkeypatch, caplog):
+    stage, plain, halved = stages()[name], Cost(), Cost()
+    wanted = dict(stage(plain))
+    asked = short_of_memory(monkeypatch, DecoderRunner, "enter", 2)
     with pytest.raises(torch.OutOfMemoryError):
-        stage()  # nobody could remember it
+        stage(Cost())  # nobody could remember it
     with memory_limit():
-        found = dict(stage())
-        before = len(tried)
-        stage()
+        found = dict(stage(halved))
+        before = len(asked)
+        stage(Cost())
     assert found == pytest.approx(wanted, rel=1e-5)
-    assert all(rows <= 2 for rows in tried[before:]), "what follows knows"
-
-
-def test_cost_is_that_of_the_work_that_counts(monkeypatch):
-    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(7)
-    plain, halved = Cost(), Cost()
-    set_costs(stack, tokens, [(s,) for s in all_segments(2, 8)], plain)
-    monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 2)[0])
-    with memory_limit():
-        set_costs(stack, tokens, [(s,) for s in all_segments(2, 8)], halved)
+    assert all(rows <= 2 for rows in asked[before:]), "what follows knows"
     assert (halved.layer_forwards, halved.dense_tokens) == (plain.layer_forwards, plain.dense_tokens)
+    assert "out of memory on cpu: going on with 1/2 as much at once" in caplog.text
 
 
 def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
@@ -181,7 +146,13 @@ def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
     losses = likelihood.window_losses(model, tokens)
     plain = fold_(first := cut_copy(model), model, tokens[:-2], heldout=tokens[-2:])
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", short_forward(forward))
+
+    def short(self, input_ids, **kwargs):
+        if len(input_ids) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", short)
     with memory_limit():
         torch.testing.assert_close(likelihood.window_losses(model, tokens), losses)
     found = fold_(second := cut_copy(model), model, tokens[:-2], heldout=tokens[-2:])
@@ -193,8 +164,7 @@ def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
 def test_a_window_whose_logits_fit_as_the_model_gives_them_is_run_whole(monkeypatch):
     """In float32 they would not; but that is had of a few tokens at a time. A runner would first try the model out."""
     model, tokens = tiny.llama(2).bfloat16(), tiny.some_tokens(2)
-    made = []
-    runner = likelihood.DecoderRunner
+    made, runner = [], likelihood.DecoderRunner
     monkeypatch.setattr(likelihood, "DecoderRunner", lambda model: made.append(model) or runner(model))
     losses = likelihood.window_losses(model, tokens)
     for positions, runners in ((8, 0), (7, 1)):  # in float32; of 16
@@ -203,114 +173,76 @@ def test_a_window_whose_logits_fit_as_the_model_gives_them_is_run_whole(monkeypa
         assert len(made) == runners
 
 
-def short_forward(forward):
-    def checked(self, input_ids, **kwargs):
-        if len(input_ids) > 2:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    return checked
-
-
 def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeypatch, caplog):
     model, tokens, results = tiny.llama(), tiny.some_tokens(8), []
     for most in (8, 2):
-        forward, tried = short_of_memory(tuning_pass.Pair.forward, most)
         with monkeypatch.context() as patch:
-            patch.setattr(tuning_pass.Pair, "forward", forward)
+            asked = short_of_memory(patch, tuning_pass.Pair, "forward", most)
             student = cut_copy(model)
             results.append(tune_(student, model, tokens[:-1], heldout=tokens[-1:], batch_tokens=64, learning_rate=1e-3))
     plain, halved = results
     assert (plain.pass_rows, halved.pass_rows) == (64, 2)
     assert [p["loss"] for p in halved.curve] == pytest.approx([p["loss"] for p in plain.curve], rel=1e-4)
     assert halved.heldout[-1]["loss"] == pytest.approx(plain.heldout[-1]["loss"], rel=1e-4)
-    assert tried == [4, 2, 2, 2, 1], "the first step twice; the second has three rows"
+    assert asked == [4, 2, 2, 2, 1], "the first step twice; the second has three rows"
     assert "out of memory on cpu" in caplog.text
 
 
-def short_layers(most):
-    """`DecoderRunner.plain_layer` on a device that has no memory for more rows; it notes those of each call."""
-    computed, tried = DecoderRunner.plain_layer, []
-
-    def checked(self, i, hidden, calls):
-        tried.append(len(hidden))
-        if len(hidden) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return computed(self, i, hidden, calls)
-
-    return checked, tried
-
-
-def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
+def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch):
     stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(2)
     wanted, cost = estimate(CutCosts(stack, tokens, Cost()), 2, 0).table, Cost()
-    exit_ = DecoderRunner.exit
-
-    def short_head(self, hidden, tokens, part=None):
-        if hidden.shape[1] > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return exit_(self, hidden, tokens, part)
-
     monkeypatch.setattr(memory, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
-    monkeypatch.setattr(DecoderRunner, "exit", short_head)
+    short_of_memory(monkeypatch, DecoderRunner, "exit", 5, rows=lambda hidden, *_: hidden.shape[1])
     with memory_limit():
         found = estimate(CutCosts(stack, tokens, cost), 2, 0).table
-        assert memory.budget(torch.device("cpu")).logit_tokens(tiny.VOCABULARY) == 4
+        assert memory.budget(CPU).logit_tokens(tiny.VOCABULARY) == 4
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
     assert cost.dense_tokens == tokens.numel(), "what failed is not counted"
-    assert "out of memory on cpu" in caplog.text
 
 
-def test_calibration_goes_on_in_halves(monkeypatch, caplog):
+def test_calibration_goes_on_in_halves(monkeypatch):
     model, tokens = tiny.llama(3), tiny.some_tokens(7)
     plain = quantize(model, tokens, bits=4)
-    checked, tried = short_layers(2)
-    monkeypatch.setattr(DecoderRunner, "plain_layer", checked)
+    asked = short_of_memory(monkeypatch, DecoderRunner, "plain_layer", 2, rows=lambda i, hidden, calls: len(hidden))
     monkeypatch.setattr(DecoderRunner, "_check", lambda self: None)
     found = quantize(model, tokens, bits=4)
-    assert tried[:4] == [7, 4, 2, 2], "in halves"
-    assert max(tried[4:]) <= 3, "later layers begin with those"
+    assert asked[:4] == [7, 4, 2, 2], "in halves"
+    assert max(asked[4:]) <= 3, "later layers begin with those"
     errors = [[row.output_error for row in one.weights] for one in (found, plain)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
-    assert "out of memory on cpu" in caplog.text
 
 
 def test_held_out_rows_are_scored_in_halves_too(monkeypatch):
     model, tokens = tiny.llama(), tiny.some_tokens(8)
-    asked = {"heldout": tokens[-5:], "batch_tokens": 32, "learning_rate": 1e-3}
-    plain = tune_(cut_copy(model), model, tokens[:-5], **asked)
+    settings = {"heldout": tokens[-5:], "batch_tokens": 32, "learning_rate": 1e-3}
+    plain = tune_(cut_copy(model), model, tokens[:-5], **settings)
     student, whole = DecoderRunner(cut_copy(model)), DecoderRunner(model)
-    checked, tried = short_layers(2)
-    monkeypatch.setattr(DecoderRunner, "plain_layer", checked)
-    found = tune_(student, whole, tokens[:-5], **asked)
+    asked = short_of_memory(monkeypatch, DecoderRunner, "plain_layer", 2, rows=lambda i, hidden, calls: len(hidden))
+    found = tune_(student, whole, tokens[:-5], **settings)
     assert [p["loss"] for p in found.heldout] == pytest.approx([p["loss"] for p in plain.heldout], rel=1e-4)
-    assert tried[:3] == [5, 3, 2]
+    assert asked[:3] == [5, 3, 2]
 
 
-def test_what_no_halving_helps_ends_with_a_hint(monkeypatch):
+def test_what_no_halving_helps_ends_with_a_hint_and_other_errors_are_not_taken_for_it(monkeypatch):
     stack = DecoderRunner(tiny.llama())
-    monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 0)[0])
-    with memory_limit(), pytest.raises(ModelError, match="out of memory on cpu even with the least") as caught:
-        set_costs(stack, tiny.some_tokens(2), [(s,) for s in all_segments(2, 8)], Cost())
+    with monkeypatch.context() as patch, memory_limit():
+        short_of_memory(patch, DecoderRunner, "enter", 0)
+        with pytest.raises(ModelError, match="out of memory on cpu even with the least") as caught:
+            set_costs(stack, tiny.some_tokens(2), PAIRS, Cost())
     assert "--stream on" in caught.value.hint
-
-
-def test_other_errors_are_not_taken_for_it(monkeypatch):
-    stack = DecoderRunner(tiny.llama())
     monkeypatch.setattr(sweep, "sweep", lambda *_: (_ for _ in ()).throw(RuntimeError("size mismatch")))
     with memory_limit(), pytest.raises(RuntimeError, match="size mismatch"):
-        set_costs(stack, tiny.some_tokens(2), [(s,) for s in all_segments(2, 8)], Cost())
+        set_costs(stack, tiny.some_tokens(2), PAIRS, Cost())
 
 
 def test_a_command_has_gpus_sum_in_float32():
-    flags = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = [getattr(flags, name) for name in names], torch.backends.cudnn.allow_tf32
+    flags, names = torch.backends.cuda.matmul, [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before, tf32 = {name: getattr(flags, name) for name in names}, torch.backends.cudnn.allow_tf32
     try:
         memory.sum_in_float32_()
         assert not any(getattr(flags, name) for name in names)
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
-        for name, value in zip(names, before[0], strict=True):
+        torch.backends.cudnn.allow_tf32 = tf32
+        for name, value in before.items():
             setattr(flags, name, value)
-        torch.backends.cudnn.allow_tf32 = before[1]

@@ -34,7 +34,6 @@ OLD: dict[str, dict[str, Any]] = {
         "rope_theta": 2e6, "rope_local_base_freq": 20000.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     },
     "olmo3": {"rope_theta": 500000.0, "rope_scaling": YARN | {"rope_type": "yarn"}, "max_position_embeddings": 65536},
-    "gpt_oss": {"rope_theta": 150000, "rope_scaling": YARN | {"rope_type": "yarn"}},
     "qwen2_vl_text": {"rope_theta": 2e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
 }  # fmt: skip
 """Configs as transformers 4 wrote them; `rope_parameters` is what transformers 5 makes of their keys."""
@@ -51,13 +50,10 @@ def test_what_an_old_config_said_is_said_again(name, tmp_path):
     written = json.loads(read(old, tmp_path).to_json_string())
     assert "rope_parameters" in written
     new = with_older_names(written)
-    assert {key: new.get(key) for key in (*OLD[name], "torch_dtype")} == {
-        key: old[key] for key in (*OLD[name], "torch_dtype")
-    }
+    assert {key: new.get(key) for key in old} | {"torch_dtype": "bfloat16"} == old
     assert unsaid(written) == []
     assert with_older_names(new) == new
-    found, wanted = read(new, tmp_path).to_dict(), read(written, tmp_path).to_dict()
-    assert found["rope_parameters"] == wanted["rope_parameters"]
+    assert read(new, tmp_path).to_dict()["rope_parameters"] == read(written, tmp_path).to_dict()["rope_parameters"]
 
 
 def test_the_text_part_of_a_larger_config_too(tmp_path):
@@ -76,7 +72,6 @@ def test_a_period_is_said_where_there_is_one(full, given, period):
     kinds = ["full_attention" if i in full else "sliding_attention" for i in range(8)]
     config = {"model_type": "gemma3_text", "layer_types": kinds} | ({"sliding_window_pattern": given} if given else {})
     assert with_older_names(config).get("sliding_window_pattern") == period
-    assert "sliding_window_pattern" not in with_older_names(config | {"model_type": "olmo3"}) or given
     linear = {"model_type": "qwen3_next", "layer_types": [kind.replace("sliding", "linear") for kind in kinds]}
     assert with_older_names(linear).get("full_attention_interval") == (period if full != [5] else 6)
 
@@ -98,42 +93,13 @@ def test_a_tokenizer_keeps_its_class_unless_it_has_none(tmp_path):
     tiny.llama(2).config.save_pretrained(tmp_path)
     add_older_names_(tmp_path)
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert said["additional_special_tokens"] == ["<tool>"]
+    assert (said["tokenizer_class"], said["additional_special_tokens"]) == ("PreTrainedTokenizerFast", ["<tool>"])
     assert "extra_special_tokens" not in said
     after = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(after) is type(before)
-    text = "<s>ba korin<tool> telmu"
-    assert after(text).input_ids == before(text).input_ids
-    assert after.all_special_tokens == before.all_special_tokens
-    assert after.decode(after(text).input_ids, skip_special_tokens=True) == before.decode(
-        before(text).input_ids, skip_special_tokens=True
-    )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> dict[str, Path]:
-    """One model by all ways that layercut writes a folder, its rotary base another than the default."""
-    place = tmp_path_factory.mktemp("ways")
-    model = tiny.llama(4, vocab_size=folders.VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
-    model.save_pretrained(place / "source")
-    folders.tokenizer().save_pretrained(place / "source")
-    cut_checkpoint(place / "source", [Segment(1, 2)], place / "cut")
-    save(model, folders.tokenizer(), place / "saved", verify=False)
-    return {"cut": place / "cut", "saved": place / "saved"}
-
-
-@pytest.mark.parametrize("way", ["cut", "saved"])
-def test_every_way_out_writes_both(way, written):
-    folder = written[way]
-    config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 777.0
-    assert config["torch_dtype"] == config["dtype"] == "float32"
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-    mask = os.umask(0)
-    os.umask(mask)
-    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
+    assert (type(after), after.all_special_tokens) == (type(before), before.all_special_tokens)
+    found, wanted = ([*(ids := each("<s>ba korin<tool> telmu").input_ids), each.decode(ids, skip_special_tokens=True)]
+                     for each in (after, before))  # fmt: skip
+    assert found == wanted
 
 
 READ_BY_4 = """
@@ -148,15 +114,29 @@ torch.save({"logits": logits, "ids": AutoTokenizer.from_pretrained(folder)("ba k
 
 
 @pytest.mark.parametrize("way", ["cut", "saved"])
-def test_transformers_4_computes_the_same(way, written, tmp_path):
-    """Run where $LAYERCUT_TRANSFORMERS_4 is the python of an environment with transformers 4."""
-    python = os.environ.get("LAYERCUT_TRANSFORMERS_4", "")
-    if not shutil.which(python):
-        pytest.skip("LAYERCUT_TRANSFORMERS_4 names no python with transformers 4")
+def test_every_way_out_writes_both_and_transformers_4_computes_the_same(way, tmp_path):
+    """The latter where $LAYERCUT_TRANSFORMERS_4 is the python of an environment with transformers 4."""
+    model = tiny.llama(4, vocab_size=folders.VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    if way == "saved":
+        save(model, folders.tokenizer(), tmp_path / way, verify=False)
+    else:
+        model.save_pretrained(tmp_path / "source")
+        folders.tokenizer().save_pretrained(tmp_path / "source")
+        cut_checkpoint(tmp_path / "source", [Segment(1, 2)], tmp_path / way)
+    folder = tmp_path / way
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 777.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
+    if not shutil.which(python := os.environ.get("LAYERCUT_TRANSFORMERS_4", "")):
+        return
     tokens, out = tiny.some_tokens(2), tmp_path / "found.pt"
-    subprocess.run([python, "-c", READ_BY_4, written[way], json.dumps(tokens.tolist()), out], check=True)
-    theirs = torch.load(out)
-    ours = AutoModelForCausalLM.from_pretrained(written[way], dtype=torch.float32)
+    subprocess.run([python, "-c", READ_BY_4, folder, json.dumps(tokens.tolist()), out], check=True)
+    theirs, ours = torch.load(out), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(theirs["logits"], ours(tokens).logits, atol=1e-6)
-    assert theirs["ids"] == AutoTokenizer.from_pretrained(written[way])("ba korin telmu").input_ids
+    assert theirs["ids"] == AutoTokenizer.from_pretrained(folder)("ba korin telmu").input_ids

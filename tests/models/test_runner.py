@@ -1,10 +1,15 @@
-"""A model run layer by layer gives the logits of its own forward, to the bit."""
+"""A model run layer by layer gives the logits of its own forward, to the bit, and is left as it was."""
+
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CohereConfig,
     Gemma2Config,
+    GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     MambaConfig,
@@ -13,13 +18,25 @@ from transformers import (
 )
 
 import families
+import folders
 import tiny
-from layercut.models.runner import DecoderRunner
+from layercut.cli.chat import Speaker
+from layercut.errors import ModelError
+from layercut.evaluation.speed import DECODE, PROMPT, speed
+from layercut.export.checkpoint import verify_reload
+from layercut.healing.fold_prices import FoldPrices
+from layercut.models.decoder_stack import BEHIND_PADDING, positions, share
+from layercut.models.losses import Teacher, kl_divergence, mean_kl, next_token_loss
+from layercut.models.runner import DecoderRunner, intercepted
+from layercut.pipeline.stages.text import check_prompt
+from layercut.segments import Segment
+from layercut.surgery import cut, cut_segment_
 
 SIZES = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
     "num_hidden_layers": 4, "max_position_embeddings": 64, "initializer_range": 0.15, "pad_token_id": 0,
 }  # fmt: skip
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "init_std": 0.2}
 MODELS = {
     "llama": tiny.llama,
     "gpt2, tied": tiny.gpt2,
@@ -34,19 +51,7 @@ MODELS = {
     "recurrent": lambda: tiny.tiny(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, state_size=4)),
     "experts": lambda: families.tiny("mixtral"),
     "with a tower": lambda: families.tiny("qwen2_vl"),
-    "a projection behind the layers": lambda: tiny.tiny(
-        OPTConfig(
-            vocab_size=96,
-            hidden_size=32,
-            ffn_dim=48,
-            num_attention_heads=4,
-            num_hidden_layers=3,
-            word_embed_proj_dim=16,
-            do_layer_norm_before=False,
-            max_position_embeddings=64,
-            init_std=0.2,
-        )
-    ),
+    "a projection behind the layers": lambda: tiny.tiny(OPTConfig(**SIZES, **OPT)),
 }
 
 
@@ -63,16 +68,126 @@ def test_logits_of_layers_run_one_by_one_are_the_models_own(name):
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_interception_ends_also_after_an_error():
+    layers = list(tiny.llama().model.layers)
+    with pytest.raises(RuntimeError, match="on purpose"), intercepted(layers, lambda *_: 1 / 0):
+        raise RuntimeError("on purpose")
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_layers_that_talk_beside_the_hidden_state_are_refused():
+    model = tiny.llama()
+    first, last = model.model.layers[0], model.model.layers[-1]
+    plain, heard = last.forward, []
+    first.register_forward_hook(lambda module, args, out: heard.append(out[..., :1]))
+    last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
+    with pytest.raises(ModelError, match="exchange more than the hidden state"):
+        DecoderRunner(model)
+
+
 def test_a_model_that_is_not_the_same_twice_is_checked_by_its_own_noise(caplog):
     """As one with kernels that add in any order."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(size):
-        model = tiny.llama(3)
-        head = model.lm_head.forward
-        model.lm_head.forward = lambda h: head(h) + size * torch.randn(*h.shape[:-1], 96, generator=generator)
-        return model
-
-    caplog.set_level("INFO", "layercut")
-    DecoderRunner(noisy(1e-5))
+    generator, model = torch.Generator().manual_seed(0), tiny.llama(3)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda h: head(h) + 1e-5 * torch.randn(*h.shape[:-1], 96, generator=generator)
+    with caplog.at_level("INFO", "layercut"):
+        DecoderRunner(model)
     assert "does not give the same logits twice" in caplog.text
+
+
+# --- losses ---
+
+
+def test_kl_is_torchs_own_and_so_is_its_gradient():
+    p, q = torch.randn(2, 3, 5, 50, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q.requires_grad_(True)
+    logs = q.log_softmax(-1), p.log_softmax(-1)
+    reference = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(Teacher(p).kl(q), reference)
+    (expected,), (got,) = (torch.autograd.grad(kl.sum(), q) for kl in (reference, Teacher(p).kl(q)))
+    torch.testing.assert_close(got, expected)
+    assert kl_divergence(p, p).abs().max() < 1e-6
+
+
+def test_next_token_loss_is_the_models_own_loss():
+    model, tokens = tiny.llama(), tiny.some_tokens()
+    ours = next_token_loss(model(input_ids=tokens).logits, tokens).mean()
+    torch.testing.assert_close(ours, model(input_ids=tokens, labels=tokens).loss)
+
+
+def test_mean_kl_against_full_forwards():
+    dense, tokens = tiny.llama(), tiny.some_tokens()
+    student = share(dense)
+    cut_segment_(student, [Segment(3, 5)])
+    p, q = (m(input_ids=tokens, use_cache=False).logits for m in (dense, student))
+    expected = pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-5)
+    for prefix in (0, 3):
+        assert mean_kl(DecoderRunner(dense), DecoderRunner(student), tokens, prefix=prefix) == expected
+
+
+# --- models that know few positions ---
+
+
+def gpt2(known: int):
+    sizes = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 40, "bos_token_id": 0, "eos_token_id": None}
+    return tiny.tiny(GPT2Config(n_positions=known, initializer_range=0.3, **sizes))
+
+
+@pytest.mark.parametrize("model_type", [*sorted(BEHIND_PADDING), "gpt2", "mpt", "opt", "whisper"])
+def test_a_row_as_long_as_the_positions_is_run_and_a_longer_one_cannot_be(model_type):
+    names = ("max_seq_len", "max_target_positions", "max_position_embeddings")
+    sizes = {name: 24 for name in names if hasattr(families.tiny_config(model_type), name)}
+    model = families.tiny(model_type, **sizes).eval()
+    known = positions(model.config)
+    with torch.no_grad():
+        model(input_ids=families.tokens(known, 1))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=families.tokens(known + 1, 1))
+
+
+def test_rows_that_are_put_together_are_longer_than_the_positions():
+    stack, segments = DecoderRunner(gpt2(24)), [Segment(1, 2)]
+    fit, judged = (torch.randint(40, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (8, 3))
+    together, alone = FoldPrices(stack, fit, judged), [FoldPrices(stack, fit, judged[i : i + 1]) for i in range(3)]
+    assert together(segments) == pytest.approx(math.fsum(cost(segments) for cost in alone) / 3, rel=1e-4)
+
+
+def test_speed_is_measured_within_the_positions():
+    model = gpt2(64)
+    found = speed(model, cut(model, [Segment(1, 2)]), repeats=1)
+    assert (found["prompt_tokens"], found["decode_tokens"]) == (64 - 16 - 1, 16)
+    assert positions(gpt2(PROMPT + DECODE + 1).config) == PROMPT + DECODE + 1, "of so many all are measured"
+
+
+def test_a_chat_with_tokens_that_the_model_lacks_is_refused_before_any_work():
+    tokenizer = folders.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}{% endfor %}"
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<u>"]})
+    config = tiny.llama(2, vocab_size=size).config
+    work = SimpleNamespace(tokenizer=tokenizer, architecture=config, checkpoint=SimpleNamespace(name="mine"))
+    with pytest.raises(ModelError, match=f"the tokenizer of mine gives token {size}, and"):
+        check_prompt(work)
+    config.vocab_size += 1
+    check_prompt(work)
+
+
+def test_a_chat_is_not_asked_behind_the_end_that_a_tokenizer_writes_by_itself():
+    tokenizer = folders.tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    assert tokenizer("ba").input_ids[-1] == tokenizer.eos_token_id
+    loaded = SimpleNamespace(tokenizer=tokenizer, model=tiny.llama(2))
+    (asked,) = Speaker("dense", loaded, [{"role": "user", "content": "ba ko"}]).prompt(4).tolist()
+    assert tokenizer.eos_token_id not in asked
+    assert tokenizer.decode(asked, skip_special_tokens=True) == "ba ko\n"
+
+
+def test_a_model_that_generates_at_other_positions_than_it_reads_at_is_verified(tmp_path):
+    """As RoBERTa's kin: `generate` counts from 0, where the model by itself begins behind the padding's."""
+    model = families.randomize_(families.tiny("roberta", 4)).float().eval()
+    torch.manual_seed(4)
+    model.roberta.embeddings.position_embeddings.weight.data.mul_(20)
+    model.lm_head.decoder.weight.data.normal_()  # so that the likeliest token goes by the position
+    model.lm_head.layer_norm.weight.data.fill_(3)
+    model.save_pretrained(tmp_path)
+    assert verify_reload(model, tmp_path)["cached_generation"] == "equal"
