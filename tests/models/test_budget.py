@@ -236,7 +236,7 @@ def test_what_no_halving_helps_ends_with_a_hint_and_other_errors_are_not_taken_f
 
 
 def test_a_command_has_gpus_sum_in_float32():
-    flags, names = torch.backends.cuda.matmul, [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    flags, names = torch.backends.cuda.matmul, [f"allow_{k}_reduced_precision_reduction" for k in ("fp16", "bf16")]
     before, tf32 = {name: getattr(flags, name) for name in names}, torch.backends.cudnn.allow_tf32
     try:
         memory.sum_in_float32_()

@@ -35,26 +35,13 @@ def counts(tmp_path: Path) -> Iterator[Counts]:
         yield happened
 
 
-# --- the stand-in itself ---
-
-
-def test_it_computes_what_the_cpu_computes(counts):
-    model, tokens = tiny.llama(2), tiny.some_tokens(2, 8)
-    there = copy.deepcopy(model).to("standin:1")
-    logits = there(tokens.to("standin:1")).logits
-    assert logits.device == torch.device("standin:1")
-    torch.testing.assert_close(logits.cpu(), model(tokens).logits, rtol=1e-4, atol=1e-5)
-
-
 def test_devices_are_not_mixed(counts):
-    here, there, cpu = torch.ones(2, device="standin:0"), torch.ones(2, device="standin:1"), torch.ones(2)
-    for other in (there, cpu):
+    """On the stand-in itself: what it is for."""
+    here = torch.ones(2, device="standin:0")
+    for other in (torch.ones(2, device="standin:1"), torch.ones(2)):
         with pytest.raises(CrossedDevicesError, match="standin:0"):
             here + other
     assert (here + torch.tensor(1.0)).tolist() == [2.0, 2.0]  # 0-dimensional, as torch allows
-
-
-# --- the whole journey on it ---
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +104,12 @@ def test_layers_on_disk_are_read_onto_it(counts, tiny_model):
     torch.accelerator.reset_peak_memory_stats(0)
     for where in ({"stream": "off", "device": "cpu"}, {"stream": "on", "device": "standin:1"}):
         model = placement.load(files, **where).model
-        priced = lc.search(model, tokens, n_layers=1, method="exhaustive")
-        foretold = lc.search(model, tokens, n_layers=2, method="fisher")  # forwards and backwards
-        left.append([priced.segments, priced.kl, foretold.segments, foretold.kl])
-    assert left[1][::2] == left[0][::2]
-    assert left[1][1::2] == pytest.approx(left[0][1::2], rel=1e-3)
+        for layers, method in ((1, "exhaustive"), (2, "fisher")):  # forwards, and backwards too
+            found = lc.search(model, tokens, n_layers=layers, method=method)
+            left.append([found.segments, found.kl])
+    for (segments, kl), (theirs, their_kl) in zip(left[:2], left[2:], strict=True):
+        assert segments == theirs
+        assert kl == pytest.approx(their_kl, rel=1e-3)
     assert max(model.layers_on_disk.files.layers_read) > 1
     assert counts.between == 0
     assert torch.accelerator.max_memory_allocated(0) <= elsewhere, "nothing is on the other device"
@@ -150,27 +138,26 @@ def test_peak_memory_is_the_devices(counts, tiny_model):
 # --- wherever layers are ---
 
 
-def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(counts):
-    """Its head is on the last device, as device_map="auto" leaves it."""
-    model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
+def placed(model: Any) -> Any:
+    """A copy over two devices, its head on the last one, as device_map="auto" leaves it."""
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{i}": i // 2 for i in range(4)}
     devices = {name: torch.device("standin", place) for name, place in places.items()}
-    there = dispatch_model(copy.deepcopy(model), devices, main_device=torch.device("standin", 0))
-    found = [lc.search(each, tokens, n_layers=1, method="exhaustive") for each in (model, there)]
+    return dispatch_model(copy.deepcopy(model), devices, main_device=torch.device("standin", 0))
+
+
+def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(counts):
+    both, tokens = (model := tiny.llama(4), placed(model)), tiny.some_tokens(8, 8)
+    found = [lc.search(each, tokens, n_layers=1, method="exhaustive") for each in both]
     assert found[0].segments == found[1].segments
-    folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in (model, there)]
+    folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in both]
     assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
 
 
 @pytest.mark.parametrize("head", [{}, {"embedding_bits": 4}])
 def test_a_model_over_two_devices_is_rounded_as_on_one(counts, head):
     model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    places |= {f"model.layers.{i}": i // 2 for i in range(4)}
-    devices = {name: torch.device("standin", place) for name, place in places.items()}
-    there = dispatch_model(copy.deepcopy(model), devices, main_device=torch.device("standin", 0))
-    one, two = (quantize(each, tokens, bits=4, **head) for each in (model, there))
+    one, two = (quantize(each, tokens, bits=4, **head) for each in (model, placed(model)))
     errors = [[row.output_error or row.weight_error for row in found.weights] for found in (one, two)]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
     assert {row.method for row in two.weights if ".layers." in row.name} == {"gptq"}
@@ -181,8 +168,7 @@ def test_what_layers_hold_is_told_wherever_they_are(counts):
     probes = lc.probe_rows(folders.tokenizer(), rows=4, window=128)
     model = tiny.llama(3, vocab_size=folders.VOCABULARY)
     there = copy.deepcopy(model)
-    room = dict.fromkeys((torch.device("standin", 0), torch.device("standin", 1)), 10**6)
-    placement.dispatch_(there, room)
+    placement.dispatch_(there, {torch.device("standin", place): 10**6 for place in (0, 1)})
     maps = [lc.capability_map(each, probes=probes, lengths=(2,)) for each in (model, there)]
     for one, other in zip(*(each.matrix(2) for each in maps), strict=True):
         assert other == pytest.approx(one, rel=1e-3)
