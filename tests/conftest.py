@@ -21,23 +21,14 @@ import transformers
 
 import folders
 import quick
-import warm_processes
+from forked import Forked
 from layercut.export import checkpoint
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: sums are split by it, hence their last bits
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-LONGEST = [
-    "test_journey.py",
-    "test_processes.py",
-    "test_probes.py",
-    "test_shortlist.py",
-    "test_resume.py",
-    "test_from_disk.py",
-]
+LONGEST = [f"test_{name}.py" for name in ("journey", "processes", "probes", "shortlist", "resume", "from_disk")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,22 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _libraries_are_no_garbage() -> None:
-    """A run collects garbage before each stage, 0.2 s where all that the libraries hold is looked through: most of a
-    tiny run.
-    """
+    """A run collects garbage before each stage, 0.2 s where all that the libraries hold is looked through."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _verified_by_warm_processes() -> Iterator[None]:
+def _verified_by_forked_processes() -> Iterator[None]:
     """What verifies an export on a CPU finds the libraries loaded, but in test_journey.py."""
-    with warm_processes.Warm() as warm, pytest.MonkeyPatch.context() as patch:
 
-        def popen(command: list[str], **how: Any) -> Any:
-            on_cpu = command[1:3] == ["-P", str(checkpoint.CHECKER)] and command[5] == "cpu"
-            return (warm.process if on_cpu else subprocess.Popen)(command, **how)
+    def popen(command: list[str], **how: Any) -> Any:
+        on_cpu = command[1:3] == ["-P", str(checkpoint.CHECKER)] and command[5] == "cpu"
+        return (Forked if on_cpu else subprocess.Popen)(command, **how)
 
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         yield
 
@@ -88,10 +77,7 @@ def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run_until() -> Iterator[Callable[..., int]]:
-    """Run a command up to a moment of tests/killed.py and end it by a signal; its exit code.
-
-    run_until(moment, signal, log, argv)
-    """
+    """run_until(moment, signal, log, argv): run a command up to a moment of tests/killed.py, end it; its exit code."""
     command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,19 +27,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model, texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("api") / "run"
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    told: list[str] = []
-
-    def during(description: str, *_: object) -> None:
-        told.append(description)
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-    with lc.progress_to(during):
+    out, before, told = tmp_path_factory.mktemp("api") / "run", handlers(), set()
+    with lc.progress_to(lambda description, *_: told.add((description, handlers() == before))):
         run = lc.compress(tiny_model, data=str(texts[0]), eval_data=str(texts[1]), out=out, **OPTIONS)
-    assert [words for words in told if "tuning" in words], "the handlers were looked at while it was tuned"
+    assert all(same for _, same in told)
+    assert [words for words, _ in told if "tuning" in words], "the handlers were looked at while it was tuned"
     return run
 
 
@@ -67,9 +66,7 @@ def test_step_by_step_gives_what_the_command_gives(run, blocks, model, tokenizer
     small = lc.cut(model, found.segments)
     folded = lc.fold_(small, model, torch.cat([calibration, blocks["tuning"]]), heldout=heldout)
     recorded = json.loads((run.folder / "fold.json").read_text())["fold"][0]
-    assert (folded.kept, folded.kl_before, folded.kl_after) == tuple(
-        recorded[key] for key in ("kept", "kl_before", "kl_after")
-    )
+    assert all(getattr(folded, key) == recorded[key] for key in ("kept", "kl_before", "kl_after"))
     lc.tune_(small, model, blocks["tuning"], heldout=heldout, batch_tokens=32, objective=KL(mix=0.3))
     measured = lc.evaluate(small, blocks["evaluation"], baseline=model)
     assert measured.perplexity == run.summary["perplexity"]["tuned"]
@@ -83,40 +80,27 @@ def test_step_by_step_gives_what_the_command_gives(run, blocks, model, tokenizer
 
 def test_a_call_changes_nothing_of_the_process_and_writes_nothing(blocks, model, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    loggers = [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")]
-    threads, hooks = set(threading.enumerate()), [dict(m._forward_hooks) for m in model.modules()]
-    attributes = [set(vars(m)) for m in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
 
-    def during(*_: object) -> None:
-        assert {number: signal.getsignal(number) for number in handlers} == handlers
+    def state():
+        loggers = [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")]
+        modules = [(dict(m._forward_hooks), set(vars(m))) for m in model.modules()]
+        return handlers(), loggers, modules, [p.requires_grad for p in model.parameters()]
 
-    with lc.progress_to(during):
+    before, threads, told = state(), set(threading.enumerate()), []
+    with lc.progress_to(lambda *_: told.append(handlers())):
         found = lc.search(model, blocks["calibration"], ratio=0.25)
         small = lc.cut(model, found.segments)
         lc.fold_(small, model, blocks["calibration"], heldout=blocks["heldout"])
         lc.tune_(small, model, blocks["tuning"], heldout=blocks["heldout"], batch_tokens=32)
         packed = lc.quantize(small, blocks["calibration"], bits=8)
         lc.evaluate(packed, blocks["evaluation"], baseline=model)
-    assert list(Path(tmp_path).iterdir()) == []
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
-    assert [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")] == loggers
-    assert set(threading.enumerate()) <= threads, "a pool of a test before may have ended meanwhile"
-    assert [dict(m._forward_hooks) for m in model.modules()] == hooks
-    assert [set(vars(m)) for m in model.modules()] == attributes
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert capfd.readouterr() == ("", "")
-
-
-def test_progress_is_told_to_a_callback(blocks, model):
-    seen: list[tuple] = []
-    with lc.progress_to(lambda *step: seen.append(step)):
-        lc.search(model, blocks["calibration"], ratio=0.25)
-    assert seen
-    told = len(seen)
+    assert told == [before[0]] * (steps := len(told)) != []
     lc.search(model, blocks["calibration"], ratio=0.25)
-    assert len(seen) == told
+    assert len(told) == steps, "the callback is forgotten"
+    assert list(tmp_path.iterdir()) == []
+    assert state() == before
+    assert set(threading.enumerate()) <= threads, "a pool of a test before may have ended meanwhile"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_model, model, tmp_path):
@@ -136,39 +120,33 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("given", ["org/name", None, torch.nn.Linear(2, 2)], ids=["name", "none", "module"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda bad, model, rows: lc.cut(bad, (1, 2)),
-        lambda bad, model, rows: lc.search(bad, rows, n_layers=1),
-        lambda bad, model, rows: lc.fold_(bad, model, rows),
-        lambda bad, model, rows: lc.fold_(lc.cut(model, (1, 2)), bad, rows),
-        lambda bad, model, rows: lc.tune_(lc.cut(model, (1, 2)), bad, rows),
-        lambda bad, model, rows: lc.quantize(bad, rows, bits=4),
-    ],
-    ids=["cut", "search", "fold", "fold's dense", "tune's dense", "quantize"],
-)
-def test_what_is_no_model_is_refused(given, call, blocks, model):
-    with pytest.raises(ModelError, match=f"a {type(given).__name__} is given as a model"):
-        call(given, model, blocks["calibration"])
+CALLS = {
+    "cut": lambda bad, model, rows: lc.cut(bad, (1, 2)),
+    "search": lambda bad, model, rows: lc.search(bad, rows, n_layers=1),
+    "fold": lambda bad, model, rows: lc.fold_(bad, model, rows),
+    "fold's dense": lambda bad, model, rows: lc.fold_(lc.cut(model, (1, 2)), bad, rows),
+    "tune's dense": lambda bad, model, rows: lc.tune_(lc.cut(model, (1, 2)), bad, rows),
+    "quantize": lambda bad, model, rows: lc.quantize(bad, rows, bits=4),
+}
 
 
-@pytest.mark.parametrize(
-    "call", [lambda bad, rows: lc.cut(bad, (1, 2)), lambda bad, rows: lc.search(bad, rows, n_layers=1)]
-)
-def test_what_stands_around_a_model_or_has_no_head_is_refused_with_what_mends_it(call, blocks, model):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[lora]'")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match="is given as a model") as caught:
-        call(wrapped, blocks["calibration"])
-    assert "merge_and_unload" in caught.value.hint
-    assert lc.cut(wrapped.merge_and_unload(), (1, 2))
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_no_model_is_refused(call, blocks, model):
+    for given in ("org/name", None, torch.nn.Linear(2, 2)):
+        with pytest.raises(ModelError, match=f"a {type(given).__name__} is given as a model"):
+            CALLS[call](given, model, blocks["calibration"])
 
 
-def test_a_model_without_a_head_is_not_searched(blocks, tiny_model):
+def test_what_stands_around_a_model_or_has_no_head_is_refused_with_what_mends_it(blocks, model, tiny_model):
     with pytest.raises(ModelError, match="has no language-model head"):
         lc.search(AutoModel.from_pretrained(tiny_model), blocks["calibration"], n_layers=1)
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[lora]'")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for call in ("cut", "search"):
+        with pytest.raises(ModelError, match="is given as a model") as caught:
+            CALLS[call](wrapped, model, blocks["calibration"])
+        assert "merge_and_unload" in caught.value.hint
+    assert lc.cut(wrapped.merge_and_unload(), (1, 2))
 
 
 def test_what_is_found_and_tuned_in_inference_mode_is_what_is_found_out_of_it(blocks, model):
@@ -182,12 +160,20 @@ def test_what_is_found_and_tuned_in_inference_mode_is_what_is_found_out_of_it(bl
     assert results[0] == results[1]
 
 
-def test_the_package_is_imported_without_torch_and_names_what_it_has():
-    import subprocess
-    import sys
+IMPORTING = """
+import random, sys
+random.seed(0)
+before = random.getstate()
+import layercut
+assert "torch" not in sys.modules and dir(layercut)
+for name in layercut.__all__:
+    getattr(layercut, name)
+    assert random.getstate() == before, name
+"""
 
-    code = "import sys, layercut; dir(layercut); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+def test_the_package_is_imported_without_torch_leaves_random_numbers_alone_and_names_what_it_has():
+    subprocess.run([sys.executable, "-c", IMPORTING], check=True)
     for name in lc.__all__:
         assert getattr(lc, name).__doc__ or name == "__version__", f"{name} has no docstring"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -33,28 +33,21 @@ from layercut.layer_search.sweep import set_costs
 from layercut.models import checkpoints, decoder_stack, layer_reader, placement
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
+from layercut.progress import console
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
-METHODS = [
-    "fisher", "race", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb",
-    "evolution",
-]  # fmt: skip
+METHODS = ["fisher", "race", "exhaustive", "block-influence", "angular", "perplexity", "taylor", "sleb", "evolution"]
 SPREAD_METHODS = ["fisher", "exhaustive", "angular"]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "kl": {}, "next-token": {"objective": "next-token"},
-}  # fmt: skip
 CUT = [Segment(3, 5)]
 
 
 def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What every method finds on seven rows, of which two processes have three and four."""
     stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
-    two = {"n_layers": 2}
-    found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
-    several = {"n_layers": 3, "num_segments": 2}
+    found = {method: search(stack, tokens, method=method, n_layers=2).to_dict() for method in methods}
     for method in ("fisher", "race"):
-        found[f"two, {method}"] = search(stack, tokens, method=method, **several).to_dict()
+        found[f"two, {method}"] = search(stack, tokens, method=method, n_layers=3, num_segments=2).to_dict()
     cost = Cost()  # of three passes one process has two
     found["passes"] = [candidate.kl for candidate in set_costs(stack, tokens[:3], [tuple(CUT)], cost, rows=1)]
     found["spent"] = asdict(cost)
@@ -80,17 +73,14 @@ def student_of(model: Any) -> Any:
 
 def healings(model: Any = None) -> dict[str, Any]:
     """Fold and tuning, by every objective. Steps have five rows and the last one: one process has nothing to do."""
-    model, found = model or tiny.llama(), {}
-    dense = DecoderRunner(model)
-    tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
-    folded = DecoderRunner(student_of(model))
-    fold = fold_cut_(
-        folded, dense, CUT[0], tiny.some_tokens(14, seed=3)
-    )  # the row kept out is not the first of a share
-    found["fold"] = fold.to_dict() | {"kl": mean_kl(dense, folded, heldout)}
-    for name, more in SETTINGS.items():
-        settings = {"learning_rate": 3e-3, "batch_tokens": 80} | more
-        report = tune_(DecoderRunner(student_of(model)), dense, tokens.repeat(2, 1)[:21], heldout=heldout, **settings)
+    model = model or tiny.llama()
+    dense, folded = DecoderRunner(model), DecoderRunner(student_of(model))
+    tokens, heldout = tiny.some_tokens(11, seed=1).repeat(2, 1)[:21], tiny.some_tokens(3, seed=2)
+    fold = fold_cut_(folded, dense, CUT[0], tiny.some_tokens(14, seed=3))  # kept out is not the first row of a share
+    found: dict[str, Any] = {"fold": fold.to_dict() | {"kl": mean_kl(dense, folded, heldout)}}
+    for name in ("kl", "next-token"):
+        settings = {"learning_rate": 3e-3, "batch_tokens": 80, "objective": name}
+        report = tune_(DecoderRunner(student_of(model)), dense, tokens, heldout=heldout, **settings)
         found[name] = [[point["loss"] for point in points] for points in (report.curve, report.heldout)]
     return found
 
@@ -130,20 +120,9 @@ def spreading(model: Path) -> dict[str, Any]:
 def command(argv: list[str], folder: Path, name: str) -> int:
     """The exit code of a command; what it says goes to FOLDER/NAME.out and .err of each process."""
     out_file, err_file = (folder / f"{name}.{processes.rank()}.{kind}" for kind in ("out", "err"))
-    with out_file.open("w") as out, err_file.open("w") as err:
-        from layercut.progress import console
-
+    with out_file.open("w") as out, err_file.open("w") as err, redirect_stdout(out), redirect_stderr(err):
         console.file = err
-        with redirect_stdout(out), redirect_stderr(err):
-            return cli.main(argv)
-
-
-def forget_failure() -> None:
-    processes.barrier()
-    if processes.is_main():
-        for key in ("failed", "said"):
-            processes._started.store.delete_key(key)  # type: ignore[union-attr]
-    processes.barrier()
+        return cli.main(argv)
 
 
 def main(folder: Path) -> int:
@@ -163,8 +142,11 @@ def main(folder: Path) -> int:
     for name, argv in commands.items():
         found["codes"][name] = command(argv, folder, name)
         checkpoint.verify_reload = lambda *_: {}  # type: ignore[assignment]  # once is enough
-        if found["codes"][name]:
-            forget_failure()
+        processes.barrier()
+        if found["codes"][name] and processes.is_main():  # the next one may fail as well
+            for key in ("failed", "said"):
+                processes._started.store.delete_key(key)  # type: ignore[union-attr]
+        processes.barrier()
         (folder / f"{processes.rank()}.json").write_text(json.dumps(found))
 
     def fails(*_: Any, **__: Any) -> None:

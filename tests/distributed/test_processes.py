@@ -28,7 +28,7 @@ from layercut.models import checkpoints, memory, placement
 HERE = Path(__file__).parents[1]
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
 RUN += ["--no-speed", "--ratio=0.25", "--batch-tokens=80", "--learning-rate=0.0003"]
-PRICES, LOSSES, WEIGHTS = 1e-6, 1e-5, 1e-5
+COSTS, LOSSES, WEIGHTS = 1e-6, 1e-5, 1e-5
 """Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15."""
 
 
@@ -46,14 +46,19 @@ def alone(tiny_model, texts, tmp_path_factory):
     return run
 
 
+def started(*argv: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_model, texts, tmp_path_factory):
     """Where two processes left their results; see together.py."""
     folder = tmp_path_factory.mktemp("two")
     command = compress(tiny_model, texts, folder / "run")
     commands = {
-        "compress": command,
-        "again": command,
+        "compress": command, "again": command,
         "spread": [*compress(tiny_model, texts, folder / "spread"), "--shard=on"],
         "evaluate": ["evaluate", str(folder / "run" / "model"), f"--eval-data={texts[1]}", "--eval-tokens=112",
                      "--window=16", "--shard=on"],
@@ -63,12 +68,7 @@ def folder(tiny_model, texts, tmp_path_factory):
         "cut": ["cut", str(tiny_model), "--segment=3:5", f"--out={folder / 'cut'}"],
     }  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(HERE / "together.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    done = started("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "together.py", folder)
     (folder / "launcher.err").write_text(done.stderr)
     (folder / "launcher.code").write_text(str(done.returncode))
     return folder
@@ -105,33 +105,18 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
 def killed(tmp_path_factory):
     """Where pairs of processes that were killed left their results; see pairs.py."""
     folder = tmp_path_factory.mktemp("pairs")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "pairs.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    done = started(HERE / "pairs.py", folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
-def test_every_method_finds_the_same(folder):
-    expected = together.searches()
-    for rank in (0, 1):
-        found = of(folder, rank)
-        assert (found["world"], found["rank"]) == (2, rank)
-        for method, result in expected.items():
-            close(found["searches"][method], result, PRICES)
-    assert of(folder, 0)["searches"] == of(folder, 1)["searches"]  # to the bit
-
-
-def test_fold_and_tuning_go_the_same_way(folder):
-    expected = together.healings()
-    first, second = (of(folder, rank)["healings"] for rank in (0, 1))
-    assert first == second  # to the bit: all processes make the same steps
-    close(first.pop("fold"), expected.pop("fold"), LOSSES)
-    for name, curves in expected.items():
-        close(first[name], curves, LOSSES)
-        assert len(curves[0]) == 5, name
+def test_searches_folds_and_tunings_go_the_same_way(folder):
+    first, second = (of(folder, rank) for rank in (0, 1))
+    assert [(found["world"], found["rank"]) for found in (first, second)] == [(2, 0), (2, 1)]
+    for work, tolerance in {"searches": COSTS, "healings": LOSSES}.items():
+        assert first[work] == second[work]  # to the bit: all processes make the same steps
+        close(first[work], getattr(together, work)(), tolerance)
+    assert len(first["healings"]["kl"][0]) == 5
 
 
 @pytest.mark.parametrize("kind", ["whole", "spread"])
@@ -148,17 +133,13 @@ def test_tuning_that_was_killed_and_terminated_ends_in_the_same_bits(killed, kin
 
 
 def test_a_spread_model_is_searched_and_healed_alike(folder):
+    """And is held in parts."""
     first, second = (of(folder, rank)["spread"] for rank in (0, 1))
-    assert first["searches"] == second["searches"]
-    assert first["healings"] == second["healings"]
     model = tiny.llama(**together.ODD)
-    healed = together.healings(model)
-    close(first["healings"], healed, LOSSES)
-    close(first["searches"], together.searches(model, together.SPREAD_METHODS), LOSSES)
-
-
-def test_a_spread_model_is_held_in_parts(folder):
-    first, second = (of(folder, rank)["spread"] for rank in (0, 1))
+    searched = together.searches(model, together.SPREAD_METHODS)
+    for work, expected in (("searches", searched), ("healings", together.healings(model))):
+        assert first[work] == second[work]
+        close(first[work], expected, LOSSES)
     assert first["held"] + second["held"] == first["bytes"]
     for found in (first, second):
         assert found["held"] == pytest.approx(found["bytes"] / 2, rel=0.01)
@@ -171,17 +152,16 @@ def test_a_spread_model_is_held_in_parts(folder):
 
 
 def test_spreading_needs_several_processes(tiny_model, texts, tmp_path, capsys):
-    assert main([*compress(tiny_model, texts, tmp_path / "run"), "--shard=on"]) == 2
-    assert "there is one" in capsys.readouterr().err
-    assert main([*compress(tiny_model, texts, tmp_path / "run"), "--shard=on", "--stream=on"]) == 2
-    assert "both --stream on and --shard on" in capsys.readouterr().err
+    for flags, words in ((["--shard=on"], "there is one"), (["--shard=on", "--stream=on"], "both --stream on and")):
+        assert main([*compress(tiny_model, texts, tmp_path / "run"), *flags]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["run", "spread"])
 def test_the_journey_is_the_same(folder, alone, name):
     assert of(folder, 0)["codes"]["compress" if name == "run" else name] == 0
     run = folder / name
-    close(artefact(run, "search"), artefact(alone, "search"), PRICES)
+    close(artefact(run, "search"), artefact(alone, "search"), COSTS)
     ours, theirs = (artefact(where, "heal")["tuning"] for where in (run, alone))
     assert ours["best_step"] == theirs["best_step"] > 0
     for curve in ("curve", "heldout"):
@@ -216,14 +196,9 @@ def test_perplexity_is_shared(folder, alone):
     assert float(value) == pytest.approx(artefact(alone, "eval")["perplexity"]["tuned"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no-text", "nowhere.txt"),
-        ("no-flag", "--ratoi"),
-        ("cut", "works in one"),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), [
+    ("no-text", "nowhere.txt"), ("no-flag", "--ratoi"), ("cut", "works in one"),
+])  # fmt: skip
 def test_a_users_error_is_said_once(folder, name, words):
     assert [of(folder, rank)["codes"][name] for rank in (0, 1)] == [2, 2]
     said = "".join((folder / f"{name}.{rank}.err").read_text() for rank in (0, 1))
@@ -272,17 +247,10 @@ def test_processes_do_not_crowd_on_one_device(monkeypatch):
         processes.check_device(torch.device("cuda:0"))
 
 
-@pytest.mark.parametrize(
-    ("share", "how", "spread"),
-    [
-        (1.2, {}, True),
-        (0.5, {}, False),
-        (2.0, {}, False),  # nor is there room for a half
-        (1.2, {"stream": "on"}, False),
-        (1.2, {"shard": "off"}, False),
-        (0.5, {"shard": "on"}, True),
-    ],
-)
+@pytest.mark.parametrize(("share", "how", "spread"), [
+    (1.2, {}, True), (0.5, {}, False), (2.0, {}, False),  # nor is there room for a half
+    (1.2, {"stream": "on"}, False), (1.2, {"shard": "off"}, False), (0.5, {"shard": "on"}, True),
+])  # fmt: skip
 def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, tiny_model, monkeypatch):
     """share: of the weights in one process's memory, of which there are two."""
     monkeypatch.setattr(processes, "world", lambda: 2)
