@@ -34,7 +34,7 @@ docs: $(STAMP)
 # two minutes once they are installed. vLLM (3.4 GB) only where ENGINES names it. Writes the table of docs/engines.md.
 ENGINES :=
 test-engines: $(STAMP)
-	$(BIN)/python -m tests.engines $(ENGINES)
+	$(BIN)/python -m research.engines $(ENGINES)
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests

@@ -304,3 +304,10 @@ def test_report_and_card_name_who_would_misread_it(tmp_path):
     assert "| ONNX Runtime | does not load it |" in card
     assert "would misread it" in page
     assert "gemma3.attention.sliding_window_pattern" in page
+
+
+def test_no_engine_that_was_tried_is_silently_wrong():
+    """make test-engines"""
+    result = json.loads((Path(__file__).parents[2] / "research" / "results" / "engines.json").read_text())
+    verdicts = {each["verdict"] for row in result["rows"].values() for each in row["models"].values()}
+    assert verdicts == {"right", "misread", "refused"}
