@@ -6,7 +6,7 @@ share of the dense model's time that is spent inside layers.
 Dense and cut are timed in turn, in one process, and their ratio is that of neighbours in time: a noisy machine is noisy
 for both. Beside the wall clock stands processor time, which other processes hardly disturb. With llama-cpp-python at
 hand and a .gguf model, the same cut of the file is timed by llama.cpp too, as it came and in other number formats
-(--gguf-types). The layers' share s is there that of a file with one layer left, timed in the same turns.
+(--gguf-types). The layers' share s is had from a model with one layer left, timed in the same turns.
 
     python research/speed.py --only-llama-cpp 1 --threads 2
 """
@@ -46,17 +46,20 @@ def main() -> None:
         # the figures do not depend on which layers go, as long as all are alike
         start = min(args.start, layers - length - 1)
         segments[ratio] = Segment(start, start + length)
-    rows: list[dict[str, Any]] = []
+    one, rows = decoder_stack.share(model.model), list[dict[str, Any]]()
+    cut_segment_(one, [Segment(1, layers)])
     for ratio, segment in segments.items() if not args.only_llama_cpp else ():
         student = decoder_stack.share(model.model)
         cut_segment_(student, [segment])
         for prompt in args.prompts:
-            found = speed.speed(model.model, student, prompt=prompt, decode=args.decode, repeats=args.repeats)
-            row: dict[str, Any] = {"ratio": ratio, "segment": [segment.start, segment.stop], **found}
-            for phase in ("prefill", "decode"):
-                row[f"{phase}_reached_cpu"] = found[phase]["cpu_ratio"] / found[phase]["reachable"]
-                row[f"{phase}_holds"] = found[phase]["reached"] >= args.wanted
-            rows.append(row)
+            turns = range(args.repeats + 1)  # the first warms up
+            three = (model.model, student, one)
+            taken = [[speed.time_once(each, prompt, args.decode) for each in three] for _ in turns]
+            row = {
+                "ratio": ratio, "segment": [segment.start, segment.stop], "prompt_tokens": prompt,
+                "decode_tokens": args.decode, "repeats": args.repeats, "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            rows.append(row | figures(taken[1:], prompt, layers, len(segment), args))
     if importlib.util.find_spec("llama_cpp") is not None and model.checkpoint.gguf:
         for kind in args.gguf_types:
             rows += llama_cpp(model.checkpoint.file, kind, layers, segments, args)
@@ -88,18 +91,25 @@ def llama_cpp(source: Path, kind: str, layers: int, segments: dict[float, Segmen
                     "repeats": args.repeats, "threads": torch.get_num_threads(),
                     "weight_bytes": {"dense": size[0], "compressed": size[which]},
                 }  # fmt: skip
-                for phase, tokens in (("prefill", prompt), ("decode", args.decode)):
-                    seconds = [[turn[i][phase] for turn in taken] for i in (0, which, -1)]
-                    row[phase] = _llama_phase(seconds, tokens, layers, len(segment))
-                    row[f"{phase}_holds"] = row[phase]["reached"] >= args.wanted
-                rows.append(row)
+                of_three = [[turn[0], turn[which], turn[-1]] for turn in taken]
+                rows.append(row | figures(of_three, prompt, layers, len(segment), args))
         for llama in opened:
             llama.close()
     return rows
 
 
-def _llama_phase(seconds: list[list[speed.Seconds]], tokens: int, layers: int, removed: int) -> dict[str, Any]:
-    """Figures as `measure.speed` has them; seconds: of the dense file, the cut one, and that of one layer, by turn."""
+def figures(
+    taken: list[list[dict[str, speed.Seconds]]], prompt: int, layers: int, removed: int, args: Any
+) -> dict[str, Any]:
+    """Of both phases; taken: by turn, of the dense model, the cut one, and that of one layer."""
+    found: dict[str, Any] = {}
+    for phase, tokens in (("prefill", prompt), ("decode", args.decode)):
+        found[phase] = _phase([[turn[i][phase] for turn in taken] for i in range(3)], tokens, layers, removed)
+        found[f"{phase}_holds"] = found[phase]["reached"] >= args.wanted
+    return found
+
+
+def _phase(seconds: list[list[speed.Seconds]], tokens: int, layers: int, removed: int) -> dict[str, Any]:
     dense, cut, one = seconds
     median, r = statistics.median, removed / layers
     ratio = median(a.wall / b.wall for a, b in zip(dense, cut, strict=True))

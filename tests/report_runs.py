@@ -33,7 +33,7 @@ def _heal() -> dict[str, Any]:
 
 
 def _speed() -> dict[str, Any]:
-    reach = {"ideal": 1.25, "reachable": 1.22, "layer_share": 0.9}
+    reach = {"ideal": 1.25}
     return {
         "prefill": {"dense": 1480.2, "compressed": 1803.9, "ratio": 1.219, **reach},
         "decode": {"dense": 24.1, "compressed": 28.6, "ratio": 1.187, **reach},

@@ -26,44 +26,31 @@ def pair() -> tuple[Any, Any]:
     return dense, student
 
 
-def test_ratio_ideal_and_reachable_of_known_timings(pair, monkeypatch):
-    """2 s outside the layers; each of 8 layers takes 1 s to prefill and 0.5 s to decode, on a noiseless machine."""
+def test_ratios_of_known_timings(pair, monkeypatch):
+    """2 s outside the layers; each of 8 layers takes 1 s to prefill and 0.5 s to decode; the first round is slow."""
+    warm = set()
 
-    def timed(model: Any, prompt: int, decode: int, *, inside: bool = False) -> dict[str, Seconds]:
-        layers = model.config.num_hidden_layers
-        prefill = Seconds(2 + layers, 2 * (2 + layers), layers if inside else 0.0)
-        return {"prefill": prefill, "decode": Seconds(1 + layers / 2, 1 + layers / 2, layers / 2 if inside else 0.0)}
+    def timed(model: Any, prompt: int, decode: int) -> dict[str, Seconds]:
+        layers, slow = model.config.num_hidden_layers, 9 * (model not in warm)
+        warm.add(model)
+        return {"prefill": Seconds(2 + layers + slow, 4 + layers), "decode": Seconds(1 + layers / 2, 1 + layers / 2)}
 
-    monkeypatch.setattr(speed, "_time_once", timed)
-    found = speed.speed(*pair, prompt=20, decode=10, repeats=3)
+    monkeypatch.setattr(speed, "time_once", timed)
+    found = speed.speed(*pair, prompt=20, decode=10, repeats=1)
     for phase, tokens, dense, compressed in (("prefill", 20, 10, 8), ("decode", 10, 5, 4)):
         assert found[phase] == {
             "dense": pytest.approx(tokens / dense), "compressed": pytest.approx(tokens / compressed),
-            "ratio": pytest.approx(1.25), "cpu_ratio": pytest.approx(1.25),
-            "ideal": pytest.approx(8 / 6),  # 1 / (1 - r), r = 2 of 8 layers
-            "layer_share": pytest.approx(0.8), "reachable": pytest.approx(1 / (1 - 0.25 * 0.8)),
-            "reached": pytest.approx(1.0),
+            "ratio": pytest.approx(1.25), "cpu_ratio": pytest.approx(12 / 10 if phase == "prefill" else 1.25),
+            "ideal": pytest.approx(8 / 6),
         }  # fmt: skip
 
 
-def test_real_timings_hold_together_and_leave_no_hook(pair):
+def test_real_timings_and_bytes(pair):
     found = speed.speed(*pair, prompt=24, decode=4, repeats=2)
-    for phase in ("prefill", "decode"):
-        figures = found[phase]
-        assert 0 < figures["layer_share"] <= 1
-        assert 1 <= figures["reachable"] <= figures["ideal"]
-        assert figures["reached"] == pytest.approx(figures["ratio"] / figures["reachable"])
-        assert min(figures["dense"], figures["compressed"], figures["cpu_ratio"]) > 0
+    assert min(min(found[phase].values()) for phase in ("prefill", "decode")) > 0
     # two heads of 8 for keys and for values, in float32
     assert found["kv_bytes_per_token"] == {"dense": 8 * 2 * 2 * 8 * 4, "compressed": 6 * 2 * 2 * 8 * 4}
     assert found["weight_bytes"]["dense"] == sum(p.numel() * 4 for p in pair[0].parameters())
-    with speed._timing_layers(pair[0]) as spent:
-        begun = speed._now(pair[0])
-        pair[0](input_ids=tiny.some_tokens(1, 64))
-        assert 0 < spent() < speed._now(pair[0]) - begun
-    with pytest.raises(RuntimeError, match="stop"), speed._timing_layers(pair[0]):
-        raise RuntimeError("stop")
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in pair[0].model.layers)
 
 
 @pytest.mark.parametrize(

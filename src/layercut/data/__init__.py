@@ -1,4 +1,4 @@
-"""Text becomes token blocks: sources, documents, which text is for which use, and generated tests of a model."""
+"""Text becomes token blocks: sources, documents, which text is for which use, and probes of a model."""
 
 from layercut.data.blocks import token_blocks
 from layercut.data.probes import ProbeRows, probe_rows

@@ -1,4 +1,4 @@
-"""What generated tests of a model's abilities are made of: three families that share no template, name or noun.
+"""What probes of a model's abilities are made of: three families that share no template, name or noun.
 
 Layers are chosen on `SEARCHING`, healed on `TUNING` and judged on `JUDGING`, so that what is judged was neither
 searched nor tuned on. `data/probes.py` makes rows of tokens of them. A capability is a function of a family and a
@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 EDITION = 6
-"""Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
+"""Of what is written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
 MANY = 8
 """Entries of a list that is asked about thoroughly."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One test: `parts` are text and answer in turn, beginning with text."""
+    """One probe: `parts` are text and answer in turn, beginning with text."""
 
     parts: tuple[str, ...]
     told: str = ""
@@ -292,15 +292,11 @@ JUDGING = Family(
 FAMILIES = {family.name: family for family in (SEARCHING, TUNING, JUDGING)}
 
 Writer = Callable[[Family, random.Random, int], Item]
-"""Writes one item of a family with a random generator; `size`, of those that grow: sentences of filler, lines of a
-list, words to repeat."""
+"""Writes one item; `size`, of those that grow: sentences of filler, lines of a list, words to repeat."""
 
 
 def recall(family: Family, draw: random.Random, size: int) -> Item:
-    """Keys hidden in filler, one for every six sentences and one more, of which each is asked for; in any order.
-
-    Arguments as of `Writer`.
-    """
+    """Keys hidden in filler, one for every six sentences and one more, of which each is asked for; in any order."""
     filler = [draw.choice(family.filler) for _ in range(size)]
     told, asked, begins = draw.choice(family.needles)
     people = draw.sample(family.people, min(len(family.people), 1 + size // 6))
@@ -318,10 +314,7 @@ def recall(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def lists(family: Family, draw: random.Random, size: int) -> Item:
-    """A list of keys and values, of which some are asked for again.
-
-    Arguments as of `Writer`.
-    """
+    """A list of keys and values, of which some are asked for again."""
     head, line, end, asked, begins, closes = draw.choice(family.lists)
     size = max(3, size)
     keys = _pairs(family, draw, size) if "{name}" in line else [{"thing": thing} for thing in family.things]
@@ -350,25 +343,18 @@ def _pairs(family: Family, draw: random.Random, size: int) -> list[dict[str, str
 
 
 def copy(family: Family, draw: random.Random, size: int) -> Item:
-    """A sequence of made-up words and nouns, and its repetition, of which all but two words are answers.
-
-    Induction: nothing else tells the next word. Arguments as of `Writer`.
-    """
+    """A sequence of made-up words and nouns, and its repetition, of which all but two words are answers."""
     before, again = draw.choice(family.repeats)
-    made = [
-        pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(max(5, size))
-    ]
+    count = max(5, size)
+    made = [pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(count)]
     parts = [f"{before} {' '.join(made)}{again} {' '.join(made[:2])}"]
     for word in made[2:]:
-        parts += [f" {word}", ""]  # each word an answer of its own
+        parts += [f" {word}", ""]  # each word an answer of its own; nothing but induction tells the next
     return Item((*parts[:-1], "\n"))
 
 
 def labels(family: Family, draw: random.Random, size: int) -> Item:
-    """Words of two classes with labels that only the examples explain; the last three labels are the answers.
-
-    Arguments as of `Writer`.
-    """
+    """Words of two classes with labels that only the examples explain; the last three labels are the answers."""
     line, classes = draw.choice(family.labelled), list(family.classes)
     names = [name for name, _ in classes]
     draw.shuffle(names)  # which label a class carries changes from item to item
@@ -383,10 +369,7 @@ def labels(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def sums(family: Family, draw: random.Random, size: int) -> Item:
-    """Three sums of numbers below ten as examples, and one to solve.
-
-    Arguments as of `Writer`.
-    """
+    """Three sums of numbers below ten as examples, and one to solve."""
     pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if family.adds(a, b)]
     form, equals = draw.choice(family.sums)
     some = draw.sample(pairs, 4)
@@ -396,10 +379,7 @@ def sums(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def structure(family: Family, draw: random.Random, size: int) -> Item:
-    """Code of which the last words follow from what stands before, or brackets that are to be closed.
-
-    Arguments as of `Writer`.
-    """
+    """Code of which the last words follow from what stands before, or brackets that are to be closed."""
     if draw.random() < 0.5:
         names = draw.sample(family.things, 3)
         text, answer = (part.format(**dict(zip("xyz", names, strict=True))) for part in draw.choice(family.code))
@@ -414,10 +394,7 @@ def structure(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def formats(family: Family, draw: random.Random, size: int) -> Item:
-    """A form that is stated and shown twice, and then to be kept with other words.
-
-    Arguments as of `Writer`.
-    """
+    """A form that is stated and shown twice, and then to be kept with other words."""
     told, form, demand = draw.choice(family.formats)
     text = demand
     for number in range(3):

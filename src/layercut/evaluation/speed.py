@@ -1,23 +1,17 @@
-"""How fast and how large: prefill and decode speed, cache bytes, peak memory. Dense and compressed in one run.
-
-What can be reached is not 1 / (1 - r) for a share r of the layers removed: embedding, head and the work around a
-token stay. So the layers' share of the dense model's time is measured as well, and 1 / (1 - r * share) given beside.
-"""
+"""How fast and how large: prefill and decode speed, cache bytes, peak memory. Dense and compressed in one run."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
-from layercut.models.decoder_stack import as_just_loaded, find_decoder, parameter_bytes, positions, stored_dtype
+from layercut.models.decoder_stack import as_just_loaded, parameter_bytes, positions, stored_dtype
 
 PROMPT, DECODE, REPEATS = 512, 24, 5
 """Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up. Of fewer
@@ -31,13 +25,10 @@ class Seconds:
     wall: float
     cpu: float
     """Processor time of this process: other processes hardly disturb it. Says nothing of an accelerator."""
-    layers: float = 0.0
-    """Wall time inside the decoder layers, where that was timed."""
 
     def since(self, earlier: Seconds) -> Seconds:
         """The difference; never 0, which nothing could be divided by."""
-        wall, cpu = max(self.wall - earlier.wall, 1e-9), max(self.cpu - earlier.cpu, 1e-9)
-        return Seconds(wall, cpu, self.layers - earlier.layers)
+        return Seconds(max(self.wall - earlier.wall, 1e-9), max(self.cpu - earlier.cpu, 1e-9))
 
 
 @torch.no_grad()
@@ -47,39 +38,25 @@ def speed(
     """Tokens per second of both models, interleaved so that a noisy machine is noisy for both; medians.
 
     Of each phase: "ratio" is the median of the repeats' own ratios, "cpu_ratio" the same of processor time; "ideal" is
-    1 / (1 - r), r the share of layers removed; "layer_share" the layers' share s of the dense model's time, timed in a
-    run of its own each round; "reachable" is 1 / (1 - r s); "reached" is ratio / reachable.
+    1 / (1 - r), r the share of layers removed, which embedding, head and the work around a token keep out of reach.
     """
     known = positions(dense.config) or PROMPT + DECODE + 1
     decode = min(DECODE, max(1, known // 4)) if decode is None else decode
     prompt = max(1, min(PROMPT, known - decode - 1)) if prompt is None else prompt
-    had, has = (model.config.get_text_config().num_hidden_layers for model in (dense, compressed))
-    removed, rounds = 1 - has / had, []
-    for repeat in range(-1, repeats):  # the first round warms up and does not count
-        timed = [_time_once(dense, prompt, decode), _time_once(compressed, prompt, decode)]
-        timed.append(_time_once(dense, prompt, decode, inside=True))
-        rounds += [timed] * (repeat >= 0)
-
-    def phase(name: str, tokens: int) -> dict[str, Any]:
-        of_dense, of_cut, inside = ([models[i][name] for models in rounds] for i in range(3))
-        ratio = median(a.wall / b.wall for a, b in zip(of_dense, of_cut, strict=True))
-        share = min(1.0, median(seconds.layers / seconds.wall for seconds in inside))
-        reachable = 1 / (1 - removed * share)
-        return {
-            "dense": median(tokens / seconds.wall for seconds in of_dense),
-            "compressed": median(tokens / seconds.wall for seconds in of_cut),
-            "ratio": ratio,
-            "cpu_ratio": median(a.cpu / b.cpu for a, b in zip(of_dense, of_cut, strict=True)),
-            "ideal": 1 / (1 - removed),
-            "layer_share": share,
-            "reachable": reachable,
-            "reached": ratio / reachable,
+    both, found = {"dense": dense, "compressed": compressed}, dict[str, Any]()
+    # the first round warms up and does not count
+    rounds = [[time_once(model, prompt, decode) for model in both.values()] for _ in range(repeats + 1)][1:]
+    had, has = (model.config.get_text_config().num_hidden_layers for model in both.values())
+    for phase, tokens in (("prefill", prompt), ("decode", decode)):
+        pairs = [(before[phase], after[phase]) for before, after in rounds]
+        found[phase] = {
+            "dense": median(tokens / a.wall for a, _ in pairs),
+            "compressed": median(tokens / b.wall for _, b in pairs),
+            "ratio": median(a.wall / b.wall for a, b in pairs),
+            "cpu_ratio": median(a.cpu / b.cpu for a, b in pairs),
+            "ideal": had / has,
         }
-
-    both = {"dense": dense, "compressed": compressed}
-    return {
-        "prefill": phase("prefill", prompt),
-        "decode": phase("decode", decode),
+    return found | {
         "prompt_tokens": prompt,
         "decode_tokens": decode,
         "repeats": repeats,
@@ -90,25 +67,21 @@ def speed(
     }
 
 
-def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) -> dict[str, Seconds]:
+@torch.no_grad()
+def time_once(model: Any, prompt: int, decode: int) -> dict[str, Seconds]:
     """For a prompt of that many tokens, and for that many single-token steps after it, in one `generate`.
 
     The clock is read when the first new token is there and when the last is: a difference of two generations would
     put the noise of both prefills on the steps.
     """
-    with _timing_layers(model, inside) as spent:
+    marks = [Seconds(_now(model), time.process_time())]
 
-        def read() -> Seconds:
-            return Seconds(_now(model), time.process_time(), spent())
+    def token(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if ids.shape[1] in (prompt + 1, prompt + 1 + decode):
+            marks.append(Seconds(_now(model), time.process_time()))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        marks = [read()]
-
-        def token(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            if ids.shape[1] in (prompt + 1, prompt + 1 + decode):
-                marks.append(read())
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        _generate(model, prompt, 1 + decode, stopping_criteria=[token])
+    _generate(model, prompt, 1 + decode, stopping_criteria=[token])
     begun, first, last = marks
     return {"prefill": first.since(begun), "decode": last.since(first)}
 
@@ -121,41 +94,6 @@ def _generate(model: Any, prompt: int, new: int, **more: Any) -> Any:
         return model.generate(
             tokens, attention_mask=torch.ones_like(tokens), return_dict_in_generate=True, **how, **more
         )
-
-
-@contextmanager
-def _timing_layers(model: Any, wanted: bool = True) -> Iterator[Callable[[], float]]:
-    """Time what happens inside the decoder layers, if wanted; call what is yielded for the seconds so far.
-
-    On CUDA by events on the stream, which do not make it wait; elsewhere by the clock, with the device waited for. So
-    it is done where layers are on several devices, too.
-    """
-    layers = find_decoder(model).layers
-    devices = {p.device for p in model.parameters()}
-    cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
-    marks: list[Any] = []
-
-    def mark(*_: Any) -> None:
-        if cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(_now(model))
-
-    def spent() -> float:
-        if cuda and marks:
-            torch.cuda.synchronize()
-            return sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) / 1000
-        return sum(b - a for a, b in zip(marks[::2], marks[1::2], strict=True))
-
-    modules = list(layers.values()) if isinstance(layers, torch.nn.ModuleDict) else list(layers)
-    handles = [module.register_forward_pre_hook(mark) for module in modules if wanted]
-    handles += [module.register_forward_hook(mark) for module in modules if wanted]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now(model: Any) -> float:
