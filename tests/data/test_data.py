@@ -5,47 +5,24 @@ from __future__ import annotations
 import json
 import random
 from datetime import datetime
+from itertools import pairwise
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut.data import blocks as blocks_module
-from layercut.data import chat_templates, documents, self_sampled, sources, text_overlap
+from bytes_tokenizer import CHAT, make_tokenizer
+from layercut.data import blocks, chat_templates, documents, sources, text_overlap
 from layercut.data.blocks import Reader, TextStream, fingerprint, load_blocks
 from layercut.data.documents import HubSet, as_document, python_docs, python_docstrings
-from layercut.data.self_sampled import chat_length, writes_chats
 from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
 from layercut.errors import DataError, ModelError
 
-CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
-
-
-def make_tokenizer(template: str = "", *, bos: bool = True, eos: bool = True, adds_bos: bool = True):
-    """A byte-level tokenizer: a token is a byte, so that what blocks hold can be read off."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos and adds_bos:
-        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    marks = ({"bos_token": "<s>"} if bos else {}) | ({"eos_token": "</s>"} if eos else {})
-    made = PreTrainedTokenizerFast(tokenizer_object=core, **marks)
-    made.chat_template = template or None
-    return made
+HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)).eval()
 
 
 @pytest.fixture
@@ -63,6 +40,13 @@ def write_lines(file, *rows):
     return str(file)
 
 
+def table(file, pages, **more):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": pages, "id": range(len(pages))}), file, **more)
+
+
 def read(source, seed=None):
     return list(find(str(source), reported=seed is None).documents(seed))
 
@@ -75,14 +59,14 @@ def rows_of(*tokens):
 
 
 def test_blocks_are_exact_and_in_written_order(text, tokenizer):
-    blocks = load_blocks(str(text), tokenizer, tokens=100, window=16, seed=0, order="as written")
+    found = load_blocks(str(text), tokenizer, tokens=100, window=16, seed=0, order="as written")
     pages = text.read_text().split("\n\n\n")
     stream = [i for page in pages for i in [0, *tokenizer(page, add_special_tokens=False).input_ids]]
-    assert blocks.tokens.flatten().tolist() == stream[: 7 * 16]
+    assert found.tokens.flatten().tolist() == stream[: 7 * 16]
     reads = [f"file {documents.content(text)}"]
-    assert vars(blocks.facts) == {
+    assert vars(found.facts) == {
         "source": "pages.txt", "reads": reads, "origins": reads, "tokens": 112, "window": 16, "passed_over": 0,
-        "documents": (blocks.tokens == 0).sum(), "fingerprint": fingerprint(blocks.tokens),
+        "documents": (found.tokens == 0).sum(), "fingerprint": fingerprint(found.tokens),
     }  # fmt: skip
 
 
@@ -97,17 +81,12 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
 )
 def test_documents_are_marked_off_as_the_tokenizer_does(marks, expected):
     tokenizer = make_tokenizer(**marks)
-
-    def encoded(*texts):
-        stream = TextStream("text", iter(()), tokenizer, False)
-        return [tokenizer.decode(ids) for *_, ids in stream.encoded(iter(texts))]
-
-    assert encoded("", "a", " \n", "b") == expected
-    there = encoded(*expected)
-    assert there == expected, "a mark that is there is not doubled"
+    stream = TextStream("text", iter(()), tokenizer, False)
+    for texts in (["", "a", " \n", "b"], expected):  # a mark that is there is not doubled
+        assert [tokenizer.decode(ids) for *_, ids in stream.encoded(iter(texts))] == expected
 
 
-def test_skip_and_seed_decide_the_stream_and_nothing_else_does(text, tokenizer):
+def test_skip_and_seed_decide_the_stream_and_nothing_else_does(text, tmp_path, tokenizer):
     def draw(tokens, seed=3, **more):
         return load_blocks(str(text), tokenizer, tokens=tokens, window=16, seed=seed, **more).tokens
 
@@ -120,10 +99,7 @@ def test_skip_and_seed_decide_the_stream_and_nothing_else_does(text, tokenizer):
     changed = whole.clone()
     changed[0, 0] += 1
     assert fingerprint(changed) != fingerprint(whole)
-
-
-def test_a_mix_deals_blocks_in_turn_and_skip_still_holds(tmp_path, tokenizer):
-    for letter in "xyz":
+    for letter in "xyz":  # of a mix in turn
         (tmp_path / f"{letter}.txt").write_text(letter * 2000)
     mix = "+".join(str(tmp_path / f"{letter}.txt") for letter in "xyz")
     whole = load_blocks(mix, tokenizer, tokens=80, window=8, seed=0)
@@ -143,18 +119,17 @@ def test_text_is_tokenised_as_far_as_needed(tokenizer, monkeypatch):
 
     monkeypatch.setattr(sources.Source, "documents", endless)
     assert load_blocks("c4", tokenizer, tokens=64, window=8, seed=0).facts.documents == 7
-    assert blocks_module.PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
-    monkeypatch.setattr(blocks_module, "PIECE", 20_000)
+    assert blocks.PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
+    monkeypatch.setattr(blocks, "PIECE", 20_000)
     stream = TextStream("text", iter(()), tokenizer, False)
     assert len(next(stream.encoded(iter(["some words " * 1_500_000])))[-1]) <= 20_001
-    for text in ("ab cd ef gh", "abcdefgh", "a\nb c"):
-        for longest in (3, 4, 5):
-            monkeypatch.setattr(blocks_module, "PIECE", longest)
-            parts = [*blocks_module.pieces(text)]
+    for longest in (3, 4, 5, 6):
+        monkeypatch.setattr(blocks, "PIECE", longest)
+        for text in ("ab cd ef gh", "abcdefgh", "a\nb c"):
+            parts = [*blocks.pieces(text)]
             assert "".join(parts) == text
             assert max(map(len, parts)) <= longest
-    monkeypatch.setattr(blocks_module, "PIECE", 6)
-    assert [*blocks_module.pieces("ab cd ef gh")] == ["ab cd", " ef gh"], "parted before white space"
+    assert [*blocks.pieces("ab cd ef gh")] == ["ab cd", " ef gh"], "parted before white space"
 
 
 # --- text that serves two uses ---
@@ -180,7 +155,7 @@ def test_uses_of_one_text_never_share_a_row_however_it_is_named(tmp_path, tokeni
         first = reader.draw("calibration", "a.txt", tokens=1000, window=16)
         judged = reader.draw("heldout", name, tokens=400, window=16)
         second = reader.draw("tuning", name, tokens=800, window=16)
-        drawn = [blocks.tokens for blocks in (first, judged, second)]
+        drawn = [each.tokens for each in (first, judged, second)]
         assert len(rows_of(*drawn)) == sum(map(len, drawn)), name
         others = first.keys & (judged.keys | second.keys)
         assert len(others) <= 1, "the document in which one use stopped and the next goes on"
@@ -188,21 +163,11 @@ def test_uses_of_one_text_never_share_a_row_however_it_is_named(tmp_path, tokeni
     reader.draw("calibration", "a.txt", tokens=3000, window=16)
     with pytest.raises(DataError, match=r"beside \d+ documents that other text of this run holds as well"):
         reader.draw("heldout", "lines.jsonl", tokens=2000, window=16)
-
-
-def table(file, pages, **more):
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"text": pages, "id": range(len(pages))}), file, **more)
-
-
-def test_a_repeated_document_serves_one_use(tmp_path, tokenizer):
-    pages = [{"text": f"page {i} of many"} for i in range(20)]
-    reader, file = Reader(tokenizer, seed=0), write_lines(tmp_path / "twice.jsonl", *pages, *pages)
-    first = reader.draw("evaluation", file, tokens=160, window=16, order="as written")
-    rest = reader.draw("calibration", file, tokens=160, window=16)
-    assert not first.keys & rest.keys
+    pages, reader = [{"text": f"page {i} of many"} for i in range(20)], Reader(tokenizer, seed=0)
+    twice = write_lines(tmp_path / "twice.jsonl", *pages, *pages)
+    first = reader.draw("evaluation", twice, tokens=160, window=16, order="as written")
+    rest = reader.draw("calibration", twice, tokens=160, window=16)
+    assert not first.keys & rest.keys, "a repeated document serves one use"
     assert rest.facts.passed_over > 0
 
 
@@ -225,18 +190,14 @@ def test_what_is_read_has_one_name(tmp_path, monkeypatch):
     assert reads("a.txt") != before, "an edited file is other text"
 
 
-def test_names_that_are_published_hold_no_path(tmp_path, monkeypatch):
-    (tmp_path / "mine.jsonl").write_text("{}")
+def test_names_that_are_published_hold_no_path_and_a_file_with_a_comma_has_shares(tmp_path, monkeypatch):
+    write_lines(tmp_path / "mine.jsonl", {})
     monkeypatch.chdir(tmp_path)
     for source, name in {
         f"{tmp_path}/mine.jsonl:body": "mine.jsonl:body", f"{tmp_path}/*.jsonl": "*.jsonl", "../x/a.txt": "a.txt",
         "~/notes/b.txt+c4": "b.txt+c4", "owner/name:test": "owner/name:test", "wikitext2": "wikitext2", "self": "self",
     }.items():  # fmt: skip
         assert public_name(source) == name
-
-
-def test_a_file_with_a_comma_in_its_name_has_shares_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b.txt").write_text("words")
     mix = "a,b.txt+chats:0.25+probes:0.25"
     assert split_mix(mix) == mix.split("+")
@@ -292,24 +253,21 @@ def test_words_tell_shuffled_records_and_let_ordinary_text_pass(tokenizer):
 # --- records and files ---
 
 
-def test_records_are_read_by_their_fields(tmp_path):
+def test_records_are_read_by_their_fields_and_globs_reach_across_files(tmp_path):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
     records = [
         {"text": "plain"}, {"page": "of a wiki"}, {"messages": chat}, {"text": None},
         {"instruction": "Add", "input": "1 1", "output": "2", "text": "not this"},
     ]  # fmt: skip
-    found = [blocks_module.render(document) for document in read(write_lines(tmp_path / "r.jsonl", *records))]
+    found = [blocks.render(document) for document in read(write_lines(tmp_path / "r.json", *records))]
     assert found == ["plain", "of a wiki", "hi\n\nho", "", "Add\n\n1 1\n\n2"]
-    assert read(write_lines(tmp_path / "c.jsonl", {"a": "one", "b": "two"}) + ":b") == ["two"]
+    assert read(write_lines(tmp_path / "c.json", {"a": "one", "b": "two"}) + ":b") == ["two"]
     empty = as_document({"messages": [{"role": "assistant", "content": None}]}, None, "here")
     assert empty == [{"role": "assistant", "content": ""}]
     (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=2))
     assert read(tmp_path / "list.json") == ["a", "b"]
     (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\nline\r\n\r\n\r\ntwo")
     assert read(tmp_path / "dos.txt") == ["one\nline", "two"]
-
-
-def test_globs_and_shuffling_reach_across_files(tmp_path):
     for i in range(5):
         write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}a"}, {"text": f"{i}b"})
     pattern, written = str(tmp_path / "*.jsonl"), [f"{i}{letter}" for i in range(5) for letter in "ab"]
@@ -327,7 +285,7 @@ def test_parquet(tmp_path, monkeypatch):
     assert read(tmp_path / "a.parquet") == read(f"{tmp_path}/*.parquet:text") == names
     shuffled = read(tmp_path / "a.parquet", seed=0)
     assert sorted(shuffled) == sorted(names)
-    assert abs(names.index(shuffled[0]) - names.index(shuffled[1])) > 3, "rows of all groups are shuffled together"
+    assert any(abs(names.index(a) - names.index(b)) > 3 for a, b in pairwise(shuffled[:2])), "of all groups together"
     monkeypatch.setattr(documents, "SHUFFLED_TOGETHER", 100)
     assert sorted(read(tmp_path / "a.parquet", seed=0)) == sorted(names)
     with pytest.raises(DataError, match="no field 'body'; its fields are text, id"):
@@ -347,18 +305,17 @@ def test_chat_template(tmp_path):
     with pytest.raises(DataError, match="no chat template"):
         load_blocks(file, tokenizer, **how)
     tokenizer.chat_template = CHAT
-    blocks = load_blocks(file, tokenizer, **how)
-    assert tokenizer.decode(blocks.tokens[0]).startswith("<|user|>Add</s><|assistant|>2</s><|u")
+    assert tokenizer.decode(load_blocks(file, tokenizer, **how).tokens[0]).startswith(
+        "<|user|>Add</s><|assistant|>2</s><|u"
+    )
+    assert chat_templates.render_chat(tokenizer, HI) == tokenizer.apply_chat_template(HI, tokenize=False)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles user, assistant: roles must alternate"):
         load_blocks(file, tokenizer, **how)
-
-
-def test_text_by_a_template_that_writes_the_date_is_the_same_on_every_day():
-    dated, messages = "{{ strftime_now('%d %B %Y %H:%M') }}", [{"role": "user", "content": "hi"}]
-    assert chat_templates.render_template(dated, messages, {}) == "26 July 2024 00:00"
-    assert str(datetime.now().year) in chat_templates.render_template(dated, messages, {}, today=True)
-    assert chat_templates.render_template(dated, messages, {}) == "26 July 2024 00:00"
+    dated = "{{ strftime_now('%d %B %Y %H:%M') }}"  # the same text on every day, but for who chats
+    assert chat_templates.render_template(dated, HI, {}) == "26 July 2024 00:00"
+    assert str(datetime.now().year) in chat_templates.render_template(dated, HI, {}, today=True)
+    assert chat_templates.render_template(dated, HI, {}) == "26 July 2024 00:00"
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -366,16 +323,13 @@ GROWING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n
 
 
 def test_a_chat_template_that_never_ends_or_fills_the_memory_is_ended(monkeypatch):
-    chat = [{"role": "user", "content": "hi"}]
     monkeypatch.setattr(chat_templates, "LONGEST", 0.5)
     with pytest.raises(ModelError, match=r"did not end in 0\.5 seconds"):
-        chat_templates.render_chat(make_tokenizer(ENDLESS), chat)
+        chat_templates.render_chat(make_tokenizer(ENDLESS), HI)
     monkeypatch.setattr(chat_templates, "LONGEST", 60)
     for template in (GROWING, "{{ 'x' * 10**10 }}", "{{ 'x'|center(10**10) }}"):
         with pytest.raises(ModelError, match="it takes more than"):
-            chat_templates.render_chat(make_tokenizer(template), chat, prompt=True)
-    tokenizer = make_tokenizer(CHAT)
-    assert chat_templates.render_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, tokenize=False)
+            chat_templates.render_chat(make_tokenizer(template), HI, prompt=True)
 
 
 # --- errors ---
@@ -396,37 +350,25 @@ BAD_RECORDS = {
     "pair_in_chat": {"instruction": "a\ud800", "output": "b"},
 }  # fmt: skip
 BAD_SOURCES = [
-    ("wikitex", "no source of text is called 'wikitex'; there are wikitext2, c4"),
-    ("", "names an empty source"),
-    ("python-docs+", "names an empty source"),
-    ("c4,c4", "names a source twice"),
-    ("./none.txt", "no file"),
-    ("none.jsonl:text", "no file 'none.jsonl:text'"),
-    ("none*.txt", "no file matches"),
-    (".", "is a folder"),
+    ("wikitex", "no source of text is called 'wikitex'; there are wikitext2, c4"), ("", "names an empty source"),
+    ("python-docs+", "names an empty source"), ("c4,c4", "names a source twice"), ("./none.txt", "no file"),
+    ("none.jsonl:text", "no file 'none.jsonl:text'"), ("none*.txt", "no file matches"), (".", "is a folder"),
     ("./doc.pdf", "is a .pdf; files of text are .txt, .jsonl, .json, .parquet"),
     ("fields.jsonl", "line 1 has no field .*; its fields are question, answer"),
     ("fields.jsonl:text", "no field 'text'; its fields are question, answer"),
-    ("broken.jsonl", "line 2 is not JSON"),
-    ("list.jsonl", "line 1 holds a list"),
-    ("number.jsonl", "neither a text nor chat messages, but a int"),
-    ("half.json", "is not JSON"),
-    ("empty.txt", "holds no text"),
-    ("blank.txt", "holds no text"),
-    ("latin.txt", r"not UTF-8 text \(byte 0\)"),
-    ("short.txt", "holds 6 tokens; 1,000 are needed"),
-    ("self", "none is loaded"),
+    ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 1 holds a list"),
+    ("number.jsonl", "neither a text nor chat messages, but a int"), ("half.json", "is not JSON"),
+    ("empty.txt", "holds no text"), ("blank.txt", "holds no text"), ("latin.txt", r"not UTF-8 text \(byte 0\)"),
+    ("short.txt", "holds 6 tokens; 1,000 are needed"), ("self", "none is loaded"),
     ("deep.jsonl", "line 1 cannot be read as JSON: nests too deep"),
     ("deep.json", "deep.json cannot be read as JSON: nests too deep"),
     ("huge.jsonl", "line 1 cannot be read as JSON: .*digits"),
     ("huge.json", "huge.json cannot be read as JSON: .*digits"),
     ("half_pair.jsonl", r"line 1 holds half of a surrogate pair \(\\ud800\)"),
-    ("half_pair_key.jsonl", r"its fields are \\ud800"),
-    ("pair_in_chat.jsonl", "half of a surrogate pair"),
+    ("half_pair_key.jsonl", r"its fields are \\ud800"), ("pair_in_chat.jsonl", "half of a surrogate pair"),
     ("many.jsonl", "its fields are f0, .*f11, …$"),
-    *((f"{name}.jsonl", "neither a text nor chat messages") for name in ("parts", "turns", "role", "part_text")),
-    ("object.jsonl", "neither a text nor chat messages"),
-]
+    *((f"{name}.jsonl", "neither a text nor") for name in ("parts", "turns", "role", "part_text", "object")),
+]  # fmt: skip
 
 
 def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer, monkeypatch):
@@ -453,12 +395,10 @@ def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer,
     [
         ("wikitext2", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", False, True), "test"),
         ("c4", HubSet("allenai/c4", "en", "train", "text"), "validation"),
-        ("c4:train", HubSet("allenai/c4", "en", "train", "text"), "train"),
         ("c4:validation", HubSet("allenai/c4", "en", "validation", "text"), "validation"),
         ("alpaca", HubSet("tatsu-lab/alpaca", streamed=False), "train"),
-        ("owner/name", HubSet("owner/name", None, "train", "text"), "train"),
         ("owner/name:test:body", HubSet("owner/name", None, "test", "body"), "test"),
-        ("owner/name@de:test", HubSet("owner/name", "de", "test", "text"), "test"),
+        ("owner/name@de", HubSet("owner/name", "de", "train", "text"), "train"),
     ],
 )
 def test_names_of_hub_sets_and_the_split_that_the_field_reports_on(name, expected, reported):
@@ -466,26 +406,7 @@ def test_names_of_hub_sets_and_the_split_that_the_field_reports_on(name, expecte
     assert find(name, reported=True).hub.split == reported
 
 
-def test_an_unreachable_hub_is_said_at_once(monkeypatch):
-    import huggingface_hub
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    for name in ("c4", "owner/name:train"):
-        with pytest.raises(DataError, match="the Hub cannot be reached"):
-            read(name, seed=0)
-
-
-def test_wiki_lines_are_one_text_as_written_and_articles_when_shuffled(monkeypatch):
-    lines = [" = One = \n", "", " a \n", " = = Part = = \n", " = Two = \n", " b \n"]
-    monkeypatch.setattr(documents, "_hub_rows", lambda dataset, seed: ({"text": line} for line in lines))
-    assert read("wikitext2") == ["\n\n".join(lines)]
-    assert sorted(read("wikitext2", seed=0)) == ["\n\n".join(lines[:4]), "\n\n".join(lines[4:])]
-
-
-def test_hub_rows_are_streamed_and_bad_splits_told(monkeypatch):
+def test_hub_rows_are_streamed_and_what_is_wrong_is_told(monkeypatch):
     import datasets
 
     asked = {}
@@ -496,6 +417,13 @@ def test_hub_rows_are_streamed_and_bad_splits_told(monkeypatch):
             raise ValueError("Bad split: nope. Available splits: ['train']")
         return datasets.Dataset.from_dict({"text": ["a", "b"], "id": [1, 2]}).to_iterable_dataset()
 
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    for name in ("c4", "owner/name:train"):
+        with pytest.raises(DataError, match="the Hub cannot be reached"):
+            read(name, seed=0)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert sorted(read("c4", seed=0)) == ["a", "b"]
@@ -504,6 +432,10 @@ def test_hub_rows_are_streamed_and_bad_splits_told(monkeypatch):
         read("owner/name:nope")
     with pytest.raises(DataError, match="owner/name has no field 'body'; its fields are text, id"):
         read("owner/name:train:body")
+    lines = [" = One = \n", "", " a \n", " = = Part = = \n", " = Two = \n", " b \n"]
+    monkeypatch.setattr(documents, "_hub_rows", lambda dataset, seed: ({"text": line} for line in lines))
+    assert read("wikitext2") == ["\n\n".join(lines)], "one text as written"
+    assert sorted(read("wikitext2", seed=0)) == ["\n\n".join(lines[:4]), "\n\n".join(lines[4:])], "articles"
 
 
 def test_python_texts_are_large_and_share_no_paragraph():
@@ -515,122 +447,3 @@ def test_python_texts_are_large_and_share_no_paragraph():
     assert sum(map(len, topics)) > 300_000
     assert sum(map(len, docstrings)) > 1_000_000
     assert [*python_docs(0)] == [*python_docs(0)] != [*python_docs(1)]
-
-
-# --- what the model writes itself ---
-
-
-def test_self_is_seeded_and_leaves_no_trace(llama, tokenizer, capsys):
-    def draw(seed=0, **more):
-        return load_blocks("self", tokenizer, seed=seed, tokens=40 * 12, window=12, model=llama, **more).tokens
-
-    own, state = llama.generation_config, torch.get_rng_state()
-    tokens = draw()
-    assert llama.generation_config is own
-    assert torch.equal(torch.get_rng_state(), state)
-    assert tokens.shape == (40, 12)
-    assert (tokens[:, 0] == tokenizer.bos_token_id).all()
-    assert not tokens.is_inference()
-    assert torch.equal(tokens, draw())
-    assert not rows_of(tokens) & rows_of(draw(seed=1), draw(skip=40), draw(order="as written"))
-    assert capsys.readouterr().out == ""
-
-
-def test_self_samples_the_models_plain_distribution_past_eos(llama, tokenizer):
-    llama.generation_config.top_k, llama.generation_config.repetition_penalty = 2, 9.0
-    blocks = load_blocks("self", tokenizer, tokens=4096 * 2, window=2, seed=0, model=llama)
-    with torch.inference_mode():
-        p = llama(torch.tensor([[0]])).logits[0, -1].softmax(-1)  # [V]
-    counts = torch.bincount(blocks.tokens[:, 1], minlength=258) / 4096
-    assert (counts - p).abs().max() < 0.01
-    rows = load_blocks("self", tokenizer, tokens=64 * 64, window=64, seed=0, model=llama).tokens
-    row = next(row for row in rows if (row[:-2] == 1).any())
-    assert (row[row.tolist().index(1) + 1 :] != 1).any()
-
-
-def test_self_begins_as_text_does(llama, text):
-    tokenizer = make_tokenizer(bos=False)
-    begins = load_blocks("self", tokenizer, tokens=64 * 4, window=4, seed=0, model=llama).tokens[:, 0].tolist()
-    assert len({*begins}) > 20
-    assert tokenizer.eos_token_id not in begins
-    chat = make_tokenizer(CHAT)
-    how = {"seed": 0, "model": llama, "chat_template": True, "tokens": 60}
-    opening = chat("<|user|>", add_special_tokens=False).input_ids
-    assert load_blocks("self", chat, window=20, **how).tokens[:, : len(opening)].tolist() == [opening] * 3
-    with pytest.raises(DataError, match="opens with 8 tokens; the window has 8"):
-        load_blocks("self", chat, window=8, **how)
-    mixed = load_blocks(f"self+{text}", make_tokenizer(), tokens=64, window=16, seed=0, model=llama).tokens
-    assert mixed[0, 0] == mixed[2, 0] == 0
-
-
-def test_chats_are_written_from_the_users_first_word_and_laid_end_to_end(llama):
-    tokenizer = make_tokenizer(CHAT)
-    opening = tokenizer("<|user|>", add_special_tokens=False).input_ids
-    blocks = load_blocks("chats", tokenizer, tokens=2 * 512, window=512, seed=0, model=llama)
-    chats = blocks.tokens.view(4, 256)
-    assert chats[:, : len(opening)].tolist() == [opening] * 4
-    assert len(rows_of(chats)) == 4
-    assert blocks.marks.lengths.tolist() == [256, 256]
-    assert not blocks.marks.answers.any()
-
-
-def test_chats_are_seeded_and_no_two_uses_have_the_same(llama):
-    rows = []
-    for seed in (0, 0, 1):
-        reader = Reader(make_tokenizer(CHAT), seed=seed, model=llama)
-        for use, order in (("heldout", "shuffled"), ("tuning", "shuffled"), ("evaluation", "as written")):
-            rows.append(reader.draw(use, "chats", tokens=3 * 32, window=32, order=order).tokens)
-    assert all(map(torch.equal, rows[:3], rows[3:6]))
-    assert len(rows_of(*rows[:3], *rows[6:])) == 18
-
-
-def test_chats_are_cooler_than_the_models_plain_distribution(llama, monkeypatch):
-    monkeypatch.setattr(self_sampled, "chat_prefix", lambda *_: [0])
-    blocks = load_blocks("chats", make_tokenizer(CHAT), tokens=4096 * 2, window=2, seed=0, model=llama)
-    with torch.inference_mode():
-        logits = llama(torch.tensor([[0]])).logits[0, -1]  # [V]
-    counts = torch.bincount(blocks.tokens[:, 1], minlength=258) / 4096
-    cool, plain = ((logits / heat).softmax(-1) for heat in (self_sampled.CHAT_HEAT, 1.0))
-    assert (counts - cool).abs().sum() < (counts - plain).abs().sum()
-
-
-@pytest.mark.parametrize(("window", "length"), [(8, 8), (256, 256), (300, 300), (512, 256), (1024, 256), (1000, 500)])
-def test_a_chat_is_as_long_as_a_short_row_of_probes(window, length):
-    assert chat_length(window) == length
-
-
-def test_chats_are_written_in_smaller_batches_where_memory_runs_out(llama, monkeypatch):
-    generate, batches = llama.generate, list[int]()
-
-    def short_of_memory(prompt, **how):
-        batches.append(len(prompt))
-        if len(prompt) > 3:
-            raise MemoryError
-        return generate(prompt, **how)
-
-    monkeypatch.setattr(llama, "generate", short_of_memory)
-    chats = load_blocks("chats", make_tokenizer(CHAT), tokens=7 * 32, window=32, seed=0, model=llama).tokens
-    assert batches == [7, 3, 3, 1]
-    assert len(rows_of(chats)) == 7
-
-
-@pytest.mark.parametrize(
-    ("template", "opening", "fits"),
-    [
-        (CHAT, "<|user|>", True),
-        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]", True),
-        ("{% for m in messages %}User:\n{{ m.content }}{% endfor %}", "User:\n", True),
-        ("nothing of what is said", None, False),
-        ("", None, False),
-    ],
-)
-def test_who_can_write_chats(template, opening, fits, llama):
-    """A blank before the user's words is part of their first token."""
-    tokenizer = make_tokenizer(template)
-    assert writes_chats(tokenizer, 64) == fits
-    assert not writes_chats(tokenizer, 10), "the opening alone is more than half of a row"
-    if fits:
-        assert self_sampled.chat_prefix(tokenizer, 64) == tokenizer(opening, add_special_tokens=False).input_ids
-    else:
-        with pytest.raises(DataError, match="chat template"):
-            load_blocks("chats", tokenizer, tokens=64, window=64, seed=0, model=llama)
