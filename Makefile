@@ -14,7 +14,7 @@ test: lint
 
 # Where there is an accelerator: the tests that need one, and the benchmark of everything on it, in nine minutes.
 gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu -rs tests/models/test_accelerators.py
 	$(BIN)/python research/gpu.py
 
 lint: $(STAMP)

@@ -223,8 +223,7 @@ def model_class(model_type: str) -> type:
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         if model_type in names:
             cls = getattr(
-                transformers,
-                names[model_type] if isinstance(names[model_type], str) else names[model_type][0],
+                transformers, names[model_type] if isinstance(names[model_type], str) else names[model_type][0]
             )
             if cls.config_class is CONFIG_MAPPING[model_type]:  # else it takes only the text part of this config
                 return cls

@@ -8,7 +8,6 @@ lines, elsewhere a line with its time for each message, all on stderr. Of severa
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +50,7 @@ def _say(level: int, stage: str, words: str, *, progress: bool = False) -> None:
 
 
 def _is_main() -> bool:
-    from layercut.distributed.processes import is_main
+    from layercut.distributed.processes import is_main  # which loads torch
 
     return is_main()
 
@@ -162,51 +161,31 @@ def _is_heard() -> bool:
     return False
 
 
-class _Failing(logging.Handler):
-    """Fails with the command where a message cannot be written, as print does."""
+class _ToConsole(logging.Handler):
+    """Above a bar on a terminal, which shows progress itself; elsewhere one line for each message, with its time.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        assert error is not None
-        raise error
-
-
-class _Terminal(_Failing):
-    """Lines above a bar; what the bar shows is not said again."""
+    Without what a terminal would obey. Fails with the command where a message cannot be written, as print does.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.__dict__.get("progress"):
-            stage = f"{record.__dict__.get('stage', ''):>9}"
-            console.print(f"[bold]{escape(stage)}[/bold]  {escape(errors.shown(record.getMessage()))}")
-
-
-class _Lines(_Failing, logging.StreamHandler):
-    """One line for each message, with its time."""
-
-
-class _OneLine(logging.Formatter):
-    """Time, stage, message; on one line, without what a terminal would obey."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time_, stage = self.formatTime(record, "%Y-%m-%d %H:%M:%S"), record.__dict__.get("stage", "")
-        return f"{time_} {stage:>9}  {errors.shown(record.getMessage())}"
+        stage, words = f"{record.__dict__.get('stage', ''):>9}", errors.shown(record.getMessage())
+        if not console.is_terminal:
+            print(logging.Formatter().formatTime(record, "%Y-%m-%d %H:%M:%S"), f"{stage}  {words}", file=console.file)
+        elif not record.__dict__.get("progress"):
+            console.print(f"[bold]{escape(stage)}[/bold]  {escape(words)}")
 
 
 @contextmanager
 def shown(*, quiet: bool = False) -> Iterator[None]:
     """While open, messages are written to stderr; the command calls this once."""
     global _bars
-    terminal = console.is_terminal
-    handler: logging.Handler = _Terminal() if terminal else _Lines(console.file)
-    before = log.level, log.propagate, _bars
-    handler.setFormatter(_OneLine())
+    handler, before = _ToConsole(), (log.level, log.propagate, _bars)
     log.addHandler(handler)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
-    log.propagate, _bars = False, terminal and not quiet
+    log.propagate, _bars = False, console.is_terminal and not quiet
     try:
         yield
     finally:
         log.setLevel(before[0])
         log.propagate, _bars = before[1:]
         log.removeHandler(handler)
-        handler.close()

@@ -94,8 +94,7 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
             )
     if sum(map(len, ordered)) >= layers:
         raise ConfigError(
-            f"the segments {', '.join(map(str, ordered))} would remove all {layers} layers",
-            "keep at least one layer",
+            f"the segments {', '.join(map(str, ordered))} would remove all {layers} layers", "keep at least one layer"
         )
     return [*joined_segments(layers_of(ordered))]
 
@@ -124,10 +123,7 @@ def joined_segments(layers: Iterable[int]) -> tuple[Segment, ...]:
 def layers_to_remove(ratio: float, layers: int) -> int:
     """n = round(ratio * layers), at least one layer and never all of them."""
     if not 0 < ratio < 1:
-        raise ConfigError(
-            f"--ratio {ratio:g} is outside 0 to 1",
-            "a fifth of the layers: --ratio 0.2",
-        )
+        raise ConfigError(f"--ratio {ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
     n = round(ratio * layers)
     if layers < 2:
         raise ConfigError(

@@ -1,14 +1,12 @@
 """Several processes that do one run together, started by torchrun or accelerate launch. Every stage may use it.
 
-All of them run the same journey on the same arguments and hold the whole model. Rows of tokens are what they share:
-each takes its part (`share`), sums are all-reduced (`sum_`), and since all see the same sums all decide alike.
-What is no sum of rows one of them does, the main process, while the others wait (`on_main`). Files are written by
-the main process and read by all: the run folder lies on a file system that all of them see.
+All run the same journey on the same arguments and hold the whole model. Each takes its part of the rows of tokens
+(`share`), sums are all-reduced (`sum_`), and since all see the same sums all decide alike. What is no sum of rows the
+main process does while the others wait (`on_main`). It writes the files, and all read them: the run folder lies on a
+file system that all of them see. With one process every function here is the identity.
 
-With one process, started by itself, every function here is the identity, and nothing is initialised.
-
-Two things come from torch itself rather than from accelerate's PartialState, which reads the same environment:
-collectives on the CPU beside those on the GPU (sums in float64, decisions), and their time limits.
+From torch rather than accelerate's PartialState come collectives on the CPU beside those on the GPU (sums in float64,
+decisions), and their time limits.
 """
 
 from __future__ import annotations
@@ -30,10 +28,6 @@ Result = TypeVar("Result")
 LONGEST_SHARE, LONGEST_WAIT = timedelta(hours=6), timedelta(days=30)
 """A process may lag behind so far in shared work, or wait so long for the main one. A process that dies is noticed at
 once, by its closed connections and by the launcher."""
-
-
-class OtherProcessError(RuntimeError):
-    """The main process failed; what happened is said there."""
 
 
 @dataclass
@@ -60,11 +54,7 @@ def on_this_machine() -> int:
 
 
 def start() -> None:
-    """Join the other processes, by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
-
-    gloo serves tensors on the CPU, nccl those on GPUs; of several GPUs this process takes that of its LOCAL_RANK.
-    Nothing happens where there is one process, or where this was called before.
-    """
+    """Join the other processes, if there are any, by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, …)."""
     global _started
     if _started or not launched():
         return
@@ -182,20 +172,17 @@ def from_main(value: Result) -> Result:
 
 @dataclass
 class MainAlone:
-    """Work of the main process: see `main_alone`."""
+    """Work of the main process: whether this is it, and what came out: in all processes, at the end of `main_alone`."""
 
     mine: bool
-    """Whether it is this process that does it."""
     value: Any = None
-    """What came out of it: set by the process that does it; in all of them at the end."""
 
 
 @contextmanager
 def main_alone() -> Iterator[MainAlone]:
     """Work that the main process alone does, while the others wait; all get its `value`, or fail with it.
 
-    Inside, there is one process: `world()` is 1, and what is split elsewhere is not. Of its error, the others get a
-    user's as it is, and a fault of layercut by its name.
+    Inside `world()` is 1. Of its error, the others get a user's as it is, and a fault of layercut by its name.
     """
     work = MainAlone(is_main())
     if not (several := _several()):
@@ -212,7 +199,7 @@ def main_alone() -> Iterator[MainAlone]:
         several.alone -= work.mine
     told = error
     if error and not isinstance(error, LayercutError):
-        told = OtherProcessError(f"the main process failed: {type(error).__name__}")
+        told = RuntimeError(f"the main process failed: {type(error).__name__}")
     told, work.value = from_main((told, work.value))
     if failed := error or told:
         raise failed
@@ -234,8 +221,8 @@ def on_main(compute: Callable[[], Result]) -> Result:
 def first_to_fail(code: int) -> Iterator[int | None]:
     """Enter when this process is about to exit with `code`, and print the reason inside, if it yields None.
 
-    Else another failed before, of which this one's failure is a consequence or a repetition; it yields the exit
-    code of that one, once its message is printed. For the launcher ends all processes as soon as one of them has ended.
+    Else another failed before, and its message is printed: it yields that one's exit code. For the launcher ends all
+    processes as soon as one has ended.
     """
     if not _started:
         yield None

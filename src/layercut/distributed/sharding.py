@@ -1,8 +1,7 @@
-"""A model sharded over several processes, of which each holds a part of every weight. Below `models/loading.py`.
+"""A model larger than one device, sharded over several processes, of which each holds a part of every weight.
 
-For models larger than one device. A weight is a DTensor, sharded along its first dimension; torch's FSDP2
-(`fully_shard`) gathers a decoder layer from all processes when it runs and drops it afterwards, and what is no layer
-(embeddings, final norm, head) when the model itself is called.
+A weight is a DTensor, sharded along its first dimension; torch's FSDP2 (`fully_shard`) gathers a decoder layer from all
+processes when it runs and drops it afterwards, and what is no layer when the model itself is called.
 
 FSDP2 changes a module's class, refuses copies of it, and keeps every parameter in one place. Here two models share
 weights, and clones are cut and healed. So a model *at rest* is a plain one whose parameters happen to be DTensors: it
@@ -20,7 +19,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -53,12 +52,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def part_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, as it holds a parameter."""
-    return _part(whole) if isinstance(parameter, DTensor) else whole
-
-
-def _part(whole: torch.Tensor) -> torch.Tensor:
-    """This process's rows, as even as torch.chunk splits them, perhaps none."""
+    """This process's part of a whole tensor, as it holds a parameter: rows as even as torch.chunk splits them."""
+    if not isinstance(parameter, DTensor):
+        return whole
     size = math.ceil(len(whole) / dist.get_world_size())
     return whole[dist.get_rank() * size :][:size]
 
@@ -86,7 +82,8 @@ def bytes_held(model: nn.Module) -> int:
 
 
 def _spread(value: torch.Tensor, device: torch.device, mesh: DeviceMesh, *, requires_grad: bool) -> nn.Parameter:
-    part = _part(value).to(device, copy=True).contiguous()
+    size = math.ceil(len(value) / dist.get_world_size())
+    part = value[dist.get_rank() * size :][:size].to(device, copy=True).contiguous()
     return nn.Parameter(_assembled(part, value.shape, mesh), requires_grad=requires_grad)
 
 
@@ -104,41 +101,28 @@ def spread_(model: nn.Module, layers: Iterable[nn.Module], device: torch.device)
     Layers are taken one at a time, what is no layer at the end, so that no more need be whole than the layer that
     `layers` yields. Single numbers are not sharded.
     """
-    mesh = _mesh(device.type, dist.group.WORLD)
-    for layer in layers:
-        setattr(layer, UNIT, True)
-        _spread_parameters_(layer, device, mesh)
-    _spread_parameters_(model, device, mesh)
-
-
-def _spread_parameters_(module: nn.Module, device: torch.device, mesh: DeviceMesh) -> None:
-    parts: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for owner in module.modules():
-        for name, p in owner._parameters.items():
-            if p is None or isinstance(p, DTensor):
-                continue
-            if p.dim() == 0:
-                p.data = p.data.to(device)
-            elif id(p) in parts:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in chain(layers, [model]):
+        if module is not model:
+            setattr(module, UNIT, True)
+        parts: dict[int, nn.Parameter] = {}  # tied weights stay tied
+        for owner in module.modules():
+            for name, p in owner._parameters.items():
+                if p is None or isinstance(p, DTensor):
+                    continue
+                if p.dim() == 0:
+                    p.data = p.data.to(device)
+                    continue
+                if id(p) not in parts:
+                    parts[id(p)] = _spread(p.data, device, mesh, requires_grad=p.requires_grad)
                 owner._parameters[name] = parts[id(p)]
-            else:
-                owner._parameters[name] = parts[id(p)] = _spread(p.data, device, mesh, requires_grad=p.requires_grad)
-        for buffer in owner._buffers.values():
-            if buffer is not None:
-                buffer.data = buffer.data.to(device)
-
-
-@cache
-def _mesh(kind: str, group: Any) -> DeviceMesh:
-    """All processes in a row. group: since another group makes another mesh."""
-    return init_device_mesh(kind, (dist.get_world_size(),))
+            for buffer in owner._buffers.values():
+                if buffer is not None:
+                    buffer.data = buffer.data.to(device)
 
 
 def whole_copy(layer: nn.Module) -> nn.Module:
-    """A plain copy of a layer at rest with all of its weights in this process; for work inside of one layer.
-
-    `origin` says where its weights came from.
-    """
+    """A plain copy of a layer at rest with all of its weights in this process; `origin` says where they came from."""
     values = {id(p): nn.Parameter(whole(p.detach()), requires_grad=False) for p in layer.parameters()}
     for p in layer.parameters():
         values[id(p)].spread_as = p  # type: ignore[attr-defined]
@@ -165,9 +149,8 @@ def runnable(model: Any) -> Any:
 
 
 def trainable_copy(layer: nn.Module) -> nn.Module:
-    """A layer at rest as one that runs, with trainable weights of its own, sharded like the others.
-
-    A backward pass sums their gradients over all processes, in float32, and leaves each its shard.
+    """A layer at rest as one that runs, with trainable weights of its own; a backward pass sums their gradients over
+    all processes, in float32, and leaves each its shard.
     """
     own = {
         id(p): nn.Parameter(p.detach().clone(), requires_grad=True) if p.is_floating_point() else p
@@ -247,10 +230,8 @@ def not_gathering(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def in_step(model: nn.Module, parts: Sequence[Part], spare: Part) -> list[tuple[Part, bool]]:
-    """This process's parts of the work, each with whether it counts.
-
-    Over a sharded model as many as the process with the most has, `spare` being run without counting: else the others
-    would wait for weights that this one does not help to gather.
+    """This process's parts of the work, each with whether it counts: over a sharded model as many as the process with
+    the most has, `spare` being run without counting, or the others would wait for weights that this one has parts of.
     """
     mine = [(part, True) for part in parts]
     if not is_spread(model):

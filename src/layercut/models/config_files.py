@@ -306,6 +306,4 @@ def _rope_read(cls: Any, config: dict[str, Any]) -> Any:
         return found
     parts = {key: value for key, value in found.items() if isinstance(value, dict)} or {"": found}
     usual = {"partial_rotary_factor": 1.0}
-    return {
-        part: {k: v for k, v in rope.items() if k != "type" and usual.get(k) != v} for part, rope in parts.items()
-    }
+    return {part: {k: v for k, v in rope.items() if k != "type" and usual.get(k) != v} for part, rope in parts.items()}

@@ -75,7 +75,7 @@ SCALED_BY_COUNT = {"minicpm3": "scales its residuals by the number of layers"}
 
 
 DEFAULTS: dict[str, dict[str, Callable[[int], float]]] = {
-    "minicpm": {"residual_scale": lambda layers: 1.4 / math.sqrt(layers)},
+    "minicpm": {"residual_scale": lambda layers: 1.4 / math.sqrt(layers)}
 }
 """Numbers that llama.cpp computes from the number of layers where the file does not give them."""
 

@@ -71,11 +71,7 @@ def load(
 
 
 def over_devices(
-    checkpoint: checkpoints.Checkpoint,
-    *,
-    stream: StreamMode = "auto",
-    device_map: DeviceMapMode = "auto",
-    **how: Any,
+    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", device_map: DeviceMapMode = "auto", **how: Any
 ) -> bool:
     """Whether `load` in one process would place the layers over several accelerators. Reads headers only."""
     several = processes.on_this_machine() > 1
@@ -92,11 +88,7 @@ def over_devices(
 
 
 def wanted(
-    checkpoint: checkpoints.Checkpoint,
-    *,
-    stream: StreamMode = "auto",
-    device_map: DeviceMapMode = "auto",
-    **how: Any,
+    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", device_map: DeviceMapMode = "auto", **how: Any
 ) -> bool:
     """Whether `load` in one process would leave the layers on disk. Reads headers only."""
     if stream != "auto":

@@ -1,10 +1,9 @@
-"""What accelerators need is checked on a stand-in (`stand_in_device.py`), on machines that have none."""
+"""What accelerators need, on a stand-in (`stand_in_device.py`); `make gpu` runs what is for those that are there."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,23 @@ from accelerate import dispatch_model
 
 import folders
 import layercut as lc
+import quick
 import stand_in_device
 import tiny
-from journeys import Journey, assert_same, found
 from layercut import surgery
 from layercut.config import DataConfig, PlanConfig, SearchConfig
 from layercut.errors import ConfigError
 from layercut.evaluation import speed
+from layercut.healing import endpoint_tuning, tuning_state
 from layercut.models import checkpoints, placement
 from layercut.models.runner import DecoderRunner
 from layercut.plan import plan_run
 from layercut.quantization import quantize
 from stand_in_device import Counts, CrossedDevicesError
+
+KIND = torch.accelerator.current_accelerator(check_available=True)
+NONE = pytest.mark.skipif(KIND is None, reason="there is no accelerator; make gpu, on one")
+SEVERAL = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="there are no two accelerators")
 
 
 @pytest.fixture
@@ -44,27 +48,87 @@ def test_devices_are_not_mixed(counts):
     assert (here + torch.tensor(1.0)).tolist() == [2.0, 2.0]  # 0-dimensional, as torch allows
 
 
-@pytest.fixture(scope="module")
-def journey(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Journey:
-    return Journey(tmp_path_factory.mktemp("journey"), texts)
+OPTIONS = {"tokens": 128, "window": 32, "ratio": 0.4, "tune_tokens": 192, "batch_tokens": 64, "learning_rate": 1e-3}
+OPTIONS |= {"bits": 8, "eval_tokens": 128, "eval_window": 64, "speed": False, "format": "safetensors"}
 
 
 @pytest.fixture(scope="module")
-def on_cpu(journey: Journey) -> dict[str, Any]:
-    return found(journey.run("cpu", device="cpu"))
+def journey(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Callable[..., dict[str, Any]]:
+    """Runs `compress`, with 8 bits, on a tiny model; returns what it found, by the names of its summary."""
+    folder = tmp_path_factory.mktemp("journey")
+    model, step = folders.write_model(folder / "model", layers=5), endpoint_tuning._Training.step_
+
+    def stopping(training: Any) -> Any:
+        if training.report.step == 1:
+            raise StoppedError
+        return step(training)
+
+    def run(name: str, *, verified: bool = False, stopped: bool = False, **load: Any) -> dict[str, Any]:
+        """verified: by a fresh process; stopped: while tuning at first, and resumed."""
+        options = {"data": str(texts[0]), "eval_data": str(texts[1]), "out": folder / name, **OPTIONS, **load}
+        with pytest.MonkeyPatch.context() as patch:
+            (quick.leave_out_samples if verified else quick.leave_out)(patch)
+            if stopped:
+                with patch.context() as until:
+                    until.setattr(tuning_state.StateFile, "due", lambda _: True)
+                    until.setattr(endpoint_tuning._Training, "step_", stopping)
+                    with pytest.raises(StoppedError):
+                        lc.compress(model, **options)
+            summary = lc.compress(model, **options).summary
+        return {key: summary[key] for key in ("segments", "original_layer_index", "parameters", "perplexity", "bytes")}
+
+    return run
+
+
+class StoppedError(RuntimeError):
+    """Ends a run while it tunes."""
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-4) -> None:
+    """The same cut, and perplexities as near as another order of summation leaves them."""
+    for name in one.keys() - {"perplexity"}:
+        assert one[name] == other[name], name
+    for state in ("dense", "cut", "folded", "tuned", "quantized"):
+        assert one["perplexity"][state] == pytest.approx(other["perplexity"][state], rel=tolerance), state
+
+
+@pytest.fixture(scope="module")
+def on_cpu(journey: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return journey("cpu", device="cpu")
 
 
 def test_the_whole_journey_stopped_and_resumed_gives_what_the_cpu_gives(counts, journey, on_cpu):
-    assert_same(found(journey.run("one", stopped=True)), on_cpu)
+    assert_same(journey("one", stopped=True), on_cpu)
     assert counts.launches > 1000
     assert counts.between == 0
 
 
 def test_layers_on_two_devices_go_through_compress_to_the_end(counts, journey, on_cpu):
-    run = journey.run("two", device_map="on", verified=True)
-    assert_same(found(run), on_cpu)
+    assert_same(journey("two", device_map="on", verified=True), on_cpu)
     assert counts.between > 0
-    assert json.loads((run / "export.json").read_text())["check"]["logits"] == "equal to the bit"
+
+
+@pytest.mark.gpu
+@NONE
+def test_a_journey_on_the_accelerator_stopped_and_resumed_gives_what_the_cpu_gives(journey, on_cpu):
+    assert_same(journey("gpu", stopped=True, verified=True), on_cpu, tolerance=1e-2)
+
+
+@pytest.mark.gpu
+@SEVERAL
+def test_layers_on_several_accelerators_go_through_compress_to_the_end(journey, on_cpu):
+    assert_same(journey("several", device_map="on", verified=True), on_cpu, tolerance=1e-2)
+
+
+@pytest.mark.gpu
+@NONE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_by_layer_on_the_accelerator_is_what_the_model_computes(dtype):
+    model, tokens = tiny.llama(4).to(KIND, dtype), tiny.some_tokens(4, 32)
+    stack = DecoderRunner(model)
+    got = stack.exit(stack.last(tokens), tokens)
+    torch.testing.assert_close(got, model(tokens.to(KIND)).logits)
+    assert speed.peak_device_bytes(next(model.parameters()).device) > 0
 
 
 def test_layers_are_divided_so_that_the_fullest_device_is_as_empty_as_can_be():
