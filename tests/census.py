@@ -1,8 +1,7 @@
 """One cut, judged: is the model that is left right, honestly refused, or wrong?
 
-`judge(model_type, segments)` builds a tiny random model, cuts it and holds it against what the cut is meant
-to be:
-the original with the removed layers made the identity. Used by the tests and by research/family_census.py.
+`judge(original, segments, folder)` cuts a tiny random model and holds it against what the cut is meant to be: the
+original with the removed layers made the identity. Used by the tests and by research/family_census.py.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ CUTS: dict[str, list[tuple[int, int]]] = {
 
 
 def tolerance(config: Any) -> float:
-    """0 (equal to the bit), but for constants folded into weights and for RWKV's halvings, which it
-    places by index.
-    """
+    """0 (equal to the bit), but for constants folded into weights and for RWKV's halvings, which it places by index."""
     if config.model_type == "diffllama" or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return 1e-4
     return 1e-3 if config.model_type == "rwkv" else 0.0
@@ -176,9 +173,7 @@ def _skipped_xlm(stack: Any, removed: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def skipped(layers: Sequence[Any]) -> Iterator[None]:
-    """Let layers hand on what they were given: the first tensor among their inputs, in the shape of their
-    output.
-    """
+    """Let layers hand on what they were given: the first tensor among their inputs, in the shape of their output."""
     for layer in layers:
         layer.forward = _identity(layer.forward)
     try:
@@ -208,11 +203,8 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def fingerprint(model: Any) -> float:
     """A number that changes when any weight does."""
-    return sum(
-        t.double().abs().sum().item() * (i + 1)
-        for i, t in enumerate(model.state_dict().values())
-        if t.dtype.is_floating_point
-    )
+    weights = [t for t in model.state_dict().values() if t.dtype.is_floating_point]
+    return sum(t.double().abs().sum().item() * (i + 1) for i, t in enumerate(weights))
 
 
 # --- what can go wrong ----------------------------------------------------------------------------
@@ -222,11 +214,8 @@ def _logits_trouble(model: Any, wanted: torch.Tensor, error: float = 0.0) -> str
     got = logits_of(model)
     if got.shape != wanted.shape:
         return f"logits {tuple(got.shape)} instead of {tuple(wanted.shape)}"
-    if error and torch.allclose(got, wanted, atol=error, rtol=error):
-        return ""
-    if not torch.equal(got, wanted):
-        return f"logits differ by up to {(got - wanted).abs().max().item():.2g}"
-    return ""
+    same = torch.allclose(got, wanted, atol=error, rtol=error) if error else torch.equal(got, wanted)
+    return "" if same else f"logits differ by up to {(got - wanted).abs().max().item():.2g}"
 
 
 def _reload_trouble(model: Any, folder: Path, generates: bool) -> str:

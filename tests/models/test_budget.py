@@ -88,14 +88,6 @@ def test_what_is_kept_for_the_way_back_is_told_on_the_safe_side():
     assert kept_bytes([torch.Size([64, 10, 6])], 2) == 2 * 8 * 16 * 2, "of 64 experts a token meets a few"
 
 
-def test_halves_of_everything_that_is_done_in_parts():
-    assert [h.tolist() for h in memory.halves(torch.arange(5))] == [[0, 1, 2], [3, 4]]
-    assert memory.halves(slice(2, 7)) == [slice(2, 5), slice(5, 7)]
-    assert memory.halves(slice(2, 3)) == [slice(2, 3)]
-    assert memory.halves(([slice(0, 4)], True)) == [([slice(0, 2)], True), ([slice(2, 4)], True)]
-    assert memory.halves([1, 2, 3]) == [[1], [2, 3]]
-
-
 # --- where memory runs out ---
 
 
@@ -159,18 +151,6 @@ def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
     assert found.kl_after == pytest.approx(plain.kl_after, rel=1e-4)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_a_window_whose_logits_fit_as_the_model_gives_them_is_run_whole(monkeypatch):
-    """In float32 they would not; but that is had of a few tokens at a time. A runner would first try the model out."""
-    model, tokens = tiny.llama(2).bfloat16(), tiny.some_tokens(2)
-    made, runner = [], likelihood.DecoderRunner
-    monkeypatch.setattr(likelihood, "DecoderRunner", lambda model: made.append(model) or runner(model))
-    losses = likelihood.window_losses(model, tokens)
-    for positions, runners in ((8, 0), (7, 1)):  # in float32; of 16
-        monkeypatch.setattr(memory, "CHUNK_BYTES", positions * 4 * tiny.VOCABULARY)
-        torch.testing.assert_close(likelihood.window_losses(model, tokens), losses, rtol=1e-3, atol=1e-3)
-        assert len(made) == runners
 
 
 def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeypatch, caplog):
