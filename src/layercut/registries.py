@@ -46,36 +46,29 @@ NOT_FOLLOWED = {"layercut", "torch", *sys.stdlib_module_names}
 def source_digest(part: Any) -> str:
     """Hash of how a function, or an object's class, is written, by which a changed one is run again.
 
-    Args:
-        part: the function, class or object; of a partial the function and its arguments.
-
-    Returns:
-        16 hexadecimal digits: of its source and of the whole file that it stands in, whose other functions and
-        constants it may use, and of its bases' files; where Python has no source of it, another in every process.
+    Of its source, of the whole file that it stands in, whose other functions and constants it may use, and of its
+    bases' files; where Python has no source of it, another in every process.
     """
     if isinstance(part, partial):
         said = [source_digest(part.func), repr(part.args), repr(sorted(part.keywords.items()))]
     else:
         of = inspect.unwrap(part) if inspect.isroutine(part) or inspect.isclass(part) else type(part)
         bases = inspect.getmro(of)[1:] if inspect.isclass(of) else ()
-        written = [of, *(base for base in bases if base.__module__.partition(".")[0] not in NOT_FOLLOWED)]
-        said = [each for one in written for each in (_source(one), _file(one))]
+        followed = [base for base in bases if base.__module__.partition(".")[0] not in NOT_FOLLOWED]
+        said = [each for one in (of, *followed) for each in _written(one)]
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
 
 
-def _source(of: Any) -> str:
+def _written(of: Any) -> Iterator[str]:
+    """The source of something, and the hash of the file that it stands in; no file of a cell of a notebook."""
     try:
-        return inspect.getsource(of)
+        yield inspect.getsource(of)
     except (OSError, TypeError):
-        return f"{THIS_PROCESS} {id(of)}"
-
-
-def _file(of: Any) -> str:
-    """Hash of the file that something stands in; nothing of a cell, or of what was given by hand."""
+        yield f"{THIS_PROCESS} {id(of)}"
     try:
-        return hashlib.sha256(Path(inspect.getsourcefile(of) or "").read_bytes()).hexdigest()
+        yield hashlib.sha256(Path(inspect.getsourcefile(of) or "").read_bytes()).hexdigest()
     except (OSError, TypeError):
-        return ""
+        yield ""
 
 
 @dataclass
@@ -120,15 +113,7 @@ class Registry(Generic[Part]):
         return name in self.own or name in self.registered or name in self.installed
 
     def check(self, name: str, flag: str) -> None:
-        """Refuse a name that no part has.
-
-        Args:
-            name: as the user gave it.
-            flag: that it was given to, for the message.
-
-        Raises:
-            ConfigError: unknown; the hint names the nearest, or all there are.
-        """
+        """Refuse a name, given to a flag, that no part has."""
         if name in self:
             return
         near = difflib.get_close_matches(str(name), list(self), 1)
@@ -136,22 +121,11 @@ class Registry(Generic[Part]):
         raise ConfigError(f"{flag} {name!r} is unknown; there are {', '.join(self)}", hint)
 
     def edition(self, name: str) -> list[str]:
-        """By what a part of another package that was edited is known from what it was; nothing of layercut's own.
-
-        Args:
-            name: of the part.
-
-        Returns:
-            `source_digest`, where it is another's.
-        """
+        """By what a part of another package that was edited is known from what it was; nothing of layercut's own."""
         return [] if name in self.own else [source_digest(self.get(name))]
 
     def get(self, name: str) -> Part:
-        """The part of a name, imported now.
-
-        Raises:
-            ConfigError: unknown, or its package cannot be imported.
-        """
+        """The part of a name, imported now. ConfigError: unknown, or its package cannot be imported."""
         self.check(name, self.kind)
         if name in self.registered:
             return self.registered[name]

@@ -342,9 +342,20 @@ def _finer_twin(file: Path, stamp: tuple[int, ...], embedding: TensorPlace, head
 
 
 def read_config(file: Path) -> Any:
-    """The config of a .gguf file, with what llama.cpp makes of it: which layers slide, and how attention is scaled."""
-    header = read_header(file)
-    config = copy.deepcopy(_as_transformers_reads(file, stamp(file)))
+    """The config of a .gguf file, with what llama.cpp makes of it: which layers slide, and how attention is scaled.
+
+    Tied where the file keeps its embeddings twice.
+    """
+    return copy.deepcopy(_read_config(file, stamp(file)))
+
+
+@lru_cache(maxsize=4)
+def _read_config(file: Path, told: tuple[int, ...]) -> Any:
+    """Kept until the file's stamp is another: transformers reads every token's text, 10 seconds for 152,000 tokens."""
+    from transformers import AutoConfig
+
+    header, config = read_header(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.tie_word_embeddings = config.tie_word_embeddings or header.finer_twin is not None
     facts, layers = header.facts(), header.layers
     if getattr(config, "num_hidden_layers", layers) != layers:
         raise corrupt(file, f"transformers reads {config.num_hidden_layers} layers of it, it has {layers}")
@@ -358,17 +369,4 @@ def read_config(file: Path) -> Any:
         heads, width = config.num_attention_heads, config.hidden_size
         scale = rules.attention_scale(header.architecture, width, heads, config.head_dim, layers)
         config.query_pre_attn_scalar = config.query_pre_attn_scalar if scale is None else scale
-    return config
-
-
-@lru_cache(maxsize=4)
-def _as_transformers_reads(file: Path, told: tuple[int, ...]) -> Any:
-    """Tied where the file keeps its embeddings twice; kept until the file's stamp is another.
-
-    transformers reads every token's text to find it: 3 seconds for 49,000 tokens, 10 for 152,000.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.tie_word_embeddings = config.tie_word_embeddings or read_header(file).finer_twin is not None
     return config

@@ -1,19 +1,16 @@
 """A model larger than memory: its decoder layers stay on disk, and each is read when it is entered.
 
-Stands between `models/loading.py` and `models/runner.py`: what `open_on_disk` returns is used like any other model,
-whose layers happen to fetch their weights when they are called and to drop them when another one is. The next layer is
-read ahead by one thread, so that at most two layers are in memory. Embeddings, final norm, head and whatever else is
-no decoder layer stay resident.
+What `open_on_disk` returns is used like any other model, whose layers fetch their weights when they are called and drop
+them when another one is. The next layer is read ahead by one thread, so that at most two layers are in memory. What is
+no decoder layer stays resident.
 
 Which stored tensor becomes which weight is decided by transformers' own loader: once for the whole checkpoint on
 tensors without data, which shows what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
-A clone made by `share` has own modules: what is in no decoder layer it shares with the original, and a layer it enters
-is read into both, once for the dense model and the student. What healing puts into a clone stays in memory.
-
-    student = share(model)
-    cut_segment_(student, …)        # layers are removed, the others still know which of the original's they are
+A clone made by `share` has own modules, of which those left by a cut know which of the original's they are. What is in
+no decoder layer it shares with the original, and a layer that either enters is read into both: their parameters are the
+same objects (`shared_layers` asks). What healing puts into a clone stays in memory.
 """
 
 from __future__ import annotations

@@ -72,9 +72,10 @@ def pick_device(device: str) -> torch.device:
 
 def accelerators(kind: torch.device) -> list[torch.device]:
     """The accelerators of this machine that a model may be placed over; one where the user named it, none on a CPU."""
-    if kind.type == "cpu" or kind.index is not None:
-        return [kind] if kind.type != "cpu" else []
-    return [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    if kind.type == "cpu":
+        return []
+    named = kind.index is not None
+    return [kind] if named else [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
 
 
 def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -40,10 +40,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: an accelerator's, or the machine's without swapping.
+    """Memory that can still be allocated: an accelerator's, with what torch keeps for reuse, or the machine's.
 
-    An accelerator's with what torch keeps for reuse. The machine's within a container's limit: of several processes on
-    it each has an even part, within the limits that the process has by itself (`ulimit -v`, `ulimit -d`).
+    The latter without swapping, within a container's limit, shared evenly by the processes on it, within their own
+    limits (`ulimit -v`, `ulimit -d`).
     """
     most = most_bytes()
     if device.type != "cpu":
@@ -379,10 +379,9 @@ def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def sum_in_float32_() -> None:
-    """From now on have GPUs sum products of float16 and bfloat16 in float32, and not round float32 to TF32.
+    """Have GPUs sum products of float16 and bfloat16 in float32, and not round float32 to TF32.
 
-    torch lets the first be summed in parts of the narrow format, which overflows in float16, and convolutions of
-    recurrent layers be rounded. It costs little where memory is what a product waits for. Of the whole process: for a
+    Parts in float16 overflow. It costs little where memory is what a product waits for. Of the whole process: for a
     command's own, not for a library call.
     """
     torch.set_float32_matmul_precision("highest")
