@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from layercut import surgery
 from layercut.config import (
     AskedBits,
     CutConfig,
@@ -35,7 +36,7 @@ from layercut.report.formatting import layer_names
 from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import kept_layers
-from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
+from layercut.surgery import cut_checkpoint, cut_gguf
 
 GGUF_OF_BITS: dict[AskedBits, GgufType] = {8: "q8_0", 6: "q6_k", 4: "q4_k_m", 3: "q3_k_m", 2: "q2_k"}
 """The number format of a GGUF file that --bits means where no --gguf-type is given."""
@@ -61,7 +62,7 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         check_replaceable(config.out, checkpoint.file)
         loaded = loading.load(checkpoint)
-        save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
+        save(surgery.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     engines.warn_misread("cut", engines.readings(stock, config.segments, written))
     source, layers = source_card(model), decoder_stack.count_layers(stock)
     asked = [(segment.start, segment.stop) for segment in sorted(config.segments)]

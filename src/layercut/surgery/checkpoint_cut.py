@@ -6,15 +6,18 @@ names, shard by shard. Memory does not grow with the model, and the time is that
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
 import stat
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -22,13 +25,10 @@ from layercut.errors import ModelError, SurgeryError
 from layercut.files import appearing, read_json
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, used_index, weight_files
 from layercut.models.config_files import add_older_names_
-from layercut.models.decoder_stack import OTHER_TOWERS
 from layercut.models.loading import load_config
 from layercut.segments import Segment
-from layercut.surgery import config_cut
+from layercut.surgery.config_cut import config_json
 from layercut.surgery.cut_plan import CutPlan, plan_cut
-from layercut.surgery.safetensors_io import Entry, Output, Shard, read_shard, write_shard
-from layercut.surgery.tensor_names import DiskNames, Names, new_names
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "special_tokens_map.json",
@@ -48,6 +48,9 @@ BESIDE = (
 """Those among them that neither model nor tokenizer writes."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of dtypes that weights are converted between."""
+CHUNK = 1 << 26
+IN_MEMORY = "load the model and cut it in memory instead"
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def cut_checkpoint(
@@ -73,11 +76,11 @@ def cut_checkpoint(
             shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         add_older_names_(work)
-        jobs = [(shard, outputs) for shard, outputs in jobs if outputs]
+        jobs = [(about, outputs) for about, outputs in jobs if outputs]
         weight_map: dict[str, str] = {}
-        for number, (shard, outputs) in enumerate(jobs, start=1):
+        for number, (about, outputs) in enumerate(jobs, start=1):
             name = SINGLE if len(jobs) == 1 else f"model-{number:05d}-of-{len(jobs):05d}.safetensors"
-            write_shard(work / name, outputs, shard.metadata or {"format": "pt"})
+            write_shard(work / name, outputs, about or {"format": "pt"})
             weight_map |= {output.name: name for output in outputs}
         if len(jobs) != 1:
             listed = used_index(folder)
@@ -96,37 +99,103 @@ def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapp
     _planned(folder, segments, healed, None)
 
 
+def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
+    """Paths below a folder of the files to copy, and names of those that are not copied, weights and config aside."""
+    wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    home = folder.parent.parent if cached else folder  # the Hub's cache links to the blobs of the same repository
+    for path in wanted:
+        try:
+            target = path.resolve()
+            belongs = target.is_relative_to(home) and stat.S_ISREG(target.stat().st_mode)
+        except OSError:
+            belongs = False
+        if not belongs:
+            raise ModelError(
+                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
+                "put the file itself in the place of the link, or take it out of the folder",
+            )
+    weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
+    top = {path.relative_to(folder).parts[0] for path in wanted}
+    left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
+    return [path.relative_to(folder) for path in wanted], left
+
+
+# --- what is written in place of each shard ---
+
+
+class Entry(NamedTuple):
+    """One tensor in a safetensors file; start: its first byte, counted from the start of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Output(NamedTuple):
+    """A tensor to write: the bytes of one in a file, or bytes made when they are written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    content: Entry | Callable[[], bytes]
+
+
+Jobs = list[tuple[dict[str, str], list[Output]]]
+"""Of each shard: its metadata, and its tensors in the order the bytes lie in."""
+
+
 def _planned(
     folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor], dtype: torch.dtype | None
-) -> tuple[list[tuple[Shard, list[Output]]], dict[str, Any]]:
-    """What to write in place of each shard, in the order the bytes lie in, and config.json."""
+) -> tuple[Jobs, dict[str, Any]]:
+    """What to write in place of each shard, and config.json."""
     check_folder(folder)
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
-    shards = [read_shard(file) for file in weight_files(folder)]
-    _check_index(folder, shards)
-    names = new_names([key for shard in shards for key in shard.entries], plan)
+    shards = [(file, *read_shard(file)) for file in weight_files(folder)]
+    if index := used_index(folder):  # it must list exactly what its shards hold
+        listed: dict[str, str] = read_json(index)["weight_map"]
+        held = {name: file.name for file, entries, _ in shards for name in entries}
+        for name in sorted(held.keys() - listed.keys()):
+            raise ModelError(
+                f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again"
+            )
+        for name, stated in sorted(listed.items()):
+            if held.get(name) != stated:
+                raise ModelError(f"{stated} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
+    every = [entry for _, entries, _ in shards for entry in entries.values()]
+    names = new_names([entry.name for entry in every], plan)
     raw = config_json(read_json(folder / "config.json"), config, plan)
     raw.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
-    dtype = dtype if _declare_(raw, config, dtype) else None
+    stored = str(getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None))
+    if dtype is not None and str(dtype).removeprefix("torch.") == stored.removeprefix("torch."):
+        dtype = None
+    if dtype is not None:
+        for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+            for key in {"dtype", "torch_dtype"} & part.keys():
+                part[key] = str(dtype).removeprefix("torch.")
+        raw.pop("torch_dtype", None)
+        raw["dtype"] = str(dtype).removeprefix("torch.")
     before, homes = DiskNames(plan.before), dict[str, list[Entry]]()
-    for entry in (entry for shard in shards for entry in shard.entries.values()) if plan.edits else ():
+    for entry in every if plan.edits else ():
         homes.setdefault(before.to_memory(entry.name), []).append(entry)
 
     def read(name: str) -> torch.Tensor:
         """A tensor by its name in memory before the cut; only where disk and memory hold the same tensor."""
         if len(found := homes.get(name, [])) != 1:
-            raise SurgeryError(
-                f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
-                "load the model and cut it in memory instead",
-            )
+            why = f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces"
+            raise SurgeryError(why, IN_MEMORY)
         return _tensor(found[0])
 
     placed = set[str]()
 
     def output(entry: Entry) -> Output:
         """The entry's bytes; or a healed weight, an edited or a converted one, made when its turn comes."""
-        name, in_memory = names.on_disk[entry.name], names.in_memory[entry.name]
+        name, in_memory = names[entry.name]
         for one in (name, in_memory):
             if one in healed and tuple(healed[one].shape) == entry.shape:
                 placed.add(one)
@@ -137,18 +206,18 @@ def _planned(
             return _made(name, entry, entry.shape, dtype, partial(_tensor, entry))
         return Output(name, entry.dtype, entry.shape, entry.size, entry)
 
-    jobs = []
-    for shard in shards:
-        kept = (entry for entry in shard.entries.values() if entry.name in names.on_disk)
-        jobs.append((shard, [output(entry) for entry in sorted(kept, key=lambda entry: entry.start)]))
+    jobs: Jobs = []
+    for _, entries, metadata in shards:
+        kept = (entry for entry in entries.values() if entry.name in names)
+        jobs.append((metadata, [output(entry) for entry in sorted(kept, key=lambda entry: entry.start)]))
     if unplaced := sorted(healed.keys() - placed):
         raise SurgeryError(
             f"the checkpoint stores {len(unplaced)} healed weights in another way than its class saves them "
             f"(first: {unplaced[0]})",
-            "load the model and cut it in memory instead",
+            IN_MEMORY,
         )
     for name, shape in plan.added.items():
-        _add_zeros_(jobs, names, name, shape)
+        _add_zeros_(jobs, dict(names.values()), name, shape)
     return jobs, raw
 
 
@@ -175,9 +244,8 @@ def _tensor(entry: Entry) -> torch.Tensor:
         return stream.get_tensor(entry.name)
 
 
-def _add_zeros_(jobs: list[tuple[Shard, list[Output]]], names: Names, name: str, shape: torch.Size) -> None:
+def _add_zeros_(jobs: Jobs, memory: Mapping[str, str], name: str, shape: torch.Size) -> None:
     """A tensor of zeros that a new position calls for joins the shard of its nearest neighbour, in its dtype."""
-    memory = {names.on_disk[key]: in_memory for key, in_memory in names.in_memory.items()}
     module = name
     while module := module.rpartition(".")[0]:
         for _, outputs in jobs:
@@ -188,35 +256,6 @@ def _add_zeros_(jobs: list[tuple[Shard, list[Output]]], names: Names, name: str,
                     outputs.append(Output(disk, beside.dtype, tuple(shape), size, partial(bytes, size)))
                     return
     raise SurgeryError(f"the cut model calls for {name}, and no weight beside it was found on disk")
-
-
-def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
-    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config
-    aside.
-    """
-    wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    for path in wanted:
-        if not _belongs(path, folder):
-            raise ModelError(
-                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
-                "put the file itself in the place of the link, or take it out of the folder",
-            )
-    weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
-    top = {path.relative_to(folder).parts[0] for path in wanted}
-    left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
-    return [path.relative_to(folder) for path in wanted], left
-
-
-def _belongs(path: Path, folder: Path) -> bool:
-    """Whether a path leads to a regular file in the folder, or in the Hub's cache in the same repository's blobs."""
-    target = path.resolve()
-    home = folder
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        home = folder.parent.parent
-    try:
-        return target.is_relative_to(home) and stat.S_ISREG(target.stat().st_mode)
-    except OSError:
-        return False
 
 
 def model_class(config: Any) -> type:
@@ -240,102 +279,192 @@ def model_class(config: Any) -> type:
     )
 
 
-def _check_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """The index must list exactly what its shards hold."""
-    if not (index := used_index(folder)):
-        return
-    listed: dict[str, str] = read_json(index)["weight_map"]
-    held = {name: shard.file.name for shard in shards for name in shard.entries}
-    for name in sorted(held.keys() - listed.keys()):
-        raise ModelError(f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again")
-    for name, file in sorted(listed.items()):
-        if held.get(name) != file:
-            raise ModelError(f"{file} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
+# --- names on disk and in memory ---
+#
+# Many checkpoints name their weights otherwise than the model does (`transformer.h.3` for `model.layers.3`, one tensor
+# per expert for a fused one, two blocks for one layer). transformers maps disk names to memory; the inverse is found by
+# trying: of the numbers in a disk name, the right ones to change are those that make it read as the wanted name.
 
 
-# --- config.json ---
+class DiskNames:
+    """How one model class reads the names in a checkpoint."""
+
+    def __init__(self, model: Any) -> None:
+        """model: on the meta device."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._read: dict[str, str] = {}  # some renamings depend on what was read before: the first answer counts
+        self.prefix = model.base_model_prefix
+        self._optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        self.known = dict(model.state_dict(keep_vars=True))
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        self.tied = {name: names for names in owners.values() for name in names}
+        """All names of the parameter that has this name."""
+
+    def to_memory(self, key: str) -> str:
+        """The name in memory that a tensor of this name on disk is loaded into (of several, the first)."""
+        from transformers.core_model_loading import rename_source_key
+
+        if key not in self._read:
+            name = rename_source_key(key, self._renamings, self._converters, self.prefix, self.known)[0]
+            keeps = name not in self.known and key in self.known  # then a loader takes the name as it is
+            self._read[key] = key if keeps else name
+        return self._read[key]
+
+    def lacking(self, keys: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
+        """What the class calls for and these tensors on disk do not fill."""
+        have = {*besides}
+        for key in keys:
+            have.add(name := self.to_memory(key))
+            for converter in self._converters:
+                first, *others = converter.target_patterns
+                if others and first in name:
+                    have.update(name.replace(first, other) for other in others)
+                    break
+        have = have.union(*(self.tied.get(name, ()) for name in have))
+        return [n for n in sorted(self.known.keys() - have) if not any(re.search(each, n) for each in self._optional)]
 
 
-def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
-    """Have config.json name this dtype."""
-    text = config.get_text_config()
-    stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
-    name = str(dtype).removeprefix("torch.")
-    if dtype is None or name == stored:
-        return False
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        for key in {"dtype", "torch_dtype"} & part.keys():
-            part[key] = name
-    raw.pop("torch_dtype", None)
-    raw["dtype"] = name
-    return True
+def new_names(keys: Sequence[str], plan: CutPlan) -> dict[str, tuple[str, str]]:
+    """Of every tensor on disk that stays: its new names on disk and in memory."""
+    from transformers.core_model_loading import dot_natural_key
 
-
-def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
-    """The config.json of the cut model: the source's, with what the cut changed.
-
-    Facts that the source left to rules or defaults are written out. Where the patched file would not read as
-    planned (an old rule in it wins over the new list), the whole config is written instead.
-    """
-    wanted = config_cut.reread(plan.config).to_dict()
-    if isinstance(quantized := raw.get("quantization_config"), dict):
-        raw = raw | {"quantization_config": _renamed(quantized, plan)}
-    patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
-    _cut_unkept_(patched, old.to_dict(), plan)
-    try:
-        if config_cut.read_as(type(old), json.dumps(patched)).to_dict() == wanted:
-            return patched
-    except SurgeryError:  # the class refuses the mixture of old and new facts
-        pass
-    whole = json.loads(plan.config.to_json_string(use_diff=True))
-    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
-        if name in raw:
-            whole[name] = raw[name]
-    return whole
-
-
-def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    result = dict(raw)
-    old = json.loads(json.dumps(old, default=str))
-    for name, value in new.items():
-        if isinstance(value, dict) and isinstance(raw.get(name), dict) and isinstance(old.get(name), dict):
-            result[name] = _patched(raw[name], old[name], value)
-        elif old.get(name) != value or name == "original_layer_index":
-            result[name] = value
-    for name in old.keys() - new.keys():
-        result.pop(name, None)
-    return result
-
-
-def _cut_unkept_(patched: dict[str, Any], old: dict[str, Any], plan: CutPlan) -> None:
-    """Cut what config.json says of the layers under names that the class reads and does not keep.
-
-    Nemotron-H's `hybrid_override_pattern` is one. Other engines read them too.
-    """
-    for name in patched.keys() - old.keys():
-        patched[name] = config_cut.cut_value(name, patched[name], plan.kept, plan.layers)
-    for name, value in patched.items():
-        if isinstance(value, dict) and isinstance(old.get(name), dict):
-            _cut_unkept_(value, old[name], plan)
-
-
-def _renamed(value: Any, plan: CutPlan) -> Any:
-    """A quantization config with the modules renumbered that it lists by name (`modules_to_not_convert`, `ignore`)."""
-    if isinstance(value, dict):
-        pairs = {_renamed(k, plan): _renamed(v, plan) for k, v in value.items()}
-        return {k: v for k, v in pairs.items() if k is not None}
-    if isinstance(value, list):
-        return [new for item in value if (new := _renamed(item, plan)) is not None]
-    if isinstance(value, str) and (found := re.search(r"(^|\.)(layers|h|blocks)\.(\d+)(?=\.|$)", value)):
-        if any(tower in value[: found.start(3)] for tower in OTHER_TOWERS):
-            return value  # of images or sound: its layers all stay
-        old = int(found[3])
-        if old not in plan.kept:
-            return None
-        return f"{value[: found.start(3)]}{plan.kept.index(old)}{value[found.end(3) :]}"
-    if isinstance(value, str) and value.startswith(("re:", "+:", "-:")) and re.search(r"\d", value):
-        raise SurgeryError(
-            f"the quantization config picks layers by the pattern {value!r}, which cannot be renumbered",
-            "cut first, then quantize",
+    before, after = DiskNames(plan.before), DiskNames(plan.after)
+    place = {old: new for new, old in enumerate(plan.kept)}
+    found: dict[str, tuple[str, str]] = {}
+    gone: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):  # the order in which transformers reads names
+        name = before.to_memory(key)
+        # tensors that the class does not know (old buffers, scales of a quantizer) still belong to their layer
+        where = plan.layer_in(name) or plan.layer_in(f"{before.prefix}.{name}")
+        if where is None:
+            found[key] = key, after.to_memory(key)
+        elif where[1] in place:
+            wanted, new = plan.rename(name) or name, place[where[1]]
+            if wanted in plan.dropped:
+                continue
+            if name not in before.known and wanted == name:  # without the base model's prefix, as GPT-2's old masks
+                short = where[0].partition(".")[2]
+                wanted = re.sub(rf"^{re.escape(short)}\.\d+(?=\.|$)", f"{short}.{new}", name)
+            found[key] = _renumbered(key, where[1], new, after, wanted), wanted
+        elif where[1] < plan.layers:
+            gone[name] = key
+    # weights shared between layers are stored under one of them; if that one goes, another takes them over (Zamba)
+    there = {in_memory for _, in_memory in found.values()}
+    for name, key in gone.items():
+        heirs = [heir for other in before.tied.get(name, ()) if (heir := plan.rename(other)) is not None]
+        if not heirs or there & set(heirs):
+            continue
+        old, new_place = plan.layer_in(name), plan.layer_in(heirs[0])
+        if old is not None and new_place is not None:
+            found[key] = _renumbered(key, old[1], new_place[1], after, heirs[0]), heirs[0]
+    if any(key.endswith(".weight_packed") for key in keys):
+        raise ModelError(
+            "the checkpoint's weights are packed in few bits, and are cut before they are rounded",
+            "cut the float checkpoint that it was made from, then layercut quantize the result",
         )
-    return value
+    if lacked := before.lacking(keys):
+        raise ModelError(
+            f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",
+            "fetch the checkpoint again; if it is complete, its config.json does not fit it",
+        )
+    on_disk = [disk for disk, _ in found.values()]
+    if missing := after.lacking(on_disk, [*plan.added]):
+        raise SurgeryError(
+            f"the cut checkpoint would lack {len(missing)} weights of its class (first: {missing[0]})", IN_MEMORY
+        )
+    if len({*on_disk}) != len(on_disk):
+        raise SurgeryError("two weights would get the same name on disk", IN_MEMORY)
+    return found
+
+
+def _renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> str:
+    """The disk name that reads as `wanted`, made from a name of layer `old` for layer `new`."""
+    if old == new and read.to_memory(key) == wanted:
+        return key
+    steps = (new - old, 2 * (new - old))  # some checkpoints store a layer as two blocks
+    for spot, step in itertools.product(NUMBER.finditer(key), steps):
+        candidate = f"{key[: spot.start()]}{int(spot[0]) + step}{key[spot.end() :]}"
+        if int(spot[0]) + step >= 0 and read.to_memory(candidate) == wanted:
+            return candidate
+    what = f"the weight {key!r} belongs to layer {old}, and no name was found for it as layer {new}"
+    raise SurgeryError(what, IN_MEMORY)
+
+
+# --- safetensors files: 8 bytes little-endian length of the header, the header in JSON, the data ---
+
+
+def read_shard(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """A safetensors file's tensors and metadata, read from its header alone."""
+    entries = {}
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            for name, facts in header.items():
+                start, end = facts["data_offsets"]
+                if not 0 <= start <= end:
+                    raise ValueError(f"the byte range of {name} is {start} to {end}")
+                shape = tuple(facts["shape"])
+                entries[name] = Entry(file, name, facts["dtype"], shape, 8 + length + start, end - start)
+            end = max((e.start + e.size for e in entries.values()), default=8 + length)
+            if end > size:
+                raise ValueError(f"it ends before byte {end:,}")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ModelError(f"{file} is corrupt or truncated: {error}", "fetch this file again") from None
+    return entries, metadata
+
+
+def write_shard(file: Path, outputs: Sequence[Output], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of tensors in the order given."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for out in outputs:
+        place = [offset, offset + out.size]
+        header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": place}
+        offset += out.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("xb", buffering=0) as target:
+        _write_all(target, struct.pack("<Q", len(text)) + text)
+        for out in outputs:
+            if not isinstance(out.content, Entry):
+                _write_all(target, out.content())
+                continue
+            with out.content.file.open("rb", buffering=0) as source:
+                _copy(source, target, out.content.start, out.size)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
+    """Copy a range to the end of `target`, inside the kernel where the file system allows it."""
+    end, in_kernel = start + size, hasattr(os, "copy_file_range")
+    while start < end:
+        want, done = min(CHUNK, end - start), 0
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source.fileno(), target.fileno(), want, offset_src=start)
+            except OSError:  # another disk, or a file system without it; what else is wrong, writing says too
+                in_kernel = False
+        if not done:
+            data = os.pread(source.fileno(), min(want, 1 << 22), start)
+            if not data:
+                raise OSError(f"the source ends at byte {start:,}")
+            _write_all(target, data)
+            done = len(data)
+        start += done
+
+
+def _write_all(target: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]

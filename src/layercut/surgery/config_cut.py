@@ -14,13 +14,19 @@ read back as a loader would, and every per-layer fact compared with the old one'
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercut.errors import SurgeryError
+from layercut.models.decoder_stack import OTHER_TOWERS
+
+if TYPE_CHECKING:
+    from layercut.surgery.cut_plan import CutPlan
 
 COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers",
@@ -266,3 +272,76 @@ def _check(new: Any, text: Any, old_text: Any, kept: Sequence[int], layers: int)
             pairs = enumerate(zip(wanted, got or [], strict=False))
             odd = next((f": layer {kept[i]} is {a!r} and would become {b!r}" for i, (a, b) in pairs if a != b), "")
             raise SurgeryError(f"{type(text).__name__} cannot hold {name!r} of the layers that stay{odd}")
+
+
+# --- config.json ---
+
+
+def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
+    """The config.json of the cut model: the source's, with what the cut changed.
+
+    Facts that the source left to rules or defaults are written out. Where the patched file would not read as
+    planned (an old rule in it wins over the new list), the whole config is written instead.
+    """
+    wanted = reread(plan.config).to_dict()
+    if isinstance(quantized := raw.get("quantization_config"), dict):
+        raw = raw | {"quantization_config": _renamed(quantized, plan)}
+    patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    _cut_unkept_(patched, old.to_dict(), plan)
+    try:
+        if read_as(type(old), json.dumps(patched)).to_dict() == wanted:
+            return patched
+    except SurgeryError:  # the class refuses the mixture of old and new facts
+        pass
+    whole = json.loads(plan.config.to_json_string(use_diff=True))
+    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
+        if name in raw:
+            whole[name] = raw[name]
+    return whole
+
+
+def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    result = dict(raw)
+    old = json.loads(json.dumps(old, default=str))
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(raw.get(name), dict) and isinstance(old.get(name), dict):
+            result[name] = _patched(raw[name], old[name], value)
+        elif old.get(name) != value or name == "original_layer_index":
+            result[name] = value
+    for name in old.keys() - new.keys():
+        result.pop(name, None)
+    return result
+
+
+def _cut_unkept_(patched: dict[str, Any], old: dict[str, Any], plan: CutPlan) -> None:
+    """Cut what config.json says of the layers under names that the class reads and does not keep.
+
+    Nemotron-H's `hybrid_override_pattern` is one. Other engines read them too.
+    """
+    for name in patched.keys() - old.keys():
+        patched[name] = cut_value(name, patched[name], plan.kept, plan.layers)
+    for name, value in patched.items():
+        if isinstance(value, dict) and isinstance(old.get(name), dict):
+            _cut_unkept_(value, old[name], plan)
+
+
+def _renamed(value: Any, plan: CutPlan) -> Any:
+    """A quantization config with the modules renumbered that it lists by name (`modules_to_not_convert`, `ignore`)."""
+    if isinstance(value, dict):
+        pairs = {_renamed(k, plan): _renamed(v, plan) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if k is not None}
+    if isinstance(value, list):
+        return [new for item in value if (new := _renamed(item, plan)) is not None]
+    if isinstance(value, str) and (found := re.search(r"(^|\.)(layers|h|blocks)\.(\d+)(?=\.|$)", value)):
+        if any(tower in value[: found.start(3)] for tower in OTHER_TOWERS):
+            return value  # of images or sound: its layers all stay
+        old = int(found[3])
+        if old not in plan.kept:
+            return None
+        return f"{value[: found.start(3)]}{plan.kept.index(old)}{value[found.end(3) :]}"
+    if isinstance(value, str) and value.startswith(("re:", "+:", "-:")) and re.search(r"\d", value):
+        raise SurgeryError(
+            f"the quantization config picks layers by the pattern {value!r}, which cannot be renumbered",
+            "cut first, then quantize",
+        )
+    return value
