@@ -1,6 +1,6 @@
 """A stand-in for the Hub on this machine: what huggingface_hub asks to make a repository, commit to it and read it.
 
-python hub_stand_in.py FOLDER    # prints its address; GOOD is the token that may write, READS one that may not
+GOOD is the token that may write, READS one that may not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import re
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -39,12 +38,7 @@ class Hub:
         self.requests: list[str] = []
 
     def serve(self) -> ThreadingHTTPServer:
-        hub = self
-
-        class Answers(Handler):
-            state = hub
-
-        return ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        return ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Handler,), {"state": self}))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -196,9 +190,3 @@ ROUTES: dict[str, Any] = {
     f"POST /api/models/{NAME}/commit/main": Handler.commit,
 }
 WRITING = (Handler.create, Handler.preupload, Handler.batch, Handler.commit)
-
-
-if __name__ == "__main__":
-    with Hub().serve() as server:
-        print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
-        sys.exit(server.serve_forever())

@@ -4,7 +4,7 @@ What a GPU would refuse or make wait is refused or counted here, on any machine:
 
 * an operation on tensors of several devices is refused, but for 0-dimensional ones of the CPU, as torch allows;
 * there is no float64, as on Apple's GPUs;
-* `counts` holds operations launched and bytes copied between devices;
+* `counts` holds operations on the device and bytes copied between devices;
 * memory is counted by device, so that its peak can be asked for as of CUDA.
 
 torch's Python backend over PrivateUse1 makes the tensors that are created on the device; they are a tensor subclass
@@ -34,11 +34,6 @@ AVAILABLE = "LAYERCUT_STAND_IN"
 MEMORY = 4 * 2**30
 """Bytes of each device."""
 WIDE = (torch.float64, torch.complex128)
-VIEWS = {"view", "expand", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "detach", "alias",
-         "split", "split_with_sizes", "unbind", "_unsafe_view", "as_strided", "diagonal", "unfold", "lift_fresh",
-         "_reshape_alias", "narrow", "view_as", "chunk", "expand_as", "movedim"}  # fmt: skip
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-"""Operations that launch nothing either: memory is taken, as torch's own allocator does it."""
 
 
 @dataclass
@@ -110,7 +105,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if len(places) > 1 or (places and foreign):
         raise CrossedDevicesError(f"{func} of tensors on {sorted(map(str, places | {x.device for x in foreign}))}")
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else places.pop()
-    counts.launches += name not in VIEWS and name not in ALLOCATIONS
+    counts.launches += 1
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = torch.device("cpu")
     out = func(*cpu_args, **cpu_kwargs)
@@ -149,9 +144,8 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else source.device
     _count_copy(source, on)
-    out = func(_raw(source), *args[1:], **{**kwargs, "device": torch.device("cpu")})
-    if out is _raw(source):
-        out = out.clone()
+    out = func(raw := _raw(source), *args[1:], **{**kwargs, "device": torch.device("cpu")})
+    out = out.clone() if out is raw else out
     return StandInTensor(out, on) if on.type == NAME else out
 
 

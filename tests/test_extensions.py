@@ -110,9 +110,7 @@ def test_a_part_that_was_edited_is_another_one(tiny_model, texts, tmp_path):
     try:
         lc.criteria.registered["here-edited"] = lambda runner, tokens, length, **_: [lc.Segment(1, 1 + length)]
         assert chosen() == chosen() == [[1, 3]]
-        lc.criteria.registered["here-edited"] = (
-            lambda runner, tokens, length, **_: [lc.Segment(3, 3 + length)]
-        )  # fmt: skip
+        lc.criteria.registered["here-edited"] = lambda runner, tokens, length, **_: [lc.Segment(3, 3 + length)]
         assert chosen("--force") == [[3, 5]], "without it what a finished command made is not replaced"
     finally:
         del lc.criteria.registered["here-edited"]

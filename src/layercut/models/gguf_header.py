@@ -297,7 +297,7 @@ class _HeaderParser:
 # the coarser of the two: they are read as the one that they were, in the finer rounding.
 
 TIED_WITHOUT_HEAD = frozenset({"llama", "qwen2", "qwen3"})
-"""Architectures whose head llama.cpp takes from the embeddings where a file has none; each is tried by a test."""
+"""Architectures whose head llama.cpp takes from the embeddings where a file has none; each has a test."""
 ERRORS = {
     "F32": 0.0, "F16": 0.0002, "BF16": 0.0017, "Q8_0": 0.0054, "Q6_K": 0.018, "Q5_1": 0.038, "Q5_K": 0.036,
     "Q5_0": 0.043, "Q4_K": 0.071, "IQ4_NL": 0.076, "Q4_1": 0.078, "Q4_0": 0.086, "Q3_K": 0.151, "Q2_K": 0.297,

@@ -1,9 +1,8 @@
 """What llama.cpp takes from an architecture's name, a layer's index and the number of layers, and what a file can say.
 
 llama.cpp distinguishes layers by tensors, by arrays in the metadata and by rules in its own source; a cut may break the
-last. This is the table of those rules, used where a GGUF file is cut (`surgery/gguf_cut.py`), read (in `models/`) and
-written (`export/gguf_export.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were compared
-with transformers' logits past the sliding window with tiny random models, the others are by reading.
+last. This is the table of those rules, by llama.cpp's load_hparams, b11739: entries marked "compared" were held against
+transformers' logits past the sliding window with tiny random models, the others are by reading.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, TypeGuard
 
 PATTERN = "attention.sliding_window_pattern"
 NEEDS_BUILD = "b11739 (2026-11)"
-"""The oldest build seen to read the array `PATTERN`; older ones were not tried."""
+"""The oldest build seen to read the array `PATTERN`; older ones were not tested."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class Period:
 
 
 PERIODS = {
-    "gemma2": Period(2, array=True),  # tried
-    "gemma3": Period(6, array=True),  # tried
-    "cohere2": Period(4, array=True),  # tried
-    "gpt-oss": Period(2, array=True),  # tried: read, but a tiny model stays 4 to 20 % off, the uncut one as well
-    "olmo2": Period(4, array=True, window_only=True),  # tried, as OLMo 3
+    "gemma2": Period(2, array=True),  # compared
+    "gemma3": Period(6, array=True),  # compared
+    "cohere2": Period(4, array=True),  # compared
+    "gpt-oss": Period(2, array=True),  # compared: read, but a tiny model stays 4 to 20 % off, the uncut one as well
+    "olmo2": Period(4, array=True, window_only=True),  # compared, as OLMo 3
     "exaone4": Period(4, window_only=True),
-    "smollm3": Period(4),  # tried: no key is read
+    "smollm3": Period(4),  # compared: no key is read
     "gemma3n": Period(5), "llama4": Period(4), "exaone-moe": Period(4), "plamo3": Period(8), "afmoe": Period(4),
     "gemma-embedding": Period(6), "mellum": Period(4), "step35": Period(4),
 }  # fmt: skip
@@ -60,7 +59,7 @@ class Counted:
 COUNTED = {
     "gemma2": [Counted(frozenset({46}), "scales attention by the width over the heads instead of the head's width")],
     "gemma3": [Counted(frozenset({62}), "scales attention by the width over the heads instead of the head's width")],
-    "exaone4": [Counted(frozenset({64}), "applies the sliding window")],  # tried: at 8 layers it does not
+    "exaone4": [Counted(frozenset({64}), "applies the sliding window")],  # compared: at 8 layers it does not
     "baichuan": [
         Counted(frozenset({32}), "applies rotary positions"),
         Counted(frozenset({40}), "applies ALiBi"),

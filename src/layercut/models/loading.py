@@ -341,7 +341,7 @@ def check_loading(info: dict[str, Any], name: str) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, tried on a line of text; of a GGUF file its own, where that can be read."""
+    """The tokenizer of a checkpoint, tested on a line of text; of a GGUF file its own, where that can be read."""
     if not checkpoint.gguf:
         folder = checkpoint.folder
         there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
