@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import sys
 import uuid
@@ -129,15 +128,12 @@ class Registry(Generic[Part]):
         self.check(name, self.kind)
         if name in self.registered:
             return self.registered[name]
+        own = self.own.get(name)
         try:
-            if name in self.own:
-                module, _, attribute = self.own[name].partition(":")
-                return getattr(importlib.import_module(module), attribute)
-            return self.installed[name].load()
+            return (EntryPoint(name, own, self.group) if own else self.installed[name]).load()
         except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"the {self.kind} {name!r} cannot be imported: {error}", "reinstall the package that brings it"
-            ) from error
+            words = f"the {self.kind} {name!r} cannot be imported: {error}"
+            raise ConfigError(words, "reinstall the package that brings it") from error
 
 
 _SEARCH = "layercut.layer_search."

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -170,21 +171,13 @@ def from_main(value: Result) -> Result:
     return box[0]
 
 
-@dataclass
-class MainAlone:
-    """Work of the main process: whether this is it, and what came out: in all processes, at the end of `main_alone`."""
-
-    mine: bool
-    value: Any = None
-
-
 @contextmanager
-def main_alone() -> Iterator[MainAlone]:
-    """Work that the main process alone does, while the others wait; all get its `value`, or fail with it.
+def main_alone() -> Iterator[SimpleNamespace]:
+    """Work that the main process alone does (where it is `mine`), while the others wait; all get its `value`, or fail.
 
     Inside `world()` is 1. Of its error, the others get a user's as it is, and a fault of layercut by its name.
     """
-    work = MainAlone(is_main())
+    work = SimpleNamespace(mine=is_main(), value=None)
     if not (several := _several()):
         yield work
         return
@@ -210,8 +203,7 @@ def on_main(compute: Callable[[], Result]) -> Result:
     with main_alone() as work:
         if work.mine:
             work.value = compute()
-    result: Result = work.value
-    return result
+    return work.value
 
 
 # --- failing together ---------------------------------------------------------------------------------------------
