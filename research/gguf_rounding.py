@@ -19,10 +19,15 @@ import torch
 
 from common import RowsDone, arguments, blocks, finish, open_model
 from control import dither_
-from layercut.export.ggml import quantize_file
 from layercut.export.gguf_check import perplexity_by_llama_cpp
-from layercut.export.gguf_tensors import architecture_of, gguf_tensors, llama_cpp_names, stored_types
-from layercut.export.importance import importance
+from layercut.export.gguf_tensors import (
+    architecture_of,
+    gguf_tensors,
+    importance,
+    llama_cpp_names,
+    quantize_file,
+    stored_types,
+)
 from layercut.models import loading
 from layercut.progress import say
 from layercut.surgery import cut_gguf

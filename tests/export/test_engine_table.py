@@ -240,7 +240,7 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
     if what == "file":
         cut(source, what, out)
     else:
-        monkeypatch.setattr("layercut.export.gguf_export.convert", converted)
+        monkeypatch.setattr("layercut.export.formats.convert", converted)
         folder = cut(source, what, tmp_path / "out")
         assert main(["export", str(folder), "--gguf-type=f32", f"--out={out}"]) == 0
     assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i not in (4, 10) for i in range(11)]

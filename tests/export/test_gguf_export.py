@@ -19,13 +19,10 @@ import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
-from layercut.export.ggml import quantized_rows
+from layercut.export.formats import NEXT_FINER, healed_type, refuse_jump, write_requantized
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.export.gguf_export import NEXT_FINER, healed_type, write_requantized
-from layercut.export.gguf_measured import refuse_jump
-from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, rotary_order, tensor_types
-from layercut.export.importance import importance
+from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, importance, quantized_rows, rotary_order, tensor_types
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import Header, read_header
 from layercut.report.verdicts import broken
@@ -225,7 +222,7 @@ def test_the_next_finer_format_has_more_bits_and_fits_the_same_rows():
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.gguf_measured.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.formats.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
@@ -243,7 +240,7 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     out = tmp_path / "out.gguf"
     monkeypatch.setenv(CONVERTER, str(converter))
     if kind != "f16":
-        monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)  # a process of 5 s: once is enough
+        monkeypatch.setattr("layercut.export.formats.convert", converted_here)  # a process of 5 s: once is enough
     assert main(["export", str(tiny_model), f"--gguf-type={kind}", f"--out={out}"]) == 0
     layers = 7 * folders.LAYERS
     vectors = 2 * folders.LAYERS + 1
@@ -254,7 +251,7 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
 
 def test_a_model_that_rounding_ruins_is_not_exported(texts, tmp_path, capsys, monkeypatch):
     quick.leave_out(monkeypatch)
-    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
+    monkeypatch.setattr("layercut.export.formats.convert", converted_here)
     model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
     flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
     assert main(["compress", str(model), *flags, f"--data={texts[0]}", "--eval-data=self", f"--out={run}"]) == 0
@@ -286,7 +283,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypatch, capsys):
     """llama.cpp lets every sixth layer of Gemma 3 attend to everything; here it is the second and the last."""
-    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
+    monkeypatch.setattr("layercut.export.formats.convert", converted_here)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), f"--gguf-type={kind}", f"--out={out}"]) == 0
     assert "sliding_window_pattern" in capsys.readouterr().err
@@ -302,8 +299,8 @@ def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypat
 
 @needs_llama_cpp
 def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
-    monkeypatch.setattr("layercut.export.gguf_export._write_sliding_layers_", lambda *_: None)
+    monkeypatch.setattr("layercut.export.formats.convert", converted_here)
+    monkeypatch.setattr("layercut.export.formats._write_sliding_layers_", lambda *_: None)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
     assert "llama.cpp computes something else" in capsys.readouterr().err
@@ -406,9 +403,9 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     refused(str(gguf_run), out, "--gguf-type=q4_k_m", words="llama-cpp-py-sync")
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
-    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
-    monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
-    monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
+    monkeypatch.setattr("layercut.export.formats.convert", converted_here)
+    monkeypatch.setattr("layercut.export.formats.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.formats.architecture_of", lambda _: "future")
     refused(str(future), out, f"--converter={converter}", words="how it distinguishes the layers of 'future'")
 
 

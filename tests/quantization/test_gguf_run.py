@@ -19,9 +19,8 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.config import from_flat
 from layercut.errors import ConfigError, RunError
-from layercut.export.ggml import quantize_file
 from layercut.export.gguf_check import read_by_transformers
-from layercut.export.gguf_tensors import tensor_types
+from layercut.export.gguf_tensors import quantize_file, tensor_types
 from layercut.models import checkpoints, loading
 from layercut.models.checkpoints import Checkpoint
 from layercut.pipeline import gguf_run
@@ -103,7 +102,7 @@ def test_gguf_in_gives_gguf_out(source, made):
 @needs_llama_cpp
 def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, monkeypatch):
     """Healed layers in float32 take more than what the cut saves; random models have no perplexity to speak of."""
-    monkeypatch.setattr("layercut.export.gguf_measured.perplexity_by_llama_cpp", lambda *_: 10.0)
+    monkeypatch.setattr("layercut.export.formats.perplexity_by_llama_cpp", lambda *_: 10.0)
     out = tmp_path / "large.gguf"
     argv = ["compress", str(source), *SHORT, "--segment=3:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, "--gguf-type=f32", f"--out={out}"]) == 0
@@ -192,7 +191,7 @@ def test_a_mixture_that_was_stopped_goes_on(source, texts, tmp_path, monkeypatch
 
     copied: list[bytes] = []
     with monkeypatch.context() as once:
-        once.setattr("layercut.export.gguf_export.quantize_file", stopped)
+        once.setattr("layercut.export.formats.quantize_file", stopped)
         assert main(argv) != 0
     left = next(tmp_path.glob("*-run")) / "unrounded.gguf"
     assert not left.exists()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
@@ -264,7 +264,23 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
     Logits must be equal to the bit. transformers' loader places each layer's weights, but they are never whole in
     the new process's memory, and nothing is generated.
     """
-    return _verified(model, folder, ["-P", "-m", "layercut.export.reload_offloaded_process"])
+    code = "import sys; from layercut.export.checkpoint import compare_streamed; compare_streamed(*sys.argv[1:])"
+    return _verified(model, folder, ["-P", "-c", code])
+
+
+@torch.no_grad()
+def compare_streamed(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
+    """The fresh process of `verify_streamed`: print its steps and what it found, or exit with the difference."""
+    torch.set_num_threads(int(threads))
+    reference = load_file(expected)
+    print(f"{STEP}opening", flush=True)
+    model = layer_reader.open_on_disk(checkpoints.resolve(folder), dtype=dtype, device=device).model
+    print(f"{STEP}comparing logits", flush=True)
+    got = model(input_ids=reference["tokens"].to(device), use_cache=False).logits.cpu()
+    if not torch.equal(got, reference["logits"]):
+        sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")
+    how = "with layers left on disk; not loaded whole, nothing generated"
+    print(json.dumps({"logits": "equal to the bit", "cached_generation": None, "tokens": None, "how": how}))
 
 
 @torch.no_grad()
@@ -291,7 +307,7 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
         place = json.dumps(device_map_of(model)) if several else str(parameter.device)
         command += [place, str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
         attention = getattr(model.config, "_attn_implementation", None)
-        command += [attention] if "-m" not in checker and attention not in (None, "sdpa") else []
+        command += [attention] if "-c" not in checker and attention not in (None, "sdpa") else []
         return _checked(command, Path(scratch) / "stderr")
 
 

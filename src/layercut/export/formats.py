@@ -1,4 +1,4 @@
-"""Exporters: the file formats of `layercut export --format`. The protocol of an exporter, and layercut's own two.
+"""Exporters: the file formats of `layercut export --format`, and layercut's own two, GGUF and safetensors.
 
 An exporter is a function:
 
@@ -9,39 +9,83 @@ An exporter is a function:
         return {"weights": len(model.state_dict())}
 
     layercut export RUN --format mypackage-npz --out small.npz
+
+A GGUF file is written in one of three ways. A run that began from a .gguf file gives one again: the bytes of all that
+was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other number formats
+(`write_requantized`). A checkpoint folder goes through llama.cpp's converter (`write_converted`). All are read back and
+measured again, against the model that the file was made from: another reading of the same file would share its faults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from layercut.config import ExportConfig
-from layercut.data.blocks import stored_blocks
-from layercut.errors import RunError
-from layercut.export.checkpoint import save, text_to_check
-from layercut.export.ggml import require_llama_cpp
-from layercut.export.gguf_export import (
-    AS_THEY_CAME,
-    FINER,
-    SAME,
-    CutGguf,
-    Texts,
-    check_cut,
-    is_mixture,
-    write_converted,
-    write_cut,
-    write_requantized,
+from layercut.data.blocks import load_blocks, stored_blocks
+from layercut.errors import ModelError, RunError
+from layercut.evaluation import perplexity
+from layercut.export.checkpoint import CHECK_TOKENS, save, text_to_check
+from layercut.export.gguf_check import (
+    by_llama_cpp,
+    compare_weights,
+    perplexity_by_llama_cpp,
+    read_by_transformers,
+    readable,
+    unlike_the_folder,
 )
-from layercut.export.gguf_tensors import tensor_types
+from layercut.export.gguf_tensors import (
+    CONVERTED,
+    PLAIN,
+    architecture_of,
+    convert,
+    gguf_tensors,
+    importance,
+    llama_cpp_installed,
+    possible_names,
+    quantize_file,
+    requantized,
+    require_llama_cpp,
+    stored_types,
+    tensor_types,
+)
 from layercut.files import read_json
 from layercut.models import checkpoints, decoder_stack, loading
+from layercut.models import llama_cpp_rules as rules
+from layercut.models.gguf_header import read_header
+from layercut.progress import bar, say
 from layercut.segments import Segment
+from layercut.surgery import cut_gguf, cut_segment_
+
+WINDOW = 256
+"""Tokens a row of the text that a GGUF file is measured on where no run brings its own."""
+IMPORTANCE_TOKENS = 16384
+"""Tokens that importance is measured on, at most."""
+FLOATS = {"F32", "F16", "BF16"}
+FINE = (*CONVERTED, "q8_0")
+"""GGML types that are so fine that the importance of columns changes nothing worth measuring."""
+SAME, FINER = "same", "finer"
+"""--gguf-type: healed tensors in the number format that they came in, or in the next finer one. Those that were left
+alone lie on the grid of theirs; healed ones do not, and lose most."""
+AS_THEY_CAME = (SAME, FINER)
+NEXT_FINER = {
+    "q4_0": "q5_0", "q4_1": "q5_1", "q5_0": "q8_0", "q5_1": "q8_0", "iq4_nl": "q5_0", "q2_k": "q3_k", "q3_k": "q4_k",
+    "q4_k": "q5_k", "q5_k": "q6_k", "q6_k": "q8_0", "iq4_xs": "q5_k", "iq3_s": "q4_k", "iq3_xxs": "q4_k",
+    "iq2_s": "q3_k", "iq2_xs": "q3_k", "iq2_xxs": "q3_k", "iq1_m": "iq2_xs", "iq1_s": "iq2_xs",
+}  # fmt: skip
+"""By GGML type: what healed tensors that came in it are written in; of others, which are fine enough, the same."""
+LARGEST_JUMP = ((8.0, 1.05), (5.0, 1.3), (4.0, 2.0), (0.0, 10.0))
+"""Bits a weight; how many times the model's perplexity a file may have whose coarsest tensors have at least so many.
+
+Seen on SmolLM2-135M, which suffers more than larger models: Q8_0 1.01, Q4_K_M 1.05, Q4_0 1.4 times.
+Beyond these the file is not what rounding makes of the model."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +107,6 @@ class ExportSource:
         return found if found.gguf else None
 
     @property
-    def name(self) -> str | None:
-        """Of the model that a run began from, without its owner and place."""
-        if self.run is None:
-            return None
-        summary = read_json(self.run / "summary.json")
-        layers = summary["layers"]
-        return f"{Path(summary['model']).name} ({layers['after']} of {layers['before']} layers)"
-
-    @property
     def text(self) -> torch.Tensor | None:
         """Token ids [N, T] to measure on: the first of the run's evaluation text; None without a run."""
         return text_to_check(stored_blocks(self.run, "evaluation")) if self.run else None
@@ -87,37 +122,75 @@ user can correct."""
 
 def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
     """A GGUF file for llama.cpp, read back and compared; a run that began from one keeps the bytes it did not heal."""
-    kind = options.gguf_type
+    came, text = source.came, source.text
+    kind: str | None = options.gguf_type
+    calibration = stored_blocks(source.run, "calibration") if source.run else None
     if kind is not None and is_mixture(kind):
         require_llama_cpp()
-    came = source.came
     if source.run is not None and came is not None:
-        cut = cut_of_run(source.run, came)
-        text, calibration = source.text, stored_blocks(source.run, "calibration")
         assert text is not None
-        facts = write_cut(cut, out, kind or type_in(source.run), cut.student().model, calibration)
+        written = read_json(source.run / "quantize.json").get("gguf") or {}
+        # as in the run's own .gguf file; where it has none, as those of others
+        kind = kind or (written["kind"] if written.get("kind") in AS_THEY_CAME else FINER)
+        cut = cut_of_run(source.run, came)
+        facts = write_cut(cut, out, kind, cut.student().model, calibration)
         facts |= check_cut(cut, out, text)
     elif came is not None:
         facts = write_requantized(came, out, kind or SAME)
     else:
-        texts = Texts(
-            measured=source.text, calibration=stored_blocks(source.run, "calibration") if source.run else None
-        )
-        facts = write_converted(source.model, out, options, texts, source.name)
+        name = None
+        if source.run is not None:
+            summary = read_json(source.run / "summary.json")
+            layers = summary["layers"]
+            name = f"{Path(summary['model']).name} ({layers['after']} of {layers['before']} layers)"
+        facts = write_converted(source.model, out, options, text, calibration, name)
     return facts | {"tensor_types": tensor_types(out)}
 
 
-def type_in(run: Path) -> str:
-    """What the healed tensors of a finished run's own .gguf file are in; where it has none, as those of others."""
-    written = read_json(run / "quantize.json").get("gguf") or {}
-    return written["kind"] if written.get("kind") in AS_THEY_CAME else FINER
+def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
+    """A stock checkpoint folder of float weights, of a .gguf file or of packed ones, verified by a fresh process."""
+    if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
+        loaded = cut_of_run(source.run, came).student()
+        decoder_stack.convert_parameters_(loaded.model, torch.bfloat16)
+        loaded.model.stored_dtype = torch.bfloat16
+    else:
+        loaded = loading.load(checkpoints.resolve(str(source.model)))
+    return {"check": save(loaded.model, loaded.tokenizer, out, text=source.text).check}
+
+
+# --- a .gguf file without some layers ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutGguf:
+    """A .gguf file without some layers, and what healing changed of the others."""
+
+    checkpoint: checkpoints.Checkpoint
+    """The source file."""
+    segments: list[Segment]
+    healed: Mapping[str, torch.Tensor]
+    """By parameter name, of the model after the cut."""
+
+    def student(self) -> loading.LanguageModel:
+        """The model that the file should be, in float32."""
+        loaded = loading.load(self.checkpoint, dtype="float32", device="cpu")
+        if self.segments:
+            cut_segment_(loaded.model, self.segments)
+        decoder_stack.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
+        return loaded
+
+    def write(self, out: Path, config: Any, kind_of: Any = "f32", columns: Any = None) -> None:
+        """The kept bytes, and what healing changed in the number formats that `gguf_tensors` is given."""
+        tensors = gguf_tensors(self.healed, config, architecture_of(self.checkpoint.file), kind_of, columns)
+        cut_gguf(self.checkpoint.file, self.segments, out, replaced=tensors, as_loaded=True)
+
+    def types(self) -> dict[str, str]:
+        """The GGML types of the tensors that stay, as they came."""
+        return stored_types(self.checkpoint.file, self.segments, as_loaded=True)
 
 
 def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
-    """What a finished run removed from a .gguf file, and what it healed of the rest.
-
-    Quantization is not among it, a GGUF file has its own.
-    """
+    """What a finished run removed from a .gguf file, and what it healed; not its bits, a GGUF file has its own."""
     if came.changed_since(run / checkpoints.DIGESTS):
         raise RunError(
             f"{came.file} is another file than the one that {run} was made from",
@@ -132,14 +205,216 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
     )
 
 
-def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
-    """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed
-    weights.
-    """
-    if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
-        loaded = cut_of_run(source.run, came).student()
-        decoder_stack.convert_parameters_(loaded.model, torch.bfloat16)
-        loaded.model.stored_dtype = torch.bfloat16
+def healed_type(kind: str, came: str) -> str:
+    """The number format of a healed tensor."""
+    return NEXT_FINER.get(came, came) if kind == FINER else came if kind == SAME else kind
+
+
+def is_mixture(kind: str) -> bool:
+    """Whether a --gguf-type is one of llama.cpp's mixtures, which are of all matrices and not of healed ones alone."""
+    return kind not in (*AS_THEY_CAME, *PLAIN)
+
+
+def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
+    """The source file without the segments, with what healing changed replaced."""
+    mixture = is_mixture(kind)
+    columns = _columns(student, tokens) if source.healed or mixture else {}
+    plain = file.with_name("unrounded.gguf")
+    plain.unlink(missing_ok=True)  # of a command that was stopped
+    if not mixture:
+        kinds = source.types()
+        if not llama_cpp_installed():
+            columns = {}  # the gguf package rounds to nearest
+        source.write(file, student.config, lambda name: healed_type(kind, kinds[name]), columns)
+        columns = {name: one for name, one in columns.items() if name in source.healed}
     else:
-        loaded = loading.load(checkpoints.resolve(str(source.model)))
-    return {"check": save(loaded.model, loaded.tokenizer, out, text=source.text).check}
+        try:
+            source.write(plain, student.config)
+            with bar(f"quantizing to {kind}", None):
+                quantize_file(plain, file, kind, _in_file(plain, student, columns))
+        finally:
+            plain.unlink(missing_ok=True)
+    return {"kind": kind, "healed": sorted(source.healed), "importance": len(columns)}
+
+
+def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Importance of the columns of matrices by parameter name; none without tokens."""
+    return {} if tokens is None else importance(model, tokens[: max(1, IMPORTANCE_TOKENS // tokens.shape[1])])
+
+
+def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The importance of columns by the matrices' names in a file, of those that are one tensor there."""
+    names = possible_names(model, architecture_of(plain)) if columns else {}
+    return {name: columns[one].numpy() for one, name in names.items() if name and one in columns}
+
+
+def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]:
+    """Hold a file that `write_cut` wrote against the model that it should be."""
+    loaded, architecture = source.student(), architecture_of(file)
+    student = loaded.model
+    if unlike_the_folder(file, student.config) is not None:
+        raise ModelError(f"{file.name} gives llama.cpp other sliding layers than the model has", "report this fault")
+    read = read_by_transformers(file, student.config)
+    kept, types = source.types(), _types_of(student, file)
+    same = {name: kept == stored_types(file) if theirs is None else types[name] == kept.get(theirs)
+            for name, theirs in possible_names(student, architecture).items()}  # fmt: skip
+    again = {name: types[name] for name in types if name in source.healed or not same[name]}
+    errors = compare_weights(file.name, read, student, again)
+    if {kind.upper() for kind in again.values()} - FLOATS and llama_cpp_installed():
+        with tempfile.TemporaryDirectory() as folder, bar("comparing before rounding", None):
+            plain = Path(folder) / "unrounded.gguf"
+            source.write(plain, student.config)
+            by_llama_cpp(plain, student, loaded.tokenizer, text)  # rounding would hide a small difference
+    measured = measure_again(file, student, read, loaded.tokenizer, text, source=source.checkpoint.file)
+    return {"errors": errors, "again": measured}
+
+
+# --- a whole model ---
+
+
+def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str) -> dict[str, Any]:
+    """A .gguf file with its matrices in another number format."""
+    if kind in AS_THEY_CAME:
+        raise ModelError(
+            f"{checkpoint.name} was not healed: its tensors stay in their number formats", "give another --gguf-type"
+        )
+    loaded = loading.load(checkpoint, dtype="float32", device="cpu")
+    text = _some_text(loaded)
+    came = checkpoint.file
+    if read_header(came).finer_twin:
+        came = file.with_name("unrounded.gguf")
+        cut_gguf(checkpoint.file, [], came, as_loaded=True)
+    how = write_rounded(came, file, kind, loaded.model, text, None)
+    if came != checkpoint.file:
+        came.unlink()
+    return {"kind": kind} | how | _read_and_measured(file, loaded, text, checkpoint.file)
+
+
+def write_converted(
+    folder: Path,
+    file: Path,
+    config: ExportConfig,
+    text: torch.Tensor | None = None,
+    calibration: torch.Tensor | None = None,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits.
+
+    text, calibration: token ids [N, T] to measure on, and to measure the importance of columns on.
+    """
+    kind = config.gguf_type or "q8_0"
+    checkpoints.check_folder(folder)
+    if kind in AS_THEY_CAME:
+        why, hint = "came in no number format of GGUF", "give another --gguf-type"
+        raise ModelError(f"{folder} {why}; a GGUF file is made from float weights", hint)
+    if "quantization_config" in read_json(folder / "config.json"):
+        why, hint = "is quantized already", "compress without --bits, and let --gguf-type quantize"
+        raise ModelError(f"{folder} {why}; a GGUF file is made from float weights", hint)
+    # in float32: what llama.cpp computes of a bfloat16 folder is nearer to that than the folder's own dtype comes
+    loaded = loading.load(checkpoints.resolve(str(folder)), device="cpu", dtype="float32")
+    text = _some_text(loaded) if text is None else text
+    plain = file if kind in CONVERTED else file.with_name("unrounded.gguf")
+    with bar("converting", None):
+        convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
+        _write_sliding_layers_(plain, loaded.model.config)
+    if not rules.known(architecture := architecture_of(plain)) and not llama_cpp_installed():
+        raise ModelError(
+            f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
+            'pip install "layercut[llamacpp]"',
+        )
+    how: dict[str, Any] = {"importance": 0}
+    if plain != file:
+        if llama_cpp_installed():  # what rounding costs would hide a small difference
+            with bar("comparing before rounding", None):
+                by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
+        how = write_rounded(plain, file, kind, loaded.model, text, calibration)
+        plain.unlink()
+    return {"kind": kind} | how | _read_and_measured(file, loaded, text)
+
+
+def write_rounded(
+    plain: Path, file: Path, kind: str, model: Any, text: torch.Tensor, calibration: torch.Tensor | None
+) -> dict[str, Any]:
+    """A GGUF file with all its matrices in another number format."""
+    weighed = kind not in PLAIN or (kind not in FINE and calibration is not None and llama_cpp_installed())
+    columns = _columns(model, text if calibration is None else calibration) if weighed else {}
+    named = _in_file(plain, model, columns)
+    if kind in PLAIN:
+        cut_gguf(plain, [], file, replaced=requantized(plain, kind, named))
+    else:
+        with bar(f"quantizing to {kind}", None):
+            quantize_file(plain, file, kind, named)
+    return {"importance": len(columns)}
+
+
+def _some_text(loaded: Any) -> torch.Tensor:
+    """Token ids [N, T] of Python's own documentation."""
+    window = min(WINDOW, decoder_stack.positions(loaded.model.config) or WINDOW)
+    return load_blocks(
+        "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
+    ).tokens
+
+
+def _write_sliding_layers_(file: Path, config: Any) -> None:
+    """Write into a converted file which layers slide, where llama.cpp would take others."""
+    if (full := unlike_the_folder(file, config)) is None:
+        return
+    spelled = file.with_name("spelled.gguf")
+    cut_gguf(file, [], spelled, full=full)
+    spelled.replace(file)
+    say("note", f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads from {rules.NEEDS_BUILD} on")
+
+
+# --- measured again ---
+
+
+def _read_and_measured(file: Path, loaded: Any, text: torch.Tensor, source: Path | None = None) -> dict[str, Any]:
+    """Compare a file with the model that it was made from. source: the .gguf file it was made from."""
+    model = loaded.model
+    read = read_by_transformers(file, model.config) if readable(architecture_of(file)) else None
+    errors = {} if read is None else compare_weights(file.name, read, model, _types_of(model, file))
+    return {"errors": errors, "again": measure_again(file, model, read, loaded.tokenizer, text, source=source)}
+
+
+def _types_of(model: Any, file: Path) -> dict[str, str]:
+    """The GGML type, in lower case, that each parameter has in a file; of those that llama.cpp parts, the coarsest."""
+    types, coarse = stored_types(file), coarsest(file)[1].lower()
+    names = possible_names(model, architecture_of(file))
+    return {parameter: types.get(name or "", coarse) for parameter, name in names.items()}
+
+
+def measure_again(
+    file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, source: Path | None = None
+) -> dict[str, Any]:
+    """Perplexity of the model, of the file as transformers reads it, and of it and of the source in llama.cpp."""
+    with bar("measuring again", None):
+        before = perplexity(model, tokens)
+        found = {"model": before, "file": None if read is None else perplexity(read, tokens)}
+        theirs = None
+        if llama_cpp_installed():
+            theirs = by_llama_cpp(file, model, tokenizer, tokens, judge=not set(tensor_types(file)) - FLOATS)
+            if source is not None:
+                theirs["source_perplexity"] = perplexity_by_llama_cpp(source, tokens)
+                theirs["source_bytes"] = source.stat().st_size
+    refuse_jump(file, theirs["perplexity"] if theirs else found["file"], before)
+    return {"tokens": tokens.numel(), "window": tokens.shape[1], "perplexity": found, "llama_cpp": theirs}
+
+
+def refuse_jump(file: Path, found: float | None, wanted: float) -> None:
+    """Refuse a file whose perplexity has risen by more than its number formats explain."""
+    bits, kind = coarsest(file)
+    most = next(factor for least, factor in LARGEST_JUMP if bits >= least)
+    if found is not None and not found <= most * wanted:
+        raise ModelError(
+            f"{file.name} is not what it was made from: its perplexity is {found:.4g}, {found / wanted:.2f} times that "
+            f"of the model, {wanted:.4g}; {kind} explains up to {most:g} times",
+            "take a --gguf-type of more bits, or the checkpoint folder",
+        )
+
+
+def coarsest(file: Path) -> tuple[float, str]:
+    """Bits a weight of the coarsest type among a file's tensors, and that type's name."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    sizes = {kind: GGML_QUANT_SIZES[GGMLQuantizationType[kind]] for kind in tensor_types(file)}
+    return min((8 * size / block, kind) for kind, (block, size) in sizes.items())

