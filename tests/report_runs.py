@@ -12,74 +12,57 @@ COSTS = {2: 2.15, 9: 1.89, 12: 0.91, 13: 0.84, 14: 0.96, 22: 11.5}
 """KL of removing six layers from a start on."""
 
 
-def _search() -> dict[str, Any]:
-    return {
+_HELD_OUT = [{"step": s, "tokens": 1024 * s, "loss": 0.41 + 0.52 * math.exp(-s / 28)} for s in range(0, 119, 10)]
+_REACH = {"ideal": 1.25, "reachable": 1.22, "layer_share": 0.9}
+_SPEED = {
+    "prefill": {"dense": 1480.2, "compressed": 1803.9, "ratio": 1.219, **_REACH},
+    "decode": {"dense": 24.1, "compressed": 28.6, "ratio": 1.187, **_REACH},
+    "device": "cpu", "threads": 2, "kv_bytes_per_token": {"dense": 46080, "compressed": 36864},
+}  # fmt: skip
+_PARTS: dict[str, dict[str, Any]] = {
+    "search": {
         "method": "fisher", "segments": [[13, 19]], "seed": 0,
         "cost": {"layer_forwards": 11520, "layer_backwards": 11520},
         "candidates": [{"segments": [[start, start + 6]], "kl": kl} for start, kl in COSTS.items()],
         "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"},
-    }  # fmt: skip
-
-
-def _heal() -> dict[str, Any]:
-    held_out = [{"step": s, "tokens": 1024 * s, "loss": 0.41 + 0.52 * math.exp(-s / 28)} for s in range(0, 119, 10)]
-    return {
+    },
+    "heal": {
         "fold": [{"segment": [13, 19], "layer": 12, "modules": ["mlp.down_proj"], "ridges": [0.01],
                   "error_before": 5.21, "error_after": 2.87, "tokens": 65536}],
         "tuning": {"objective": "kl", "tokens": 120832, "steps": 118, "learning_rate": 5e-4, "trained_layers": [12, 13],
-                   "trained_parameters": 7080192, "curve": held_out[1:], "heldout": held_out, "best_step": 100,
+                   "trained_parameters": 7080192, "curve": _HELD_OUT[1:], "heldout": _HELD_OUT, "best_step": 100,
                    "data": {"source": "self", "tokens": 120832, "fingerprint": "88b1c0aa42fe"}},
-    }  # fmt: skip
-
-
-def _speed() -> dict[str, Any]:
-    reach = {"ideal": 1.25}
-    return {
-        "prefill": {"dense": 1480.2, "compressed": 1803.9, "ratio": 1.219, **reach},
-        "decode": {"dense": 24.1, "compressed": 28.6, "ratio": 1.187, **reach},
-        "device": "cpu", "threads": 2, "kv_bytes_per_token": {"dense": 46080, "compressed": 36864},
-    }  # fmt: skip
-
-
-def _summary() -> dict[str, Any]:
-    return {
+    },
+    "summary": {
         "model": MODEL, "layers": {"before": 30, "after": 24}, "segments": [[13, 19]],
         "original_layer_index": [*range(13), *range(19, 30)],
-        "parameters": {"before": 134515008, "after": 113276160},
-        "bytes": {"before": 269060552, "after": 226578440},
+        "parameters": {"before": 134515008, "after": 113276160}, "bytes": {"before": 269060552, "after": 226578440},
         "perplexity": {"dataset": "wikitext-2 test", "window": 512, "tokens": 65536, "dense": 45.1,
                        "cut": 101.3, "folded": 83.2, "tuned": 67.4, "quantized": None},
-        "tasks": None, "retention": None, "speed": _speed(), "seconds": {"search": 41.2, "tune": 132.5},
+        "tasks": None, "retention": None, "speed": _SPEED, "seconds": {"search": 41.2, "tune": 132.5},
         "peak_rss_bytes": 2_310_000_000, "versions": {"layercut": "0.1.0", "torch": "2.11.0"},
-    }  # fmt: skip
-
-
-def _eval() -> dict[str, Any]:
-    answers = [
+    },
+    "eval": {"speed": _SPEED, "generations": [
         {"prompt": f"Prompt {i}?", "dense": f"Dense answer {i}.", "compressed": f"Pruned answer {i}."} for i in range(3)
-    ]
-    return {"speed": _speed(), "generations": answers}
-
-
-def _env() -> dict[str, Any]:
-    command = ["layercut", "compress", MODEL, "--ratio", "0.2", "--out", "runs/demo"]
-    return {"hardware": "x86_64, 2 cores, 8 GB", "date": "2026-01-05", "command": command}
+    ]},
+    "env": {"hardware": "x86_64, 2 cores, 8 GB", "date": "2026-01-05",
+            "command": ["layercut", "compress", MODEL, "--ratio", "0.2", "--out", "runs/demo"]},
+}  # fmt: skip
 
 
 def make_run(folder: Path, **changed: Any) -> Path:
     """A complete run folder; `search=None` leaves search.json out, `summary={…}` overrides keys of it."""
-    parts = {"summary": _summary(), "search": _search(), "heal": _heal(), "eval": _eval(), "env": _env()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {**parts, **changed}:
-        value = {**parts.get(name, {}), **changed[name]} if changed.get(name) else parts.get(name, {})
-        if name not in changed or changed[name] is not None:
-            (folder / f"{name}.json").write_text(json.dumps(value))
+    for name in {**_PARTS, **changed}:
+        if changed.get(name, {}) is not None:
+            content = _PARTS.get(name, {}) | changed.get(name, {})
+            (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
 def with_perplexity(**values: Any) -> dict[str, Any]:
     """Keys of summary.json with other perplexities."""
-    return {"perplexity": {**_summary()["perplexity"], **values}}
+    return {"perplexity": {**_PARTS["summary"]["perplexity"], **values}}
 
 
 def _task(dense: float, compressed: float, lost: int, gained: int, p: float, chance: float) -> dict[str, Any]:
