@@ -13,8 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,8 @@ def save(
     Returns:
         The folder, its size, and what the fresh process found.
     """
+    from transformers import PreTrainedModel
+
     folder = Path(os.path.abspath(folder))
     if folder.is_file() or (not overwrite and folder.is_dir() and any(folder.iterdir())):
         raise RunError(f"{folder} exists already", "name another folder, or replace this one: overwrite=True")
@@ -102,23 +103,16 @@ def save(
     if isinstance(model, Quantized):
         packing = {"packed": dict(model.packed), "quantization_config": dict(model.config)}
     given = model.at_rest if isinstance(model, DecoderRunner) else model.model if packing else model
-    _check_stock(given)
+    if not isinstance(given, PreTrainedModel):  # which `save_pretrained` would not write as a checkpoint of its own
+        raise ModelError(
+            f"a {type(given).__name__} is no model of transformers that could be saved as a stock checkpoint",
+            "take adapters and wrappers off first; of peft: model = model.merge_and_unload()",
+        )
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     clone = share(given).eval()
     found = export_checkpoint(clone, tokenizer, folder, text=text, check=verify, source=source, **packing)
     return Exported(folder, found["bytes"], found["check"])
-
-
-def _check_stock(model: Any) -> None:
-    """Refuse what `save_pretrained` would not write as a checkpoint of its own."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"a {type(model).__name__} is no model of transformers that could be saved as a stock checkpoint",
-            "take adapters and wrappers off first; of peft: model = model.merge_and_unload()",
-        )
 
 
 def export_checkpoint(
@@ -132,16 +126,32 @@ def export_checkpoint(
     check: bool = True,
     source: Path | None = None,
 ) -> dict[str, Any]:
-    """Save model, tokenizer and generation config; verify; only then put the folder in its place."""
+    """Save model, tokenizer and generation config; verify; only then put the folder in its place.
+
+    packed: tensors in the place of the weights that they encode, which `quantization_config` says how to read.
+    """
     model = as_stored(model)
-    state = stored_state(model, packed or {})
+    state = model.state_dict()
+    if packed:
+        replaced = {key if key in state else f"{key.rpartition('.')[0]}.weight" for key in packed}
+        stood_for = {state[name].data_ptr() for name in replaced}  # a tied head too, by whatever name
+        state = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in stood_for} | packed
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
+
+    def written() -> float:
+        return sum(file.stat().st_size for file in partial.glob("*.safetensors") if file.exists())
+
     try:
-        with writing(folder), quiet_transformers(), growing(partial, state):
-            with described(model.config, quantization_config):
+        with writing(folder), quiet_transformers(), bar("saving", distinct_bytes(state), written):
+            if quantization_config is not None:  # the config says how the weights are packed; the model is a plain one
+                model.config.quantization_config = quantization_config
+            try:
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
+            finally:
+                if quantization_config is not None:
+                    del model.config.quantization_config
             tokenizer.save_pretrained(partial)
             if source is not None:
                 copy_beside(source, partial)
@@ -151,12 +161,23 @@ def export_checkpoint(
         found = None
         if check:
             found = verify_reload(model, partial, text) if packed else verify(model, partial, text)
-        with writing(folder):
-            replace_folder(partial, folder)
+        return _put_in_place(partial, folder, found)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"bytes": size, "check": found}
+
+
+def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
+    """Verify a checkpoint that was written from files, then put the folder in its place."""
+    try:
+        return _put_in_place(partial, folder, verify_streamed(model, partial))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path, check: dict[str, Any] | None) -> dict[str, Any]:
+    with writing(folder):
+        replace_folder(partial, folder)
+    return {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "check": check}
 
 
 def copy_beside(source: Path, folder: Path) -> None:
@@ -172,50 +193,6 @@ def copy_beside(source: Path, folder: Path) -> None:
     for path in found:
         if path.name not in there:
             shutil.copyfile(source / path, folder / path.name)
-
-
-@contextmanager
-def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While open, a bar that follows how many bytes are in a folder into which the model is saved."""
-
-    def written() -> float:
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
-
-    with bar("saving", distinct_bytes(state), written):
-        yield
-
-
-def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
-    """Verify a checkpoint that was written from files, then put the folder in its place."""
-    try:
-        check = verify_streamed(model, partial)
-        with writing(folder):
-            replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "check": check}
-
-
-def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, with packed ones in the place of the weights that they encode."""
-    whole = model.state_dict()
-    replaced = {key if key in whole else f"{key.rpartition('.')[0]}.weight" for key in packed}
-    stood_for = {whole[name].data_ptr() for name in replaced}  # a tied head too, by whatever name
-    state = {name: tensor for name, tensor in whole.items() if tensor.data_ptr() not in stood_for}
-    return state | packed
-
-
-@contextmanager
-def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterator[None]:
-    """While open, the config says how the weights are quantized; the model in memory is a plain one."""
-    if quantization_config is None:
-        yield
-        return
-    config.quantization_config = quantization_config
-    try:
-        yield
-    finally:
-        del config.quantization_config
 
 
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -239,7 +216,8 @@ def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
 def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
     """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`."""
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
-    needed = reload_bytes(sum(p.numel() for p in model.parameters()), parameter.itemsize)
+    # what a fresh process holds: the weights as they are saved, and turned into float32
+    needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
     free = sum(map(memory.available_bytes, placed_over(model) or [parameter.device]))
     if needed <= free or layer_reader.why_not_by_layer(checkpoint, model.config):
         return verify_reload(model, folder, text)
@@ -285,11 +263,7 @@ def compare_streamed(folder: str, expected: str, device: str, dtype: str, thread
 
 @torch.no_grad()
 def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor | None = None) -> dict[str, Any]:
-    """What the checker prints, which is given a few tokens, the model's logits and perhaps text.
-
-    Where the caller chose another attention than transformers would, the checker takes it too: sums in another order
-    are not equal to the bit.
-    """
+    """What a checker prints on its last line, given a few tokens, the model's logits and perhaps text."""
     parameter = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -306,36 +280,28 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
         several = len(placed_over(model)) > 1 and "quantization_config" not in read_json(folder / "config.json")
         place = json.dumps(device_map_of(model)) if several else str(parameter.device)
         command += [place, str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
+        # another attention than transformers would choose sums in another order, which is not equal to the bit
         attention = getattr(model.config, "_attn_implementation", None)
         command += [attention] if "-c" not in checker and attention not in (None, "sdpa") else []
-        return _checked(command, Path(scratch) / "stderr")
-
-
-def _checked(command: list[str], errors: Path) -> dict[str, Any]:
-    """Run a checker, showing which of its steps it is at, and read what it found off its last line."""
-    last = ""
-    with (
-        bar("verifying in a fresh process", None) as advance,
-        errors.open("w") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment()) as process,
-    ):
-        assert process.stdout
-        for line in process.stdout:
-            last = line.strip()
-            if last.startswith(STEP):
-                advance(1, last.removeprefix(STEP))
-    if process.returncode != 0:
-        lines = errors.read_text(errors="replace").strip().splitlines() or ["no message"]
-        raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
-    return json.loads(last)
+        last, errors = "", Path(scratch) / "stderr"
+        with (
+            bar("verifying in a fresh process", None) as advance,
+            errors.open("w") as stderr,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment()) as process,
+        ):
+            assert process.stdout
+            for line in process.stdout:
+                last = line.strip()
+                if last.startswith(STEP):
+                    advance(1, last.removeprefix(STEP))
+        if process.returncode != 0:
+            lines = errors.read_text(errors="replace").strip().splitlines() or ["no message"]
+            raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
+        return json.loads(last)
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a fresh process with -P, which finds the packages that this one finds.
-
-    None is found in the folder where the user happens to be. The process needs nothing of layercut, and
-    `export/reload_process.py` refuses to import it.
-    """
+    """Of a fresh process with -P, which finds the packages that this one finds, but none in the current folder."""
     here = os.getcwd()
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.abspath(path) != here]
     no_more = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
@@ -346,8 +312,3 @@ def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Ten
     """The first tokens of blocks, as many as what was exported is measured on again."""
     rows = in_rows(blocks, window)
     return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()
-
-
-def reload_bytes(parameters: int, itemsize: int) -> int:
-    """What a fresh process holds that verifies a model: the weights as they are saved, and turned into float32."""
-    return parameters * (itemsize + torch.float32.itemsize)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from layercut.config import CONSUMER_NAMES, QuantizeConfig
@@ -36,36 +36,35 @@ attends to everything, or has no rotary positions."""
 
 @dataclass(frozen=True)
 class IndexRule:
-    """What an engine derives from a layer's index instead of reading it."""
+    """What an engine derives from a layer's index instead of reading it.
+
+    words: what it does, after "it". source: where that was read. no_rope: the rarer kind is layers without rotary
+    positions, instead of those that attend to everything. reads_period: it reads the period from the config, which is
+    written where one describes the kept layers.
+    """
 
     model_types: tuple[str, ...]
-    """In transformers' names."""
     places: Places
     words: str
-    """What it does, after "it": "lets every 6th layer attend to everything"."""
     source: str
-    """Where that was read, with the version."""
     no_rope: bool = False
-    """Whether the rarer kind is layers without rotary positions (`no_rope_layers`), instead of those in `layer_types`
-    that attend to everything."""
     reads_period: bool = False
-    """Whether it reads the period from the config, which is written where one describes the kept layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Software that loads what layercut writes."""
+    """Software that loads what layercut writes.
+
+    tried: version and how. refuses: by model type that it does not load, and says so: why. columns: of packed weights,
+    its kernels take widths that are multiples of this.
+    """
 
     title: str
     reads: tuple[Written, ...]
-    """Without "float": it reads a GGUF file, into which a folder of float weights is exported."""
     tried: str
-    """Version and how; what was only read says so."""
     rules: tuple[IndexRule, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
-    """By model type that it does not load, and says so: why."""
     columns: int = 1
-    """Of packed weights: its kernels take widths that are multiples of this."""
 
     def takes(self, written: Written) -> bool:
         """Whether it reads that, or a GGUF file that `layercut export` makes of it."""
@@ -75,7 +74,10 @@ class Engine:
 # --- the table ---
 
 
-def _every(number: int, model_types: str, source: str, key: str = "", does: str = "attend to everything") -> IndexRule:
+_ALL, _NO_ROPE, _NO_ROPES = "attend to everything", "have no rotary positions", ("smollm3", "llama4")
+
+
+def _every(number: int, model_types: str, source: str, key: str = "", does: str = _ALL) -> IndexRule:
     """The last of every so many layers is of the rarer kind. key: of the period in the config, where it is read."""
 
     def places(config: Any, layers: int) -> list[bool]:
@@ -111,10 +113,8 @@ def _llama_cpp(model_type: str, name: str) -> IndexRule | None:
         facts = {"attention.sliding_window": window} if window else {}
         return llama_cpp_rules.full_layers(name, facts, layers) or [True] * layers
 
-    no_rope = name in ("smollm3", "llama4")
-    does = "have no rotary positions" if no_rope else "attend to everything"
-    words = f"lets every {llama_cpp_rules.ordinal(number)} layer {does}"
-    return IndexRule((model_type,), places, words, "llama.cpp b11739, load_hparams", no_rope)
+    rule = _every(number, model_type, "llama.cpp b11739, load_hparams", does=_NO_ROPE if name in _NO_ROPES else _ALL)
+    return replace(rule, places=places)
 
 
 ARCHITECTURES = {
@@ -126,7 +126,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 """llama.cpp's names of the architectures for which it has a rule, by transformers' model types."""
 LLAMA_CPP = tuple(rule for each in ARCHITECTURES.items() if (rule := _llama_cpp(*each)))
-_NO_ROPE = "have no rotary positions"
 _MLX = "mlx-lm 0.32.2, models/"
 _SGLANG = "SGLang 0.5.23, srt/models/"
 _OLLAMA = "Ollama's own engine, model/models/"
@@ -191,13 +190,11 @@ ENGINES: dict[str, Engine] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What one engine makes of one cut."""
+    """What one engine, by its name in `ENGINES`, makes of one cut, and why."""
 
     consumer: str
-    """Its name in `ENGINES`."""
     verdict: Literal["right", "note", "misread", "refused"]
     words: str = ""
-    """Why; empty: nothing to say."""
 
 
 def readings(
@@ -206,16 +203,23 @@ def readings(
     """What each engine makes of a model without some of its layers."""
     text, layers = config.get_text_config(decoder=True), count_layers(config)
     kept = kept_layers(list(segments), layers)
-    return [Reading(name, *_reading(ENGINES[name], text, layers, kept, written)) for name in names]
+    found = []
+    for name in names:
+        engine = ENGINES[name]
+        refused = engine.refuses.get(text.model_type)
+        if not refused and not engine.takes(written):
+            refused = f"it does not read {WORDS[written]}"
+        if refused:
+            found.append(Reading(name, "refused", refused))
+        elif misread := _misread(engine, text, layers, kept):
+            found.append(Reading(name, "misread", misread))
+        else:
+            notes = _notes(engine, text, kept, written)
+            found.append(Reading(name, "note" if notes else "right", "; ".join(notes)))
+    return found
 
 
-def _reading(
-    engine: Engine, text: Any, layers: int, kept: list[int], written: Written
-) -> tuple[Literal["right", "note", "misread", "refused"], str]:
-    if why := engine.refuses.get(text.model_type):
-        return "refused", why
-    if not engine.takes(written):
-        return "refused", f"it does not read {WORDS[written]}"
+def _misread(engine: Engine, text: Any, layers: int, kept: list[int]) -> str:
     for rule in engine.rules:
         kinds = _kinds(text, rule)
         if not kinds or (rule.reads_period and period_of(text.model_type, [text.layer_types[i] for i in kept])):
@@ -224,9 +228,11 @@ def _reading(
         odd = next((place for place, i in enumerate(kept) if kinds[i] != theirs[place]), None)
         if odd is not None:
             before = "" if kept[odd] == odd else f" (layer {kept[odd]} of the whole model)"
-            return "misread", f"it {rule.words}, and layer {odd} is otherwise{before} ({rule.source})"
-    if engine.reads == ("gguf",) and (why := _broken_by_count(text, layers, len(kept))):
-        return "misread", why
+            return f"it {rule.words}, and layer {odd} is otherwise{before} ({rule.source})"
+    return _broken_by_count(text, layers, len(kept)) if engine.reads == ("gguf",) else ""
+
+
+def _notes(engine: Engine, text: Any, kept: list[int], written: Written) -> list[str]:
     notes = []
     if written.startswith("int"):
         heads = getattr(text, "num_attention_heads", 0) or 0
@@ -234,8 +240,9 @@ def _reading(
         widths = [text.hidden_size, getattr(text, "intermediate_size", 0), heads * head]
         if narrow := sorted({width for width in widths if isinstance(width, int) and width % engine.columns}):
             those = ", ".join(map(str, narrow))
-            widest = f"widths that are multiples of {engine.columns}, not {those}"
-            notes.append(f"on NVIDIA its Marlin kernels take {widest}")
+            notes.append(
+                f"on NVIDIA its Marlin kernels take widths that are multiples of {engine.columns}, not {those}"
+            )
     if engine.title == "transformers" and unsaid(text.to_dict()):
         notes.append("from 5.0 on, not by 4.57")
     if engine.reads == ("gguf",):  # a period of llama.cpp's that an array in the file takes the place of
@@ -245,7 +252,7 @@ def _reading(
         if slides and period and any(slides[i] != ((p + 1) % period.every == 0) for p, i in enumerate(kept)):
             key, since = f"{name}.{llama_cpp_rules.PATTERN}", llama_cpp_rules.NEEDS_BUILD
             notes.append(f"which layers slide stands in the file as {key}, which it reads from {since} on")
-    return ("note" if notes else "right"), "; ".join(notes)
+    return notes
 
 
 def attends_to_everything(text: Any) -> list[bool] | None:
@@ -353,13 +360,10 @@ def written_by(quantize: QuantizeConfig) -> Written:
     if quantize.bits == 16:
         return "float"
     if quantize.bits == "auto":
-        few = set(quantize.allowed) - {16}
-        return "packed embeddings" if quantize.embedding_bits != 16 else _of_linear(few)
+        return "packed embeddings" if quantize.embedding_bits != 16 else _of_linear({*quantize.allowed} - {16})
     if quantize.one_width:  # packed embeddings or zero points, which transformers reads by unpacking all weights
         return "packed embeddings"
-    if quantize.embedding_bits == 8:
-        return "int8 embeddings"
-    return _of_linear({quantize.bits})
+    return "int8 embeddings" if quantize.embedding_bits == 8 else _of_linear({quantize.bits})
 
 
 def written_as(described: Mapping[str, Any]) -> Written:

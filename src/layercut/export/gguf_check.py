@@ -186,22 +186,24 @@ def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
 
 
-def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
-    """Tokens that reach past the sliding window, repeated where the text is too short."""
-    row, window = tokens.flatten(), window_of(config)
-    length = window + BEYOND if window else tokens.shape[1]
-    length = min(length, positions(config) or length)
-    return row.repeat(-(-length // row.numel()))[:length]
-
-
 @torch.no_grad()
 def by_llama_cpp(
     file: Path, reference: Any, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
 ) -> dict[str, Any]:
     """What llama.cpp computes from the file in a fresh process, compared with a reference."""
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    long = long_row(tokens, reference.config)
-    found, theirs, beyond = _in_fresh_process(file, tokens, long, text)
+    # past the sliding window, and repeated where the text is too short
+    row, window = tokens.flatten(), window_of(reference.config)
+    length = window + BEYOND if window else tokens.shape[1]
+    length = min(length, positions(reference.config) or length)
+    long = row.repeat(-(-length // row.numel()))[:length]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        np.save(scratch / "tokens.npy", tokens.numpy())
+        np.save(scratch / "long.npy", long.numpy())
+        (scratch / "text.txt").write_text(text, encoding="utf-8")
+        found = _printed(file, scratch, str(min(2 * BEYOND, len(long))))
+        theirs, beyond = (torch.from_numpy(np.load(scratch / f"{name}.npy")) for name in ("logits", "long_logits"))
     ours = _logits(reference, tokens[:1])
     error = max(_off(theirs, ours), _off(beyond, _logits(reference, long[None], last=len(beyond))))
     written = torch.tensor([found.pop("written")])
@@ -233,20 +235,6 @@ def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
 def speed_by_llama_cpp(dense: Path, pruned: Path) -> dict[str, Any]:
     """Tokens a second that llama.cpp decodes from both files: {"dense", "compressed", "ratio", "threads"}."""
     return _told([str(CHECKER), "speed", str(torch.get_num_threads()), str(dense), str(pruned)], pruned)
-
-
-def _in_fresh_process(
-    file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
-) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Run `export/llama_cpp_process.py` on a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        np.save(scratch / "tokens.npy", tokens.numpy())
-        np.save(scratch / "long.npy", long.numpy())
-        (scratch / "text.txt").write_text(text, encoding="utf-8")
-        found = _printed(file, scratch, str(min(2 * BEYOND, len(long))))
-        logits = [torch.from_numpy(np.load(scratch / f"{name}.npy")) for name in ("logits", "long_logits")]
-        return found, logits[0], logits[1]
 
 
 def _printed(file: Path, scratch: Path, *more: str) -> dict[str, Any]:
