@@ -48,41 +48,25 @@ _WHERE = {
 __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
-    from layercut.data import ProbeRows as ProbeRows
-    from layercut.data import probe_rows as probe_rows
-    from layercut.data import token_blocks as token_blocks
+    # isort: off
+    from layercut.data import ProbeRows as ProbeRows, probe_rows as probe_rows, token_blocks as token_blocks
     from layercut.errors import LayercutError as LayercutError
-    from layercut.evaluation import CapabilityFigures as CapabilityFigures
-    from layercut.evaluation import Evaluation as Evaluation
-    from layercut.evaluation import capability_figures as capability_figures
-    from layercut.evaluation import evaluate as evaluate
-    from layercut.export import Exported as Exported
-    from layercut.export import save as save
-    from layercut.healing import FoldResult as FoldResult
-    from layercut.healing import TuningResult as TuningResult
-    from layercut.healing import fold_ as fold_
+    from layercut.evaluation import CapabilityFigures as CapabilityFigures, Evaluation as Evaluation
+    from layercut.evaluation import capability_figures as capability_figures, evaluate as evaluate
+    from layercut.export import Exported as Exported, save as save
+    from layercut.healing import FoldResult as FoldResult, TuningResult as TuningResult, fold_ as fold_
     from layercut.healing import tune_ as tune_
-    from layercut.layer_search import Candidate as Candidate
-    from layercut.layer_search import CapabilityMap as CapabilityMap
-    from layercut.layer_search import Cost as Cost
-    from layercut.layer_search import SearchResult as SearchResult
-    from layercut.layer_search import capability_map as capability_map
-    from layercut.layer_search import search as search
-    from layercut.models import DecoderRunner as DecoderRunner
-    from layercut.models import Objective as Objective
-    from layercut.models import memory_limit as memory_limit
-    from layercut.pipeline import RunResult as RunResult
-    from layercut.pipeline import compress as compress
+    from layercut.layer_search import Candidate as Candidate, CapabilityMap as CapabilityMap, Cost as Cost
+    from layercut.layer_search import SearchResult as SearchResult, capability_map as capability_map, search as search
+    from layercut.models import DecoderRunner as DecoderRunner, Objective as Objective, memory_limit as memory_limit
+    from layercut.pipeline import RunResult as RunResult, compress as compress
     from layercut.progress import progress_to as progress_to
-    from layercut.quantization import Quantized as Quantized
-    from layercut.quantization import quantize as quantize
-    from layercut.registries import criteria as criteria
-    from layercut.registries import evaluations as evaluations
-    from layercut.registries import exporters as exporters
-    from layercut.registries import objectives as objectives
-    from layercut.registries import quantizers as quantizers
+    from layercut.quantization import Quantized as Quantized, quantize as quantize
+    from layercut.registries import criteria as criteria, evaluations as evaluations, exporters as exporters
+    from layercut.registries import objectives as objectives, quantizers as quantizers
     from layercut.segments import Segment as Segment
     from layercut.surgery import cut as cut
+    # isort: on
 
 
 def __getattr__(name: str) -> Any:
