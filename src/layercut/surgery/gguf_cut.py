@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,14 @@ def cut_gguf(
         if rules.PATTERN in changes and segments:
             note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
             say("note", f"{note} from {rules.NEEDS_BUILD} on")
-        _write(reader, work / out.name, header, kept, changes, replaced)
+        _write(reader, work / out.name, header, names_after(header, segments), kept, changes, replaced)
 
 
 def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
     """What the tensors that stay are called once segments are cut out of a file."""
-    return _names_after(header.tensors, header, kept_layers(segments, header.layers))
-
-
-def _names_after(names: Iterable[str], header: Header, kept: Sequence[int]) -> dict[str, str]:
+    kept = kept_layers(segments, header.layers)
     place = {old: new for new, old in enumerate([*kept, *range(header.layers, header.blocks)])}
-    blocks = {name: block_of(name) for name in names}
+    blocks = {name: block_of(name) for name in header.tensors}
     return {
         name: name if block is None else f"blk.{place[block]}.{name.split('.', 2)[2]}"
         for name, block in blocks.items()
@@ -143,17 +140,18 @@ def _write(
     reader: Any,
     out: Path,
     header: Header,
+    names: Mapping[str, str],
     kept: list[int],
     changes: Mapping[str, Any],
     replaced: Mapping[str, tuple[Any, Any]],
 ) -> None:
     """Write the source's metadata, cut where it counts or lists layers, and the tensors of the layers that stay."""
     from gguf import GGUFValueType, GGUFWriter
+    from gguf.utility import size_label
 
     name, layers, fields = header.architecture, header.layers, reader.fields
     writer = GGUFWriter(out, name, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
-    names = _names_after([tensor.name for tensor in reader.tensors], header, kept)
     contents = {
         names[t.name]: replaced.get(names[t.name], (t.data, t.tensor_type)) for t in reader.tensors if t.name in names
     }
@@ -161,11 +159,17 @@ def _write(
         raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
     for new, (data, kind) in contents.items():
         writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
+    index = fields[INDEX].contents() if INDEX in fields else None  # of an earlier cut
+    earlier = index if isinstance(index, list) and len(index) == layers else None
+    earlier = earlier if earlier and all(isinstance(i, int) for i in earlier) else None
     general: dict[str, Entry | None] = {}
     if len(kept) < layers:
-        general |= _another_model(fields, layers, len(kept))
+        general |= _another_model(fields, index, layers, len(kept))
     if len(kept) < layers or len(reader.tensors) < int(fields["GGUF.tensor_count"].contents()):  # once, for twice
-        general |= _size(fields, writer)
+        total, *counts = writer.get_total_parameter_count()
+        general["general.size_label"] = (size_label(total, *counts), GGUFValueType.STRING, None)
+        if "general.parameter_count" in fields:
+            general["general.parameter_count"] = (total, GGUFValueType.UINT64, None)
     if replaced:
         general |= _number_formats(fields, writer)
     for key, field in fields.items():
@@ -177,29 +181,22 @@ def _write(
         kind = field.types[0]
         item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(key, value, kind, sub_type=item)
-    for key, entry in general.items():
-        if entry is not None:
-            writer.add_key_value(key, entry[0], entry[1], sub_type=entry[2])
     for key, value in changes.items():
-        kind, item = (
-            (GGUFValueType.ARRAY, GGUFValueType.BOOL) if isinstance(value, list) else (GGUFValueType.FLOAT32, None)
+        entry: Entry = (value, GGUFValueType.FLOAT32, None)
+        general[f"{name}.{key}"] = (
+            (value, GGUFValueType.ARRAY, GGUFValueType.BOOL) if isinstance(value, list) else entry
         )
-        writer.add_key_value(f"{name}.{key}", value, kind, sub_type=item)
-    index = [earlier[i] for i in kept] if (earlier := _index(fields, layers)) else kept
-    writer.add_key_value(INDEX, index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
+    index = [earlier[i] for i in kept] if earlier else kept
+    general[INDEX] = (index, GGUFValueType.ARRAY, GGUFValueType.INT32)
+    for key, found in general.items():
+        if found is not None:
+            writer.add_key_value(key, found[0], found[1], sub_type=found[2])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for new, (data, _) in contents.items():
         writer.write_tensor_data(data, tensor_endianess=None if new in replaced else reader.endianess)
     writer.close()
-
-
-def _index(fields: Mapping[str, Any], layers: int) -> list[int] | None:
-    """Where the layers stood in the first model of all, if an earlier cut has left that."""
-    found = fields[INDEX].contents() if INDEX in fields else None
-    sound = isinstance(found, list) and len(found) == layers and all(isinstance(i, int) for i in found)
-    return found if sound else None
 
 
 def _cut_value(key: str, value: Any, kept: list[int], layers: int, blocks: int) -> Any:
@@ -221,7 +218,7 @@ def _cut_value(key: str, value: Any, kept: list[int], layers: int, blocks: int) 
 # source goes to `general.base_model.0`, its own name says how many layers are left, and the size is counted anew.
 
 
-def _another_model(fields: Mapping[str, Any], layers: int, left: int) -> dict[str, Entry | None]:
+def _another_model(fields: Mapping[str, Any], index: Any, layers: int, left: int) -> dict[str, Entry | None]:
     """Name, tags and the model that this one was made from."""
     from gguf import GGUFValueType
 
@@ -238,7 +235,6 @@ def _another_model(fields: Mapping[str, Any], layers: int, left: int) -> dict[st
     tags = raw.get("general.tags")
     tags = [one.decode(errors="replace") for one in tags if isinstance(one, bytes)] if isinstance(tags, list) else []
     found["general.tags"] = ([*tags, *(tag for tag in TAGS if tag not in tags)], GGUFValueType.ARRAY, text)
-    index = fields[INDEX].contents() if INDEX in fields else None
     if earlier or index not in (None, [*range(layers)]):  # what it names is the model before the first cut
         return found
     origin = {key: about.get(f"general.{key}") for key in OF_THE_SOURCE} | {"name": base}
@@ -247,19 +243,6 @@ def _another_model(fields: Mapping[str, Any], layers: int, left: int) -> dict[st
     if any(origin.values()):
         found["general.base_model.count"] = (1, GGUFValueType.UINT32, None)
         found |= {f"general.base_model.0.{key}": (value, text, None) for key, value in origin.items() if value}
-    return found
-
-
-def _size(fields: Mapping[str, Any], writer: Any) -> dict[str, Entry | None]:
-    """The size label, and the number of parameters where the source gives it."""
-    from gguf import GGUFValueType
-    from gguf.utility import size_label
-
-    total, shared, experts, number = writer.get_total_parameter_count()
-    label = size_label(total, shared, experts, number)
-    found: dict[str, Entry | None] = {"general.size_label": (label, GGUFValueType.STRING, None)}
-    if "general.parameter_count" in fields:
-        found["general.parameter_count"] = (total, GGUFValueType.UINT64, None)
     return found
 
 
