@@ -18,7 +18,7 @@ import folders
 import quick
 import tiny
 from layercut.config import CONSUMER_NAMES
-from layercut.errors import ConfigError, ModelError
+from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, LLAMA_CPP, check_cut, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
@@ -26,7 +26,6 @@ from layercut.models.gguf_header import read_header
 from layercut.report.model_card import model_card
 from layercut.report.page import write_report
 from layercut.segments import Segment
-from layercut.surgery import cut_checkpoint
 
 pytest.importorskip("gguf")
 from gguf_writer import write_gguf
@@ -248,14 +247,6 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
     assert found["positions"] == 80
     assert found["logit_error"] < 1e-3
     assert "Ollama would misread it" in " ".join(capsys.readouterr().err.split())
-
-
-@needs_llama_cpp
-def test_without_the_array_llama_cpp_computes_something_else(source, tmp_path):
-    cut_checkpoint(source["folder"], OFF, tmp_path / "out")
-    converted(tmp_path / "out", tmp_path / "out.gguf")
-    with pytest.raises(ModelError, match="computes something else"):
-        in_llama_cpp(tmp_path / "out.gguf", source)
 
 
 def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsys):
