@@ -92,10 +92,8 @@ Beyond these the file is not what rounding makes of the model."""
 class ExportSource:
     """What is to be exported."""
 
-    model: Path
-    """A checkpoint folder or a .gguf file; of a finished run what is in its folder."""
-    run: Path | None = None
-    """The folder of the finished run."""
+    model: Path  # a checkpoint folder or a .gguf file; of a finished run what is in its folder
+    run: Path | None = None  # the folder of the finished run
 
     @property
     def came(self) -> checkpoints.Checkpoint | None:
@@ -165,11 +163,9 @@ def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[
 class CutGguf:
     """A .gguf file without some layers, and what healing changed of the others."""
 
-    checkpoint: checkpoints.Checkpoint
-    """The source file."""
+    checkpoint: checkpoints.Checkpoint  # the source file
     segments: list[Segment]
-    healed: Mapping[str, torch.Tensor]
-    """By parameter name, of the model after the cut."""
+    healed: Mapping[str, torch.Tensor]  # by parameter name, of the model after the cut
 
     def student(self) -> loading.LanguageModel:
         """The model that the file should be, in float32."""

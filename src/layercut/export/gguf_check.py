@@ -58,8 +58,31 @@ def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
     """Compare what llama.cpp makes of a converted file's layers with the config of the folder it was made from."""
     header, config = read_header(file), config.get_text_config(decoder=True)
     name, layers, facts = header.architecture, header.layers, header.facts()
-    _same_numbers(name, layers, config)
-    full = _full_in_config(config, layers)
+    # what llama.cpp does at some numbers of layers only has to be what the config asks for
+    if wanted := getattr(config, "query_pre_attn_scalar", None):
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        scale = rules.attention_scale(name, config.hidden_size, heads, head, layers)
+        if scale and abs(scale / wanted - 1) > 1e-6:
+            raise ModelError(
+                f"llama.cpp divides the attention of {name} with {layers} layers by the root of {scale:g}, "
+                f"the model by that of {wanted:g}",
+                _TAKE_FOLDER,
+            )
+    if name == "command-r" and bool(getattr(config, "use_qk_norm", False)) != (layers >= 64):
+        raise ModelError(
+            f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}",
+            _TAKE_FOLDER,
+        )
+    # which layers attend to everything, or have no rotary positions where that is what distinguishes them
+    full: list[bool] | None = None
+    types, rope = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
+    if types and len({*types}) > 1:
+        full = [each in ("full_attention", "attention") for each in types]
+    elif rope and len({*map(bool, rope)}) > 1:
+        full = [not each for each in rope]  # 1: with rotary positions
+    elif types or rope:
+        full = [not types or types[0] in ("full_attention", "attention")] * layers
     theirs = rules.full_layers(name, facts, layers)
     if len({*(full or ())}) < 2 and theirs is None:
         return None
@@ -79,45 +102,6 @@ def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
         f"llama.cpp treats {why} differently, the model does not (layer {odd} first), and no key says so",
         "cut so that the kept layers stay in step with that, or take another engine",
     )
-
-
-def _full_in_config(config: Any, layers: int) -> list[bool] | None:
-    """Which layers attend to everything, or have no rotary positions where that is what distinguishes them."""
-    types, rope = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
-    if types and len({*types}) > 1:
-        return [each in ("full_attention", "attention") for each in types]
-    if rope and len({*map(bool, rope)}) > 1:
-        return [not each for each in rope]  # 1: with rotary positions
-    if types or rope:
-        return [not types or types[0] in ("full_attention", "attention")] * layers
-    return None
-
-
-def _same_numbers(name: str, layers: int, config: Any) -> None:
-    """What llama.cpp does at some numbers of layers only has to be what the config asks for."""
-    if wanted := getattr(config, "query_pre_attn_scalar", None):
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        scale = rules.attention_scale(name, config.hidden_size, heads, head, layers)
-        if scale and abs(scale / wanted - 1) > 1e-6:
-            raise ModelError(
-                f"llama.cpp divides the attention of {name} with {layers} layers by the root of {scale:g}, "
-                f"the model by that of {wanted:g}",
-                _TAKE_FOLDER,
-            )
-    if name == "command-r" and bool(getattr(config, "use_qk_norm", False)) != (layers >= 64):
-        raise ModelError(
-            f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}",
-            _TAKE_FOLDER,
-        )
-
-
-def window_of(config: Any) -> int:
-    """Tokens that a sliding layer sees; 0: no layer slides."""
-    config = config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None) or []
-    slides = any(each not in ("full_attention", "attention") for each in types)
-    return int(getattr(config, "sliding_window", None) or 0) if slides else 0
 
 
 def read_by_transformers(file: Path, config: Any = None) -> Any:
@@ -161,7 +145,8 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
                 raise ModelError(f"{name}, read back, holds another {parameter}", _TAKE_FOLDER)
             continue
         kind = rounded[parameter]
-        errors[parameter] = relative_distance(other, weight.cpu())
+        wanted_norm = weight.cpu().float().norm().clamp(min=1e-30)
+        errors[parameter] = ((other.float() - weight.cpu().float()).norm() / wanted_norm).item()
         if not errors[parameter] <= largest_error(kind):
             raise ModelError(
                 f"{name}, read back, is off by {errors[parameter]:.3g} in {parameter} ({kind}): "
@@ -181,11 +166,6 @@ def largest_error(kind: str) -> float:
     return next(error for least, error in LARGEST_ERROR_OF_BITS if 8 * size / block >= least)
 
 
-def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error ||found - wanted|| / ||wanted||."""
-    return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
-
-
 @torch.no_grad()
 def by_llama_cpp(
     file: Path, reference: Any, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
@@ -193,7 +173,9 @@ def by_llama_cpp(
     """What llama.cpp computes from the file in a fresh process, compared with a reference."""
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     # past the sliding window, and repeated where the text is too short
-    row, window = tokens.flatten(), window_of(reference.config)
+    row, config = tokens.flatten(), reference.config.get_text_config(decoder=True)
+    slides = any(each not in ("full_attention", "attention") for each in getattr(config, "layer_types", None) or [])
+    window = int(getattr(config, "sliding_window", None) or 0) if slides else 0
     length = window + BEYOND if window else tokens.shape[1]
     length = min(length, positions(reference.config) or length)
     long = row.repeat(-(-length // row.numel()))[:length]

@@ -63,16 +63,11 @@ def modelfile(file: Path) -> str:
 class ChatFormat:
     """The text around the messages of a chat in which user and assistant take turns."""
 
-    opening: str
-    """Before the first message of the user, where there is no system message."""
-    system: tuple[str, str] | None
-    """Before a system message, and between it and the user's first; None: the template refuses one."""
-    answered: str
-    """Between a message of the user and the answer to it."""
-    asked: str
-    """Between an answer and the user's next message."""
-    answering: str
-    """Between the user's last message and the answer that the model is to give."""
+    opening: str  # before the first message of the user, where there is no system message
+    system: tuple[str, str] | None  # before a system message, and behind it; None: the template refuses one
+    answered: str  # between a message of the user and the answer to it
+    asked: str  # between an answer and the user's next message
+    answering: str  # between the user's last message and the answer that the model is to give
 
     def render(self, messages: Sequence[Message]) -> str:
         """The chat, up to where the model is to answer."""

@@ -18,21 +18,17 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.errors import SurgeryError
+from layercut.models.config_files import COUNTS
 from layercut.models.decoder_stack import OTHER_TOWERS
 
 if TYPE_CHECKING:
     from layercut.surgery.cut_plan import CutPlan
 
-COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers",
-    "layers",
-)  # fmt: skip
-"""Names under which configs count their decoder layers."""
 BY_LAYER = (
     "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "layer_rope_theta", "indexer_types",
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer",
@@ -99,8 +95,7 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
     for name in COUNTED_FROM_BACK:
         if isinstance(count := facts.get(name), int):
             facts[name] = sum(i >= layers - count for i in kept)
-    for rule in SPECIAL_RULES:
-        rule(facts, kept, layers)
+    _cut_rules_(facts, kept, layers)
     for name in COUNTS:
         if isinstance(count := vars(text_config).get(name), int) and count == layers:
             facts[name] = len(kept)
@@ -133,30 +128,23 @@ def cut_value(name: str, value: Any, kept: Sequence[int], layers: int) -> Any:
     return value
 
 
-# --- rules of single architectures: (the text config's attributes, kept, layers) ---
-
-Facts = dict[str, Any]
+# --- rules of single architectures ---
 
 
-def _decoder_sparse_step(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step 1."""
+def _cut_rules_(facts: dict[str, Any], kept: Sequence[int], layers: int) -> None:
+    """Count again, solve or spell out the rules by which the text config's attributes place layers of a kind."""
+    place = {old: new for new, old in enumerate(kept)}
+    # Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step 1
     step = facts.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1 and "mlp_only_layers" in facts:
         dense = {new for new, old in enumerate(kept) if (old + 1) % step}
         facts |= {"mlp_only_layers": sorted(dense | set(facts["mlp_only_layers"])), "decoder_sparse_step": 1}
-
-
-def _period_and_offset(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Jamba: layer i has attention (experts) where i % period == offset. Take the pair nearest to the old period that
-    fits the kept layers.
-    """
-    if "layers_block_type" in facts:
-        return  # Zamba spells the list out
+    # Jamba: layer i has attention (experts) where i % period == offset: the pair nearest to the old period that fits
     for kind, what in (("attn", "attention"), ("expert", "expert")):
-        names = f"{kind}_layer_period", f"{kind}_layer_offset"
-        if not {*names} <= facts.keys():
-            continue
-        period, offset = (facts[name] for name in names)
+        period_name, offset_name = f"{kind}_layer_period", f"{kind}_layer_offset"
+        if "layers_block_type" in facts or not {period_name, offset_name} <= facts.keys():
+            continue  # Zamba spells the list out
+        period, offset = facts[period_name], facts[offset_name]
         wanted = [i % period == offset for i in kept]
         pairs = [(p, o) for p in range(1, max(len(wanted), period) + 2) for o in range(p)]
         fits = [(abs(p - period), o, p) for p, o in pairs if wanted == [i % p == o for i in range(len(wanted))]]
@@ -166,78 +154,53 @@ def _period_and_offset(facts: Facts, kept: Sequence[int], layers: int) -> None:
                 f"the config places {what} layers by one period and offset, and none fits "
                 f"the layers that stay (their {what} layers would be {where} of {len(kept)})"
             )
-        _, facts[names[1]], facts[names[0]] = min(fits)
-
-
-def _moe_interval(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Ernie 4.5: layer i is sparse where (i + 1) % interval == 0 and start <= i <= end."""
+        _, facts[offset_name], facts[period_name] = min(fits)
+    # Ernie 4.5: layer i is sparse where (i + 1) % interval == 0 and start <= i <= end
     names = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
-    if not all(isinstance(facts.get(name), int) for name in names):
-        return
-    interval, start, end = (facts[name] for name in names)
-    wanted = [(i + 1) % interval == 0 and start <= i <= end for i in kept]
-    hits = [i for i, hit in enumerate(wanted) if hit]
-    first, last = (hits[0], hits[-1]) if hits else (len(kept), len(kept))
-    for every in sorted(range(1, len(kept) + 2), key=lambda n: abs(n - interval)):
-        if wanted == [(i + 1) % every == 0 and first <= i <= last for i in range(len(kept))]:
-            facts |= zip(names, (every, first, last), strict=True)
-            return
-    raise SurgeryError(
-        f"the config places expert layers by one interval, and none fits the layers that stay ({hits} of {len(kept)})"
-    )
-
-
-def _spelled_out(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Short patterns that the class repeats; both classes accept one as long as the stack."""
+    if all(isinstance(facts.get(name), int) for name in names):
+        interval, start, end = (facts[name] for name in names)
+        wanted = [(i + 1) % interval == 0 and start <= i <= end for i in kept]
+        hits = [i for i, hit in enumerate(wanted) if hit]
+        first, last = (hits[0], hits[-1]) if hits else (len(kept), len(kept))
+        for every in sorted(range(1, len(kept) + 2), key=lambda n: abs(n - interval)):
+            if wanted == [(i + 1) % every == 0 and first <= i <= last for i in range(len(kept))]:
+                facts |= zip(names, (every, first, last), strict=True)
+                break
+        else:
+            raise SurgeryError(
+                "the config places expert layers by one interval, and none fits the layers that stay "
+                f"({hits} of {len(kept)})"
+            )
+    # short patterns that the class repeats; both classes accept one as long as the stack
     if isinstance(blocks := facts.get("block_types"), list | tuple):  # RecurrentGemma
         facts["block_types"] = [blocks[i % len(blocks)] for i in kept]
     if isinstance(facts.get("attention_types"), list | tuple):  # GPT-Neo; attention_layers is cut by now
         facts["attention_types"] = [[[kind], 1] for kind in facts["attention_layers"]]
-
-
-def _sections(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Dory: an input, a recurrent and an output section, each counted."""
+    # Dory: an input, a recurrent and an output section, each counted
     names = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
     if {*names} <= facts.keys():
         first, last = facts["n_input_layers"], layers - facts["n_output_layers"]
         inside = [0 if i < first else 1 if i < last else 2 for i in kept]
         facts |= {name: inside.count(section) for section, name in enumerate(names)}
-
-
-def _scale_depth(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to the bit."""
+    # MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to the bit
     scale = facts.get("scale_depth")
     if isinstance(scale, int | float):
-        wanted = scale / math.sqrt(layers)
-        guess = wanted * math.sqrt(len(kept))
+        product = scale / math.sqrt(layers)
+        guess = product * math.sqrt(len(kept))
         near = (math.nextafter(guess, 0), math.nextafter(guess, math.inf), scale * math.sqrt(len(kept) / layers))
-        exact = (value for value in (guess, *near) if value / math.sqrt(len(kept)) == wanted)
+        exact = (value for value in (guess, *near) if value / math.sqrt(len(kept)) == product)
         facts["scale_depth"] = next(exact, guess)
-
-
-def _kv_sources(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Mistral Large 4: for each layer, the layer whose keys and values it uses."""
+    # Mistral Large 4: for each layer, the layer whose keys and values it uses
     sources = facts.get("kv_source_layers")
     if isinstance(sources, list | tuple) and len(sources) == layers:
-        place = {old: new for new, old in enumerate(kept)}
         for i in kept:
             if sources[i] not in place:
-                raise SurgeryError(
-                    f"layer {i} reuses the keys and values of layer {sources[i]}, which would be removed"
-                )
+                why = f"layer {i} reuses the keys and values of layer {sources[i]}, which would be removed"
+                raise SurgeryError(why)
         facts["kv_source_layers"] = [place[sources[i]] for i in kept]
-
-
-def _no_multi_token_prediction(facts: Facts, kept: Sequence[int], layers: int) -> None:
-    """Remove multi-token-prediction blocks, which loaders ignore by their fixed number behind the last layer."""
+    # multi-token-prediction blocks, which loaders ignore by their fixed number behind the last layer, are removed
     if facts.get("num_nextn_predict_layers"):
         facts["num_nextn_predict_layers"] = 0
-
-
-SPECIAL_RULES: tuple[Callable[[Facts, Sequence[int], int], None], ...] = (
-    _decoder_sparse_step, _period_and_offset, _moe_interval, _spelled_out, _sections, _scale_depth, _kv_sources,
-    _no_multi_token_prediction,
-)  # fmt: skip
 
 
 # --- the check ---

@@ -44,26 +44,17 @@ PATIENCE = 15.0
 class CutPlan:
     """A cut that stock transformers can express."""
 
-    kept: list[int]
-    """Original indices of the layers that stay."""
-    config: Any
-    """The whole config after the cut."""
-    before: Any
-    """The model before the cut, on the meta device."""
+    kept: list[int]  # original indices of the layers that stay
+    config: Any  # the whole of it, after the cut
+    before: Any  # the model before and after the cut, on the meta device
     after: Any
-    """The model after the cut, on the meta device."""
-    stacks: tuple[str, ...]
-    """Dotted names of all lists with one entry per layer; the first is the ModuleList of decoder layers."""
-    layers: int
-    """Before the cut."""
-    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
-    """(module name before the cut, attribute, new value)"""
+    stacks: tuple[str, ...]  # names of all lists with one entry per layer; the first is that of decoder layers
+    layers: int  # before the cut
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # module before the cut, attribute, new value
+    # tensors, by name after the cut: whose values change; that the new position must not have; zeros that it must have
     edits: dict[str, Edit] = field(default_factory=dict)
-    """Tensors, by name after the cut, whose values change."""
     dropped: set[str] = field(default_factory=set)
-    """Tensors, by name after the cut, that the new position must not have."""
     added: dict[str, torch.Size] = field(default_factory=dict)
-    """Tensors of zeros, by name after the cut, that the new position must have."""
 
     def layer_in(self, name: str) -> tuple[str, int, str] | None:
         """Stack, layer index and rest of a name in memory before the cut; None: it is of no layer."""
@@ -85,17 +76,13 @@ class CutPlan:
 class Difference:
     """Something the stock class does differently at a kept layer's new place."""
 
-    module: str
-    """Name of the module before the cut."""
-    what: str
-    """Attribute or tensor name within it; "" for the module itself."""
-    old: Any
-    """Of a parameter or buffer its shape, or None where there is none."""
+    module: str  # its name before the cut
+    what: str  # attribute or tensor name within it; "" for the module itself
+    old: Any  # of a parameter or buffer its shape, or None where there is none
     new: Any
 
     @property
     def is_tensor(self) -> bool:
-        """Whether a parameter or buffer differs."""
         return isinstance(self.old, torch.Size) or isinstance(self.new, torch.Size)
 
     def __str__(self) -> str:
@@ -136,12 +123,16 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
     _copy_unsaved_(config, loaded)
     after = _skeleton(cls, loaded, "")
     lists, now = (nn.ModuleList, nn.ParameterList, nn.ModuleDict), dict(after.named_modules())
-    if not isinstance(now.get(decoder.path), lists) or len(now[decoder.path]) != len(kept):
+
+    def is_cut(name: str) -> bool:
+        return isinstance(now.get(name), lists) and len(now[name]) == len(kept)
+
+    if not is_cut(decoder.path):
         raise SurgeryError(f"the config after the cut does not make {len(kept)} layers")
     beside = (
         name for name, module in before.named_modules()
         if name != decoder.path and not name.startswith(decoder.path + ".") and isinstance(module, lists)
-        and len(module) == layers and isinstance(now.get(name), lists) and len(now[name]) == len(kept)
+        and len(module) == layers and is_cut(name)
     )  # fmt: skip
     stacks = (decoder.path, *beside)
     plan = CutPlan(kept=kept, config=new, before=before, after=after, stacks=stacks, layers=layers)
