@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import folders
 import quick
 import tiny
-from layercut.config import CONSUMER_NAMES
+from layercut.cli.command_line import main
+from layercut.config import CONSUMER_NAMES, CutConfig
 from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, LLAMA_CPP, check_cut, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp
@@ -36,6 +37,7 @@ needs_llama_cpp = pytest.mark.skipif(
 OFF = [Segment(2, 3)]
 """Takes the layer that attends to everything, the sixth, to the fifth place."""
 ON = [Segment(0, 6)]
+READ_GGUF = ["llama.cpp", "ollama", "lm-studio"]
 
 
 class Config(SimpleNamespace):
@@ -106,10 +108,7 @@ def test_a_cut_off_the_period_of_gemma_3():
         (config("cohere2", [3, 7, 11]), ["mlx"]),
         (config("cohere2", [3, 7, 11], sliding_window_pattern=4), ["mlx"]),
         (config("gemma2", [1, 3, 5, 7, 9, 11]), ["sglang", "ollama"]),
-        (
-            config("smollm3", [], layer_types=None, no_rope_layers=[1, 1, 1, 0] * 3),
-            ["llama.cpp", "ollama", "lm-studio"],
-        ),
+        (config("smollm3", [], layer_types=None, no_rope_layers=[1, 1, 1, 0] * 3), READ_GGUF),
         (config("olmo3", [3, 7, 11]), []),
         (config("llama", [*range(12)], sliding_window=None), []),
         (config("gemma3_text", [5, 11], sliding_window=None), []),  # nothing slides
@@ -200,10 +199,6 @@ def in_transformers(folder: Path, **changes: Any) -> torch.Tensor:
         return model(LONG).logits
 
 
-def in_llama_cpp(file: Path, source: dict[str, Any]) -> dict[str, Any]:
-    return by_llama_cpp(file, source["model"], folders.tokenizer(), TOKENS)
-
-
 def converted(folder: Path, out: Path, *_: Any) -> None:
     """As llama.cpp's converter: without the array."""
     loaded = loading.load(checkpoints.resolve(str(folder)), dtype="float32")
@@ -211,8 +206,6 @@ def converted(folder: Path, out: Path, *_: Any) -> None:
 
 
 def cut(source: dict[str, Any], what: str, out: Path) -> Path:
-    from layercut.cli.command_line import main
-
     assert main(["cut", str(source[what]), "--segment=2:3", f"--out={out}"]) == 0
     return out
 
@@ -233,8 +226,6 @@ def test_to_a_folder(what, source, tmp_path, monkeypatch, capsys):
 @needs_llama_cpp
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
-    from layercut.cli.command_line import main
-
     out = tmp_path / "out.gguf"
     if what == "file":
         cut(source, what, out)
@@ -243,15 +234,13 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
         folder = cut(source, what, tmp_path / "out")
         assert main(["export", str(folder), "--gguf-type=f32", f"--out={out}"]) == 0
     assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i not in (4, 10) for i in range(11)]
-    found = in_llama_cpp(out, source)
+    found = by_llama_cpp(out, source["model"], folders.tokenizer(), TOKENS)
     assert found["positions"] == 80
     assert found["logit_error"] < 1e-3
     assert "Ollama would misread it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsys):
-    from layercut.cli.command_line import main
-
     for what, out in (("folder", "out"), ("file", "out.gguf")):
         name = "mlx" if what == "folder" else "ollama"
         assert main(["cut", str(source[what]), "--segment=2:3", f"--for={name}", f"--out={tmp_path / out}"]) == 2
@@ -262,8 +251,6 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
     assert main(["cut", str(source["folder"]), "--segment=0:6", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ConfigError, match="'mlks' is unknown"):
-        from layercut.config import CutConfig
-
         CutConfig(segment=("2:3",), out=tmp_path, consumers="mlks")
 
 
@@ -271,8 +258,6 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
 
 
 def test_the_command_searches_among_what_a_consumer_reads_right(source, texts, tmp_path, capsys):
-    from layercut.cli.command_line import main
-
     asked = ["search", str(source["folder"]), "--ratio=0.17", f"--data={texts[0]}", "--tokens=64", "--window=16"]
     assert main([*asked, "--for=mlx,vllm", "--num-segments=2", f"--out={tmp_path / 'searched'}"]) == 0
     out, said = capsys.readouterr()

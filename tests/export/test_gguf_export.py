@@ -178,16 +178,13 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
 
 
 def test_the_next_finer_format_has_more_bits_and_fits_the_same_rows():
-    def shape(kind: str) -> tuple[int, float]:
-        columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
-        return columns, 8 * size / columns
-
+    sizes = {kind.name.lower(): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
     for came, becomes in NEXT_FINER.items():
-        assert shape(came)[0] % shape(becomes)[0] == 0, came
-        assert 0.4 < shape(becomes)[1] - shape(came)[1] <= 3, came
-    assert healed_type("finer", "q4_k") == "q5_k"
-    assert healed_type("finer", "q8_0") == healed_type("same", "q8_0") == "q8_0"
-    assert healed_type("q4_0", "q5_k") == "q4_0"
+        (columns, size), (others, finer) = sizes[came], sizes[becomes]
+        assert columns % others == 0, came
+        assert 0.4 < 8 * finer / others - 8 * size / columns <= 3, came
+    cases = {("finer", "q4_k"): "q5_k", ("finer", "q8_0"): "q8_0", ("same", "q4_k"): "q4_k", ("q4_0", "q5_k"): "q4_0"}
+    assert {case: healed_type(*case) for case in cases} == cases
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
@@ -248,26 +245,10 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
 # --- which layers slide ---
 
 
-@needs_llama_cpp
-def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.export.formats.convert", converted_here)
-    monkeypatch.setattr("layercut.export.formats._write_sliding_layers_", lambda *_: None)
-    folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
-    assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
-    assert "llama.cpp computes something else" in capsys.readouterr().err
-    assert not out.exists()
-
-
 def converted_here(folder: Path, out: Path, kind: str, *_: Any) -> None:
     """What the stand-in for the converter does, in this process."""
     loaded = loading.load(checkpoints.resolve(str(folder)), dtype="float32")
     write_gguf(loaded.model, loaded.tokenizer, out, kind.upper())
-
-
-def a_gemma3(place: Path, full: list[int]) -> Path:
-    tiny.gemma3(full, vocab_size=folders.VOCABULARY).save_pretrained(place)
-    folders.tokenizer().save_pretrained(place)
-    return place
 
 
 class Facts(SimpleNamespace):
@@ -277,14 +258,6 @@ class Facts(SimpleNamespace):
 
     def get_text_config(self, **_: Any) -> Facts:
         return self
-
-
-class WithoutHeads(Facts):
-    """A model without attention."""
-
-    @property
-    def num_attention_heads(self) -> int:
-        raise AttributeError("no heads")
 
 
 def kinds(full: list[int], layers: int = 8) -> list[str]:
@@ -305,7 +278,6 @@ AS_LLAMA_CPP_HAS_IT = [
     (header("smollm3"), Facts(layer_types=["full_attention"] * 8, no_rope_layers=[1, 1, 1, 0] * 2)),
     (header("exaone4", 64, **SLIDES), Facts(layer_types=kinds([*range(3, 64, 4)], 64))),
     (header("lfm2", attention__head_count_kv=[0, 2] * 4), Facts(layer_types=["conv", "full_attention"] * 4)),
-    (header("mamba"), WithoutHeads()),
 ]
 REFUSED = [
     (header("smollm3"), Facts(no_rope_layers=[1, 0, 1, 1] * 2), "every 4th layer of smollm3 differently"),
@@ -380,7 +352,7 @@ def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("name", ["Q4_1", "Q5_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XS"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "IQ4_XS", "IQ2_XS"])
 def test_importance_rounds_what_matters_less_coarsely(name):
     kind, draw = gguf.GGMLQuantizationType[name], np.random.default_rng(0)
     data = draw.standard_normal((16, 512), np.float32)
@@ -388,15 +360,12 @@ def test_importance_rounds_what_matters_less_coarsely(name):
 
     def error(importance: np.ndarray | None) -> float:
         back = gguf.quants.dequantize(quantized_rows(data, kind, importance), kind)
-        assert back.shape == data.shape
         return float(((back - data) ** 2 * matters).sum())
 
+    assert error(matters) < error(np.ones(512, np.float32) if name == "IQ2_XS" else None)
     if name == "IQ2_XS":
         with pytest.raises(ModelError, match="IQ2_XS needs an importance matrix"):
             error(None)
-        assert error(matters) < error(np.ones(512, np.float32))
-    else:
-        assert error(matters) < error(None)
 
 
 def test_importance_is_the_mean_square_of_what_goes_in():

@@ -16,7 +16,6 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.errors import DataError
 from layercut.export.modelfile import ChatFormat, chat_format, modelfile
-from layercut.pipeline.handover import mergekit_config
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
 
@@ -110,14 +109,6 @@ def test_go_template_has_the_pieces_as_literals():
     )
 
 
-def test_slices_of_mergekit_are_the_kept_layers():
-    ranges = [(0, 3), (5, 7), (9, 10)]
-    config = yaml.safe_load(mergekit_config("owner/name", [0, 1, 2, 5, 6, 9], "bfloat16"))
-    assert (config["merge_method"], config["dtype"]) == ("passthrough", "bfloat16")
-    sources = [source for each in config["slices"] for source in each["sources"]]
-    assert [(one["model"], tuple(one["layer_range"])) for one in sources] == [("owner/name", each) for each in ranges]
-
-
 # --- beside what the commands write ---
 
 TURNS = (
@@ -154,7 +145,6 @@ def test_a_cut_gguf_file_comes_with_a_modelfile_and_a_card(gguf_file, tmp_path):
 
 
 def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
-    pytest.importorskip("gguf")
     from gguf_writer import write_gguf
 
     model = tiny.llama(2, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)

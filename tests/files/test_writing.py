@@ -94,27 +94,12 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     assert names(tmp_path) == ["small"]
     with pytest.raises(RunError, match="exists already"), appearing(target):
         pass
-    replace(target, "third")
-    assert (target / "model").read_text() == "third"
-
-
-def test_what_was_put_back_is_not_replaced_unasked(tmp_path):
-    old = tmp_path / f".small.layercut-{GONE}-old"
-    old.mkdir()
-    with pytest.raises(RunError, match="exists already"), appearing(tmp_path / "small"):
+    target.rename(new.with_name(f"{new.name}-old"))
+    with pytest.raises(RunError, match="exists already"), appearing(target):  # nor is what was put back
         pass
     assert names(tmp_path) == ["small"]
-
-
-def test_what_a_kill_left_of_a_file_goes_with_it(tmp_path):
-    file = tmp_path / "state"
-    with write_atomically(file) as partial:
-        assert partial == partial_of(file)
-        partial.write_text("x")
-    partial_of(file).write_text("half")
-    remove_written(file)
-    assert names(tmp_path) == []
-    remove_written(file)
+    replace(target, "third")
+    assert (target / "model").read_text() == "third"
 
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path):
@@ -129,6 +114,9 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
         partial.write_text("new")
     assert names(tmp_path) == ["file"]
     assert path.read_text() == "new"
+    partial_of(path).write_text("half, of a command that was killed")
+    remove_written(path)
+    assert names(tmp_path) == []
 
 
 def test_the_umask_decides_who_may_read_it(tmp_path):
