@@ -93,7 +93,7 @@ def survival(**changed: Any) -> dict[str, Any]:
         "generation_health": {
             "dense": {"repeated_4grams": 0.22, "distinct_1": 0.5, "distinct_2": 0.8, "dense_loss": 0.61},
             "compressed": {"repeated_4grams": 0.31, "distinct_1": 0.45, "distinct_2": 0.7, "dense_loss": 1.4},
-            "prompts": 8, "tokens": 64,
+            "prompts": 24, "tokens": 64,
         },
     } | changed  # fmt: skip
 

@@ -34,6 +34,11 @@ HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 SMALL = {"tokens": 64, "window": 16, "tune_tokens": 0, "eval_tokens": 64, "speed": False, "fold": False}
 
 
+@pytest.fixture(autouse=True)
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layercut.cli.early_checks._online", lambda: True)
+
+
 def run(*lines: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
 

@@ -143,12 +143,12 @@ def test_health_is_that_of_greedy_continuations():
     dense, student = tiny.llama(seed=0), tiny.llama(seed=1)
     blocks = tiny.some_tokens(10, 40)
     found = evaluation.generation_health(dense, student, blocks, tokens=12)
-    assert (found["prompts"], found["prompt_tokens"], found["tokens"]) == (8, 32, 12)
-    rows = {"dense": by_hand(dense, blocks[:8, :32], 12), "compressed": by_hand(student, blocks[:8, :32], 12)}
+    assert (found["prompts"], found["prompt_tokens"], found["tokens"]) == (10, 32, 12)
+    rows = {"dense": by_hand(dense, blocks[:, :32], 12), "compressed": by_hand(student, blocks[:, :32], 12)}
     for name, written in rows.items():
         tails = written[:, 32:].tolist()
         repeated = [1 - len({tuple(t[i : i + 4]) for i in range(9)}) / 9 for t in tails]
-        assert found[name]["repeated_4grams"] == pytest.approx(sum(repeated) / 8)
+        assert found[name]["repeated_4grams"] == pytest.approx(sum(repeated) / 10)
         assert found[name]["distinct_1"] == pytest.approx(sum(len(set(t)) for t in tails) / (8 * 12))
         losses = next_token_loss(dense(input_ids=written).logits, written)[:, 31:]
         assert found[name]["dense_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)

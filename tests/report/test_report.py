@@ -376,7 +376,7 @@ def test_each_kind_of_probe_counts_the_same_and_a_lost_one_is_named(tmp_path: Pa
      (0.3, "nan", "bad")],
 )  # fmt: skip
 def test_text_is_judged_by_repetition_and_by_the_dense_models_loss(repeated: float, loss: Any, mark: str) -> None:
-    health = {"dense": {"repeated_4grams": 0.35, "dense_loss": 0.6}, "prompts": 8, "tokens": 64,
+    health = {"dense": {"repeated_4grams": 0.35, "dense_loss": 0.6}, "prompts": 24, "tokens": 64,
               "compressed": {"repeated_4grams": repeated, "dense_loss": loss}}  # fmt: skip
     found = judged(of_summary(generation_health=health))
     assert found["Text it writes"].mark == mark

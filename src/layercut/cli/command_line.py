@@ -24,6 +24,7 @@ from cyclopts.help import DefaultFormatter
 
 from layercut import __version__
 from layercut.cli.config_file import take_config
+from layercut.cli.early_checks import check
 from layercut.config import (
     RUN,
     ChatConfig,
@@ -315,6 +316,9 @@ TOGETHER = ("compress", "search", "tune", "compare", "evaluate")
 RESUMED = {"compress", "search", "tune", "compare", "demo"}
 """Commands with a run folder."""
 
+CHECKED: dict[str, Any] = {"compress": CompressConfig, "search": FindConfig, "tune": TuneConfig,
+                           "compare": CompareConfig, "evaluate": PerplexityConfig}  # fmt: skip
+"""Commands that read text, and what they take."""
 Outcome = tuple[int, list[str]]
 """An exit code, and the lines that say why on stderr."""
 
@@ -371,12 +375,15 @@ def _one_of_several(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> Outcome:
     """Run a command."""
     try:
-        take_config(app, arguments)
+        flags = take_config(app, arguments)
         command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         from layercut import progress  # not for --help: it loads rich
 
         log = asdict(given.arguments.get("log") or LogConfig())
         with progress.shown(**log) if "log" in given.signature.parameters else nullcontext():
+            if "model" in given.arguments and arguments[0] in CHECKED:
+                config = given.arguments.get("config") or CHECKED[arguments[0]]()
+                given.arguments["config"] = check(given.arguments["model"], config, flags)
             command(*given.args, **given.kwargs)
         sys.stdout.flush()
     except LayercutError as error:

@@ -14,8 +14,11 @@ from layercut.config import PRESETS, joined_names
 from layercut.errors import ConfigError
 
 
-def take_config(app: cyclopts.App, arguments: list[str]) -> None:
-    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open."""
+def take_config(app: cyclopts.App, arguments: list[str]) -> set[str]:
+    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open.
+
+    The flags that are given, by either.
+    """
     app.config = ()
     given: dict[str, Any] = {}
     file, preset = _value(arguments, "--config"), _value(arguments, "--preset")
@@ -28,6 +31,8 @@ def take_config(app: cyclopts.App, arguments: list[str]) -> None:
     filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
     # `plan` takes some of the flags of `compress`, not all
     app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
+    flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    return flags | {f"--{key.replace('_', '-')}" for key in given}
 
 
 def _for_command(app: cyclopts.App, given: dict[str, Any], command: str) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def demo(run: RunConfig) -> Path:
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
-        search=SearchConfig(ratio=0.1),
+        search=SearchConfig(ratio=0.1, num_segments=1),
         heal=HealConfig(tune_tokens=32768),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=8192, eval_window=128, speed=False),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=4096, eval_window=128, speed=False),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
     return compress(str(fetch_model()), config, own_process=True, shortlist=False)

@@ -29,7 +29,7 @@ PROMPTS = (
 )
 SAMPLE = 64
 """Tokens written after each of them, at most."""
-LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
+LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 24
 """Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
 PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,
                          "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip

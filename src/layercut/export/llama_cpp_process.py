@@ -13,7 +13,6 @@ Without LAST the mean loss on tokens.npy alone is computed and printed. `speed` 
 
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from llama_cpp_py_sync import __version__
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
 PROMPT, NEW_TOKENS = 8, 24
-TIMED, ROUNDS = 32, 5
+TIMED, ROUNDS = 32, 8
 """Tokens that are decoded in a round of timing, after one round that warms up."""
 AT_ONCE = 512
 """Tokens computed at once, which bounds the memory that attention takes."""
@@ -127,7 +126,7 @@ def greedy(model, written):
 
 
 def speed(threads, *files):
-    """Tokens a second of each file, decoding one token at a time; medians, and that of the rounds' ratios."""
+    """Tokens a second of each file in its fastest round, decoding one token at a time: other work only slows."""
     models = [Model(file, PROMPT + TIMED, int(threads), exact=False) for file in files]
     rounds = []
     for _ in range(ROUNDS + 1):
@@ -139,8 +138,8 @@ def speed(threads, *files):
                 token = int(model.logits([token], start=PROMPT + at)[-1].argmax())
             taken.append(time.perf_counter() - begun)
         rounds.append(taken)
-    dense, compressed = (statistics.median(TIMED / taken[i] for taken in rounds[1:]) for i in (0, 1))
-    ratio = statistics.median(first / second for first, second in rounds[1:])
+    dense, compressed = (TIMED / min(taken[i] for taken in rounds[1:]) for i in (0, 1))
+    ratio = compressed / dense
     print(json.dumps({"dense": dense, "compressed": compressed, "ratio": ratio, "threads": int(threads)}))
 
 

@@ -244,11 +244,10 @@ def _text(run: RunFacts) -> Verdict | None:
         dense, pruned = finite(health.dense[key]), number(health.compressed[key])
         if dense is not None and pruned is not None:
             marks.append(_graded(pruned - dense, good, fair))
-    tokens = int((finite(health.prompts) or 0) * (finite(health.tokens) or 0))
-    mark = "open" if not marks or tokens < FEWEST else next(one for one in ("bad", "fair", "good") if one in marks)
+    prompts = int(finite(health.prompts) or 0)
+    mark = "open" if not marks or prompts < FEWEST else next(one for one in ("bad", "fair", "good") if one in marks)
     words = f"of the phrases it writes are repeated, the dense model's {percent(health.dense.repeated_4grams)}"
-    words += f"; n = {tokens:,} tokens." if tokens else "."
-    return Verdict("Text it writes", mark, percent(health.compressed.repeated_4grams), words)
+    return Verdict("Text it writes", mark, percent(health.compressed.repeated_4grams), f"{words}; n = {prompts} texts.")
 
 
 def _long_context(run: RunFacts) -> Verdict | None:

@@ -1,0 +1,217 @@
+"""What can be refused of a command before anything slow is imported: paths, texts, packages, the run folder, the disk.
+
+Needs the standard library alone. What this passes is checked again, with the model's config, by the command itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import ConfigError, DataError, ModelError, RunError
+
+HUB_SETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+            "alpaca": "tatsu-lab/alpaca"}  # fmt: skip
+OFFLINE = {"--data": "python-docstrings", "--eval-data": "python-docs"}
+"""Text that takes the place of the defaults where the Hub cannot be reached: it comes with Python."""
+PATIENCE = 1.5
+"""Seconds that the Hub has to answer."""
+HEAD = 1 << 16
+"""Bytes of a text that are looked at."""
+MANY = 1 << 62
+
+
+def check(model: str, config: Any, given: set[str]) -> Any:
+    """The command's configuration, its default texts replaced where there is no Hub. `given`: flags that were given."""
+    path = Path(model).expanduser()
+    is_run = (path / "env.json").is_file()
+    if not is_run:
+        _check_model(model, path)
+    for flag, source, tokens in _texts(config):
+        if flag in OFFLINE and flag not in given:
+            config = _with_default(config, flag, source)
+        else:
+            _check_text(flag, source, tokens)
+    _check_packages(path, config)
+    if (run := getattr(config, "run", None)) and run.out:
+        _check_out(path, run.out)
+    return config
+
+
+def _check_model(model: str, path: Path) -> None:
+    local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    try:
+        exists = path.exists()
+    except OSError:
+        return
+    if local and not exists and ":" not in model:
+        raise ModelError(
+            f"no model at {model!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
+            "give a Hub id (owner/name), a folder that holds config.json and weights, or a .gguf file",
+        )
+    if path.suffix == ".gguf" and path.is_file() and find_spec("gguf") is None:
+        raise ModelError("reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"')
+
+
+# --- texts ---
+
+
+def _texts(config: Any) -> Iterator[tuple[str, str, int]]:
+    """(flag, source, tokens) of each text that the command reads."""
+    text, heal, evaluate = (getattr(config, name, None) for name in ("text", "heal", "evaluate"))
+    if text:
+        yield "--data", text.data, text.tokens
+    if heal and heal.tune_tokens and heal.tune_data:
+        yield "--tune-data", heal.tune_data, heal.tune_tokens
+    if evaluate:
+        yield "--eval-data", evaluate.eval_data, evaluate.eval_tokens
+    elif getattr(config, "eval_data", None):
+        yield "--eval-data", config.eval_data, config.eval_tokens
+
+
+def _with_default(config: Any, flag: str, source: str) -> Any:
+    """The text that comes with Python in the place of a default, where the Hub cannot be reached."""
+    from layercut.progress import say
+
+    out = getattr(getattr(config, "run", None), "out", None)
+    resumed = out and any((folder / "config.yaml").is_file() for folder in (out, out.with_name(f"{out.name}-run")))
+    if source not in HUB_SETS or resumed or _there(HUB_SETS[source]) or _online():
+        return config
+    say("text", f"the Hub cannot be reached: {OFFLINE[flag]} in the place of {source}; for another: {flag} FILE.txt")
+    if flag == "--data":
+        return replace(config, text=replace(config.text, data=OFFLINE[flag]))
+    return replace(config, evaluate=replace(config.evaluate, eval_data=OFFLINE[flag]))
+
+
+def _there(dataset: str) -> bool:
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    kept = Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets")
+    return (kept / dataset.replace("/", "___")).exists()
+
+
+def _online() -> bool:
+    """Whether the Hub answers, be it with a refusal."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        return False
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE)
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_text(flag: str, source: str, tokens: int) -> None:
+    """Refuse files that are not there, cannot be read, hold no text or too little of it: a token has a byte or more."""
+    parts = [source] if os.path.exists(source) else [part.strip() for part in source.replace(",", "+").split("+")]
+    size = 0
+    for part in parts:
+        files = _files(part)
+        if files is None:
+            online = part not in HUB_SETS or _there(HUB_SETS[part]) or _online()
+            if not online:
+                raise DataError(
+                    f"{flag} {part}: this set is not on this machine and the Hub cannot be reached",
+                    f"{flag} FILE.txt, or {flag} {OFFLINE.get(flag, 'python-docstrings')}",
+                )
+            return
+        if not files:
+            matches = "no file matches" if glob.has_magic(part) else "no file"
+            hint = "put the pattern in quotes and check its folder" if glob.has_magic(part) else "check the path"
+            other = "self" if flag == "--data" else "python-docs"
+            raise DataError(f"{flag}: {matches} {part!r}", f"{hint}; without any text at hand: {flag} {other}")
+        size += sum(_bytes_of(flag, file) for file in files)
+    if size < tokens:
+        raise DataError(
+            f"{flag} {source} holds {size:,} bytes, no more tokens than that, and {tokens:,} are needed",
+            f"give {flag} more text, or a smaller {'--tokens' if flag == '--data' else flag.replace('data', 'tokens')}",
+        )
+
+
+def _files(part: str) -> list[Path] | None:
+    """The files that a part of a source names; None where it names no path."""
+    bare, full = part.rpartition(":")[0] or part, os.path.expanduser(part)
+    if os.path.exists(full):
+        return [Path(full)]
+    suffix = Path(bare).suffix or Path(part).suffix
+    if not (part.startswith((".", "/", "~")) or glob.has_magic(part) or suffix in (".txt", ".jsonl", ".parquet")):
+        return None
+    return [Path(file) for name in (part, bare) for file in glob.glob(os.path.expanduser(name), recursive=True)]
+
+
+def _bytes_of(flag: str, file: Path) -> int:
+    """Bytes of a .txt file, of another as many as any tokens. DataError: it cannot be read, or is no text."""
+    if file.is_dir():
+        return MANY  # refused with the files that it holds
+    try:
+        with file.open("rb") as handle:
+            head = handle.read(HEAD)
+        size = file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{flag} {file} cannot be read: {error.strerror}", f"another {flag}") from None
+    if file.suffix == ".txt":
+        if not head.strip():
+            raise DataError(f"{flag} {file} holds no text", f"give {flag} a file with text")
+        try:
+            head[: len(head) - 3 if len(head) == HEAD else None].decode()
+        except UnicodeDecodeError as error:
+            if len(head) < HEAD or error.start < HEAD - 8:
+                how = f"iconv -f latin1 -t utf-8 {file} > NEW.txt, then {flag} NEW.txt"
+                raise DataError(f"{flag} {file} is not UTF-8 text", how) from None
+        if b"\0" in head:
+            raise DataError(f"{flag} {file} holds bytes that are no text", f"give {flag} a text in UTF-8")
+    return size if file.suffix == ".txt" else MANY
+
+
+# --- packages, the run folder, the disk ---
+
+
+def _check_packages(path: Path, config: Any) -> None:
+    """Refuse a format or a measurement whose package is missing, with the extra that brings it."""
+    quantize, tasks, output = (getattr(config, name, None) for name in ("quantize", "tasks", "output"))
+    kind = (output and output.gguf_type) or ""
+    wanted = {
+        "--bits": ("compressed_tensors", "quantize", bool(quantize and quantize.rounds and path.suffix != ".gguf")),
+        "--tasks": ("lm_eval", "eval", bool(tasks and tasks.names)),
+        f"--gguf-type {kind}": ("llama_cpp_py_sync", "gguf", "_k" in kind or kind.startswith("iq")),
+    }
+    for flag, (package, extra, needed) in wanted.items():
+        if needed and find_spec(package) is None:
+            raise ConfigError(
+                f"{flag} needs a package that is missing: {package.replace('_', '-')}",
+                f'pip install "layercut[{extra}]", or leave out {flag.split()[0]}',
+            )
+
+
+def _check_out(model: Path, out: Path) -> None:
+    """Refuse a run folder that another command holds, that cannot be written, or whose disk is too full."""
+    folder = out.with_name(f"{out.name}-run") if out.suffix == ".gguf" else out
+    above = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), Path("/"))
+    if (folder / ".lock").is_file():
+        try:
+            with (folder / ".lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another layercut command is using {folder}", "wait for it to end, or name another --out"
+            ) from None
+        except OSError:
+            pass  # the run folder itself says what is wrong with it
+    weights = [model] if model.is_file() else [*model.glob("*.safetensors")] if model.is_dir() else []
+    need, disk = 2 * sum(file.stat().st_size for file in weights), shutil.disk_usage(above)
+    if need > disk.free and disk.total:
+        raise RunError(
+            f"--out {out}: up to {need / 1e6:,.0f} MB are written, twice the model; {disk.free / 1e6:,.0f} MB are free",
+            "free some space, or name an --out on another disk",
+        )
