@@ -25,9 +25,8 @@ from layercut.layer_search import Candidate, Cost, Restriction, SearchResult
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.shortlist import (
     CLOSE,
-    FINALISTS,
+    EFFORTS,
     GAIN,
-    HEALED,
     LONGER,
     after_healing,
     differing,
@@ -48,6 +47,7 @@ from layercut.segments import Segment
 from layercut.surgery import cut
 
 ENOUGH = 4096
+NORMAL, HIGH = EFFORTS["normal"], EFFORTS["high"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -246,7 +246,7 @@ def test_where_none_is_close_to_the_best_none_is_healed_longer():
         return 1.0 + CLOSE + 0.01 if len(asked) > 1 else 1.0
 
     apart = [(Segment(i, i + 2),) for i in range(0, 8, 2)]
-    assert after_healing(apart, healed) == ({cuts: 1.0 if cuts == apart[0] else 1.16 for cuts in apart}, {})
+    assert after_healing(apart, healed, HIGH) == ({cuts: 1.0 if cuts == apart[0] else 1.16 for cuts in apart}, {})
     assert asked == [1, 1, 1, 1]
 
 
@@ -257,25 +257,32 @@ def test_variants_of_a_cut_close_behind_the_best_are_healed_as_well(left, tried_
         tuple(map(Segment.parse, each.split("+"))) for each in ("5:8+12:15", "3:6+13:16", "3:7+25:27", "4:6+12:16")
     )
     short, longer = after_healing(
-        [second, variant, best, far], lambda cuts, _: {best: 0.99, second: left, far: 1.5}.get(cuts, 1.07)
+        [second, variant, best, far], lambda cuts, _: {best: 0.99, second: left, far: 1.5}.get(cuts, 1.07), HIGH
     )
     assert (variant in short) == (variant in longer) == tried_too
     assert far not in longer
 
 
+def test_a_normal_effort_heals_fewer_and_none_again():
+    apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
+    short, longer = after_healing(apart, lambda *_: 1.0, NORMAL)
+    assert len(short) == NORMAL.healed < HIGH.healed
+    assert not longer
+
+
 def test_a_cut_by_text_is_healed_that_nothing_else_would_have_healed():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
-    alone, beside = (after_healing(apart, lambda *_: 1.0, by_text)[0] for by_text in ([], [apart[-1]]))
+    alone, beside = (after_healing(apart, lambda *_: 1.0, HIGH, by_text)[0] for by_text in ([], [apart[-1]]))
     assert apart[-1] not in alone
     assert {*beside} == {*alone, apart[-1]}
 
 
 def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
-    assert differing(apart, HEALED) == apart[:HEALED]
-    assert differing([apart[0], apart[0]], HEALED) == [apart[0]]
+    assert differing(apart, HIGH.healed) == apart[:HIGH.healed]
+    assert differing([apart[0], apart[0]], HIGH.healed) == [apart[0]]
     single = [(Segment(i, i + 1),) for i in range(3)]
-    assert differing(single, HEALED) == single, "of one layer all differ"
+    assert differing(single, HIGH.healed) == single, "of one layer all differ"
 
 
 def test_proposals_in_which_tests_count_less_are_tried_too():
@@ -293,6 +300,7 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
         ({}, True),
         ({"tune_tokens": ENOUGH - 1}, False),
         ({"fold": False}, False),
+        ({"effort": "low"}, False),
         ({"preserve": "none"}, False),
         ({"method": "cosine"}, False),
         ({"ratio": None, "segment": ("1:2",)}, False),
@@ -315,18 +323,18 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
     monkeypatch.setattr("layercut.layer_search.shortlist.CLOSE", 9.0)
     monkeypatch.setattr(heal, "FOLD_TOKENS", 1024 + 4 * 128)  # beside the calibration text 4 rows, as a run folds
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
-    flags += ["--tune-tokens=4096", "--preserve=sums", "--learning-rate=3e-3", "--probe-share=0"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--learning-rate=3e-3", "--probe-share=0", "--effort=high"]
     assert main(["tune", str(tiny_model), *flags]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
     healed = [one for one in found["shortlist"] if "longer" in one]
-    assert len(healed) == FINALISTS
+    assert 1 < len(healed) <= HIGH.finalists
     least = min(healed, key=lambda one: one["longer"])
     assert found["segments"] == least["segments"] == healed[0]["segments"]
     assert json.loads((tmp_path / "cut.json").read_text())["segments"] == found["segments"]
 
     opened = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "tuning", "heldout")}
-    kept = {"rows": trial.SHORT_TESTS, "window": 128, "capabilities": ["sums"], "first": 8}
+    kept = {"rows": HIGH.short_tests, "window": 128, "capabilities": ["sums"], "first": 8}
     others = [probe_rows(opened.tokenizer, **kept)]
     heldout = text["heldout"]
     for times, name in ((1, "healed"), (LONGER, "longer")):
@@ -351,7 +359,7 @@ def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
     tests = probe_rows(work.tokenizer, rows=4, window=128, weight=0.5)
     text, long, short = trial.unseen_rows(work, tests)
     assert torch.equal(text.tokens, work.held_out_text)
-    sizes = [(trial.LONG_TESTS, 512), (trial.SHORT_TESTS, 128)]
+    sizes = [(NORMAL.long_tests, 512), (NORMAL.short_tests, 128)]
     assert [tuple(each.tokens.shape) for each in (long, short)] == sizes
     assert long.probe_weight == short.probe_weight == 0.25, "both together count what was asked for"
     seen = {tuple(row) for row in tests.tokens.tolist()}
@@ -367,7 +375,7 @@ def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
         work.text["heldout"] = SimpleNamespace(origins=origins)
         work.__dict__.pop("heldout_perplexity", None)
         assert torch.equal(trial.unseen_rows(work, None)[0].tokens, judged)
-        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: fold_prices.JUDGED_ROWS])
+        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: NORMAL.judged])
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def llama() -> tuple[DecoderRunner, Any, torch.Tensor]:
 
 def run_of(shape: Any, segment: Segment, rows: int = 8, *, method: str = "exhaustive", **parts: Any) -> Planned:
     config = CompressConfig(
-        text=DataConfig(tokens=rows * 16, window=16), search=SearchConfig(ratio=0.25, method=method),
+        text=DataConfig(tokens=rows * 16, window=16), search=SearchConfig(ratio=0.25, method=method, effort="high"),
         evaluate=EvaluateConfig(eval_tokens=64), **{"heal": HealConfig(tune_tokens=64, batch_tokens=32)} | parts,
     )  # fmt: skip
     return Planned(

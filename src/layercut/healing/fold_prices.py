@@ -31,13 +31,6 @@ RIDGES = (1e-3, 1e-1)
 """Relative ridges that are tried on rows kept out. Of few tokens for many unknowns the larger is better."""
 IN_MEMORY = 2**30
 """Bytes of the dense model's states, of either kind of rows, beyond which they are kept in a file."""
-FIT_TOKENS, JUDGED_ROWS = 10240, 8
-"""Tokens that a quick fold is solved on, and rows that it is judged on, of text and of tests."""
-
-
-def rows_to_fit(window: int) -> int:
-    """Rows of T tokens that a quick fold is solved on."""
-    return max(1, FIT_TOKENS // window)
 
 
 class FoldPrices:

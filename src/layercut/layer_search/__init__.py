@@ -35,8 +35,7 @@ from layercut.segments import as_segments, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
-    "length_for_size", "longest_within", "numbers_of_segments", "perplexity_rise",
-    "search", "split_rows",
+    "length_for_size", "longest_within", "perplexity_rise", "search", "split_rows",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05
@@ -109,12 +108,14 @@ def search(
         for option, asked in {"num_segments": several, "probes": bool(probes)}.items():
             if asked and not names(criterion, option):
                 raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'fisher'")
-        results = []
-        for k in numbers_of_segments(num_segments, length, can_compare(num_segments, limits, criterion, bool(probes))):
+        compares = can_compare(num_segments, limits, criterion, bool(probes))
+        most = (2 if compares else 1) if num_segments == "auto" else min(num_segments, length)
+
+        def picked_by(count: int) -> SearchResult:
             cost, begun = Cost(), time.perf_counter()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options: dict[str, Any] = {
-                    "seed": seed, "cost": cost, "advance": advance, "num_segments": k, "probes": probes,
+                    "seed": seed, "cost": cost, "advance": advance, "num_segments": count, "probes": probes,
                     "restriction": limits,
                 }  # fmt: skip
                 taken = {key: value for key, value in options.items() if takes(criterion, key)}
@@ -138,8 +139,14 @@ def search(
             limits.check(cuts)
             if not isinstance(picked, SearchResult):
                 picked = SearchResult(name, set_costs(runner, tokens, [processes.from_main(cuts)], Cost()), cost)
-            results.append(replace(picked, method=name, seconds=seconds))
-        return fewest_worth(results)
+            return replace(picked, method=name, seconds=seconds)
+
+        result = picked_by(most)
+        if not compares:
+            return result
+        if not any(len(each.segments) == 1 for each in result.candidates) and limits.segments():
+            result = both(result, picked_by(1))
+        return fewest_worth(result)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: bool) -> int:
@@ -162,18 +169,11 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
     return n_layers
 
 
-def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: bool) -> list[int]:
-    """K of each search that is made: what is asked, or for "auto" 1, and 2 where they are to be compared."""
-    if asked == "auto":
-        return [1, 2] if length > 1 and compares else [1]
-    return [min(asked, length)]
-
-
 def can_compare(asked: int | Literal["auto"], limits: Restriction, criterion: Criterion, probes: bool) -> bool:
     """Whether one segment is compared with two; by the exhaustive search not where sets of two are too many."""
     if asked != "auto" and not (isinstance(asked, int) and asked >= 1):
         raise ConfigError(f"num_segments={asked!r} is no number of segments", 'allowed are 1 and more, and "auto"')
-    if not (asked == "auto" and probes and names(criterion, "num_segments")):
+    if not (asked == "auto" and probes and limits.length > 1 and names(criterion, "num_segments")):
         return False
     sets = number_of_sets(limits.length, len(limits.may), 2)
     if criterion is registries.criteria.get("exhaustive") and sets > MOST_SETS:
@@ -182,20 +182,23 @@ def can_compare(asked: int | Literal["auto"], limits: Restriction, criterion: Cr
     return True
 
 
-def fewest_worth(found: list[SearchResult]) -> SearchResult:
-    """Of results with 1, 2, … segments at most the one to take (SECOND_SEGMENT_GAIN), with what all of them cost."""
-    taken = found[0]
-    for more in found[1:]:
-        if more.candidates[0].merit[0] < (1 - SECOND_SEGMENT_GAIN) * taken.candidates[0].merit[0]:
-            taken = more
-    if len(found) == 1:
-        return taken
-    by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
+def both(several: SearchResult, single: SearchResult) -> SearchResult:
+    """The candidates of two searches, and what both cost."""
+    by_text = min((x.by_text for x in (several, single) if x.by_text), key=lambda each: each.kl, default=None)
     return replace(
-        taken,
-        cost=sum((each.cost for each in found), Cost()),
-        seconds=sum(each.seconds for each in found),
-        by_number=list(dict.fromkeys(each.candidates[0] for each in found)),
+        several,
+        candidates=sorted([*several.candidates, *single.candidates], key=lambda each: each.merit),
+        cost=several.cost + single.cost,
+        seconds=several.seconds + single.seconds,
         by_text=by_text,
-        lighter=found[-1].lighter,
     )
+
+
+def fewest_worth(found: SearchResult) -> SearchResult:
+    """One segment first where more are not worth it (SECOND_SEGMENT_GAIN)."""
+    best = found.candidates[0]
+    single = next((each for each in found.candidates if len(each.segments) == 1), best)
+    if best.merit[0] >= (1 - SECOND_SEGMENT_GAIN) * single.merit[0]:
+        rest = [each for each in found.candidates if each is not single]
+        return replace(found, candidates=[single, *rest], by_number=list(dict.fromkeys([single, best])))
+    return replace(found, by_number=[single, best])

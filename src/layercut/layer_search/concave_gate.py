@@ -43,9 +43,9 @@ EXACT = 2e-3
 class Schedule:
     """How the wells are trained."""
 
-    apart: int = 5
+    apart: int = 3
     """A set of K wells begins for every so many layers that stay, of narrow wells for fewer; K times as many."""
-    steps: int = 14
+    steps: int = 16
     """Steps of gradient descent."""
     piece: int = 64
     """Tokens of text in a step."""
@@ -54,8 +54,8 @@ class Schedule:
     would be half open."""
     rate: tuple[float, float] = (1.0, 0.25)
     """Learning rate of Adam, in layers, in the first and the last step."""
-    every: int = 3
-    """After so many steps wells that met become one, and the worse half is dropped."""
+    every: int = 2
+    """After so many steps, K times as many, wells that met become one, and the worse half is dropped."""
     least: int = 2
     """Wells that are trained to the end, at least."""
     finalists: int = 4
@@ -172,7 +172,7 @@ class Wells:
 def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
     """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
     layers, draw = len(costs.stack), torch.Generator().manual_seed(seed)
-    starts = max(4, round((layers - length) / min(schedule.apart, length / count + 1.5))) * count
+    starts = max(4, round((layers - length) / min(schedule.apart, 0.7 * length / count + 0.5))) * count
     alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
     dropped: list[Wells] = []
     optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
@@ -197,7 +197,7 @@ def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Sched
                 for well in alive:
                     settle_(well.walls, length, layers)
             alive.sort(key=lambda well: well.level)
-            if step % schedule.every == schedule.every - 1 and step < schedule.steps - 1:
+            if (step + 1) % (schedule.every * count) == 0 and step < schedule.steps - 1:
                 kept = apart(alive, schedule.least)
                 alive, dropped = kept, [w for w in alive if w not in kept] + dropped
             advance(1)

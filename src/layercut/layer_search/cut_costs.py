@@ -206,3 +206,11 @@ def best_by_text(costs: CutCosts, found: Iterable[Candidate], sets: Iterable[Cut
     known = min(len(costs.known[cuts]) for cuts in every)
     nearest = costs.ranked(every, known, text_only=True)[:FINALISTS]
     return costs.candidates(costs.ranked(nearest, costs.rows, text_only=True))[0]
+
+
+def with_single(costs: CutCosts, found: list[Candidate], single: Sequence[Cuts]) -> list[Candidate]:
+    """Candidates, the best of these cuts of one segment among them."""
+    if not single or any(len(each.segments) == 1 for each in found):
+        return found
+    known = min(len(costs.known.get(cuts, [])) for cuts in single) or few_rows(costs.rows, costs.kinds)
+    return sorted([*found, *costs.candidates(costs.ranked(single, known)[:1])], key=lambda each: each.merit)

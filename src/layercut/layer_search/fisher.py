@@ -34,8 +34,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.layer_search.cut_costs import WORST, CutCosts, best_by_text, halving, shuffled
-from layercut.layer_search.race import climb
+from layercut.layer_search.cut_costs import WORST, CutCosts, best_by_text, halving, shuffled, with_single
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.segment_sets import cheapest_sums
@@ -48,8 +47,7 @@ from layercut.segments import Segment
 GRADIENT_SHARE = 8
 """Of the rows one in so many gives gradients."""
 PROPOSALS, PER_SEGMENT = 10, 6
-"""Sets that are proposed: of one segment, and of several so many for each of them; the climb adds those beside the
-best."""
+"""Sets that are proposed: of one segment, and of several so many for each of them."""
 BEGIN_SHARE = 4
 """Proposals are first run on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
 LIGHTER, OTHERS = 0.25, 6
@@ -76,18 +74,17 @@ def fisher(
     probes: ProbeRows | None,
     restriction: Restriction,
 ) -> SearchResult:
-    """The sets of least estimated cost are cut for real: halving, and with several segments the climb, decide."""
+    """The sets of least estimated cost are cut for real; of several segments at most, some of one too."""
     costs = CutCosts(runner, shuffled(tokens, seed), cost, probes)
     several = num_segments > 1
     found = estimate(costs, gradient_rows(costs.rows), seed)
     asked = [(1.0, PER_SEGMENT * num_segments if several else PROPOSALS)]
     asked += [(LIGHTER, OTHERS), (0.0, OTHERS)] if costs.kinds > 1 else []
     proposed = (corrected_proposals if several else proposals_of_each)(costs, found, restriction, num_segments, asked)
-    sets = list(dict.fromkeys(cuts for some in proposed for cuts in some))
+    single = proposals(found, restriction, 1, PER_SEGMENT) if several and restriction.segments() else []
+    sets = list(dict.fromkeys(cuts for some in (*proposed, single) for cuts in some))
     begin = first_of_proposals(costs.rows, costs.kinds)
-    best = halving(costs, sets, f"fisher: {len(sets)} proposals race", begin=begin)
-    if several:
-        best = climb(costs, best, restriction, num_segments)
+    best = with_single(costs, halving(costs, sets, f"fisher: {len(sets)} proposals race", begin=begin), single)
     lighter = proposed[1] if len(asked) > 1 else []
     return SearchResult("fisher", best, cost, by_text=best_by_text(costs, best, sets), lighter=lighter)
 

@@ -8,7 +8,7 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.cut_costs import CutCosts, best_by_text, halving, shuffled
+from layercut.layer_search.cut_costs import FINALISTS, CutCosts, best_by_text, halving, shuffled, with_single
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import all_sets, cheapest_sums, neighbours, number_of_sets
@@ -46,18 +46,21 @@ def race(
         found = halving(costs, sets)
     else:
         sets = least_sums(costs, restriction, num_segments)
-        found = climb(costs, halving(costs, sets), restriction, num_segments)
+        single = [cuts for cuts in sets if len(cuts) == 1]
+        found = with_single(costs, climb(costs, halving(costs, sets), restriction, num_segments), single)
     return SearchResult("race", found, cost, by_text=best_by_text(costs, found, sets))
 
 
 def least_sums(costs: CutCosts, limits: Restriction, count: int) -> list[Cuts]:
-    """Sets of several segments by the sum of what each costs alone, by its real cut on a few rows."""
+    """Sets by the sum of what each segment costs alone, by its real cut on a few rows; some of one segment."""
     singles = all_lengths(limits.length, len(limits.may))
     alone = costs.weighted.mean(costs.of_singles(singles)).tolist()
-    ranked = cheapest_sums(dict(zip(singles, alone, strict=True)), limits, count)
+    sums = dict(zip(singles, alone, strict=True))
+    ranked = cheapest_sums(sums, limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them
-    return ranked[: COARSE_SETS * len(limits.may)]
+    one = cheapest_sums(sums, limits, 1)[:FINALISTS]
+    return [*dict.fromkeys([*ranked[: COARSE_SETS * len(limits.may)], *one])]
 
 
 def climb(costs: CutCosts, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.restriction import Restriction
@@ -24,16 +24,57 @@ from layercut.layer_search.segment_sets import neighbours
 from layercut.layer_search.sweep import Cuts
 from layercut.segments import layers_of
 
-POOL, PROPOSED, MOST_MOVES = 6, 8, 6
-"""Candidates that are folded, moves that are in each round, and rounds at most."""
-HEALED, PLACES, VARIANTS, FINALISTS = 4, 2, 2, 4
-"""Cuts healed that differ from each other, how many close ones have variants healed, so many each, and at most of these
-that are healed again."""
 CLOSE, LONGER = 0.15, 4
 """Cuts whose cost is at most this share above the least have variants healed and are healed again, on so many times the
 rows; on so many times these again the choice will be healed."""
 GAIN = 0.01
 """A move is taken where the cost falls by more than this share; smaller gains are chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What a shortlist may take."""
+
+    pool: int
+    """Candidates that are folded, and as many of the proposals in which probes count less."""
+    proposed: int
+    """Moves that are folded in each round."""
+    rounds: int
+    """Rounds of moves, at most."""
+    healed: int
+    """Cuts healed that differ from each other, at most."""
+    places: int
+    """How many close ones have variants healed, at most."""
+    variants: int
+    """Variants healed of each."""
+    finalists: int
+    """Close ones that are healed longer, at most."""
+    fit_tokens: int
+    """Tokens that a quick fold is solved on."""
+    fold_tokens: int
+    """Tokens that the fold of a short healing is solved on, at most."""
+    judged: int
+    """Held-out rows by which a quick fold is judged, and a short healing steered."""
+    heldout: int
+    """Held-out rows of text that judge a healed cut, at most."""
+    short_tests: int
+    """Rows of probes that judge it, half of the weight of all; as long as those of the search."""
+    long_tests: int
+    """The same, as long as the rows that are tuned on, where these are longer."""
+
+
+EFFORTS = {
+    "normal": Effort(
+        pool=4, proposed=6, rounds=1, healed=3, places=1, variants=2, finalists=0, fit_tokens=4096, fold_tokens=8192,
+        judged=4, heldout=12, short_tests=16, long_tests=6,
+    ),
+    "high": Effort(
+        pool=6, proposed=8, rounds=6, healed=4, places=2, variants=2, finalists=4, fit_tokens=10240, fold_tokens=65536,
+        judged=8, heldout=64, short_tests=32, long_tests=16,
+    ),
+}  # fmt: skip
+"""By `--effort`. A high one takes several times as long as tuning does, a normal one less than it; a low one has no
+shortlist."""
 
 
 def shortlist(
@@ -43,25 +84,26 @@ def shortlist(
     limits: Restriction,
     count: int,
     healed: Callable[[Cuts, int], float] | None = None,
+    effort: Effort = EFFORTS["high"],
 ) -> SearchResult:
     """Go on from a search's candidates by their costs after a quick fold, and after healing on so many times the rows.
 
     Without `healed` the fold decides.
     """
     by_text = [result.by_text] if result.by_text else []
-    begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number, *by_text]]
-    known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
+    begun = [each.segments for each in [*result.candidates[: effort.pool], *result.by_number, *by_text]]
+    known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter[: effort.pool]])}
     best = min(known, key=known.__getitem__)
-    for _ in range(MOST_MOVES):
+    for _ in range(effort.rounds):
         moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
-        nearest = costs.ranked(moves, min(costs.rows, 2 * costs.kinds))[:PROPOSED] if moves else []
+        nearest = costs.ranked(moves, min(costs.rows, 2 * costs.kinds))[: effort.proposed] if moves else []
         known |= {cuts: folded(cuts) for cuts in nearest}
         ahead = min([best, *nearest], key=known.__getitem__)
         if known[ahead] > (1 - GAIN) * known[best] or ahead == best:
             break
         best = ahead
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
-    short, longer = after_healing(ordered, healed, [each.segments for each in by_text]) if healed else ({}, {})
+    short, longer = after_healing(ordered, healed, effort, [each.segments for each in by_text]) if healed else ({}, {})
     ordered.sort(key=lambda cuts: (longer.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
     chosen = found.get(ordered[0]) or costs.candidates(ordered[:1])[0]
@@ -74,7 +116,7 @@ def shortlist(
 
 
 def after_healing(
-    ordered: Sequence[Cuts], healed: Callable[[Cuts, int], float], by_text: Sequence[Cuts] = ()
+    ordered: Sequence[Cuts], healed: Callable[[Cuts, int], float], effort: Effort, by_text: Sequence[Cuts] = ()
 ) -> tuple[dict[Cuts, float], dict[Cuts, float]]:
     """Costs of the best cuts once they are healed: far apart first, then around the best, then the best longer.
 
@@ -83,11 +125,11 @@ def after_healing(
     faster at first than others and no further; a forecast from both costs took the one that found fewer keys twice
     (research/search.md).
     """
-    short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, HEALED), *by_text])}
-    for place in close_ones(short)[:PLACES]:
+    short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, effort.healed), *by_text])}
+    for place in close_ones(short)[: effort.places]:
         near = [cuts for cuts in ordered if cuts not in short and differing([place, cuts], 2) == [place]]
-        short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
-    close = close_ones(short)[:FINALISTS]
+        short |= {cuts: healed(cuts, 1) for cuts in near[: effort.variants]}
+    close = close_ones(short)[: effort.finalists]
     return short, {cuts: healed(cuts, LONGER) for cuts in close} if len(close) > 1 else {}
 
 

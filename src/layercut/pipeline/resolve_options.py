@@ -93,7 +93,7 @@ def shortlists(config: CompressConfig) -> bool:
     search, heal = config.search, config.heal
     weighs = search.preserve != "none" and names(criteria.get(search.method), "probes")
     enough = heal.fold and heal.tune_tokens >= ENOUGH_TOKENS
-    return bool(enough and weighs and not search.segment and search.max_loss is None)
+    return bool(enough and weighs and search.effort != "low" and not search.segment and search.max_loss is None)
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from layercut.config import CompressConfig
+from layercut.layer_search.shortlist import EFFORTS
 from layercut.models.memory import Budget
+from layercut.pipeline.stages.heal import FOLD_TOKENS
+from layercut.pipeline.stages.search import searched_rows
 from layercut.plan.shape import Parts, Shape
 from layercut.segments import Segment, kept_layers
 
@@ -170,7 +173,8 @@ def stages(run: Planned) -> dict[str, Stage]:
 
 def search(run: Planned) -> Stage:
     """The search by a criterion; what one of another package computes is unknown."""
-    asked, shape, layers, n, text = run.config.search, run.shape, run.shape.layers, run.length, run.text
+    asked, shape, layers, n = run.config.search, run.shape, run.shape.layers, run.length
+    text = searched_rows(run.text, asked)
     kept, rows = layers - n, text + run.tests
 
     def swept(sets: int) -> Peak:
@@ -192,7 +196,7 @@ def search(run: Planned) -> Stage:
         return Stage(swept(2), passes(shape, rows * (layers + kept), heads=2 * rows))
     some, picked = max(2, rows // 8), passes(shape, text * (layers + kept / 2), heads=2 * text)
     fisher = passes(shape, some * (2 * layers - 1), some * (layers - 1), heads=2 * some)
-    fisher += halved(16 if run.tests else 10, max(4, rows // 4))
+    fisher += halved(24 if run.tests else 10, max(4, rows // 4))
     singly = text * (layers * (layers + 1) / 2 - 1)  # layers that rows enter for the model without each layer in turn
     works = {
         "exhaustive": passes(shape, rows * (layers + kept * (kept + 1) / 2), heads=rows * (kept + 2)),
@@ -207,8 +211,8 @@ def search(run: Planned) -> Stage:
     work, peak = works.get(asked.method), swept(kept + 2)
     number = asked.num_segments if asked.num_segments != "auto" else 2 if run.tests and n > 1 else 1
     if work is not None and number > 1:
-        # another segment takes about twice the work of one, by counts on tiny models; of every set it is not known
-        work = None if asked.method == "exhaustive" else work * (2 * number - 1)
+        # segments are cut alone, a few rows each, until their costs are known; of every set it is not known
+        work = None if asked.method == "exhaustive" else work * (1 + number / 2)
     if asked.method in ("auto", "fisher"):
         logits = shape.window * shape.vocabulary * (2 * shape.itemsize + 8)
         step = {"streams": 2 * layers * shape.stream(1), "kept for backward": shape.most("saved"), "logits": logits}
@@ -217,18 +221,22 @@ def search(run: Planned) -> Stage:
 
 
 def shortlist(run: Planned) -> Stage:
-    """Some 30 candidates after a quick fold, nine of them after a short healing, three after a longer one."""
-    shape, wide = run.shape, widest(run.shape)
-    fit, judged = min(max(1, 10240 // shape.window), run.text), min(run.heldout, 8) + min(run.tests, 8)
+    """Candidates after a quick fold, some after a short healing, and with a high effort a few after a longer one."""
+    shape, wide, effort = run.shape, widest(run.shape), EFFORTS[run.config.search.effort]
+    fit, probed = min(max(1, effort.fit_tokens // shape.window), run.text), run.tests > 0
+    judged = min(run.heldout, effort.judged) * (1 + probed)
     solved = solved_flops(wide, shape.hidden, fit * shape.window, 6)
     each = passes(shape, (fit + judged) * shape.layers / 2, heads=2 * judged, flops64=solved)
     states = min(2**31, (shape.layers + 1) * shape.stream(fit + judged))
-    rows = run.heldout + 32 * (run.tests > 0)
-    once, trained = fold(run), tune(run)
-    held = {"dense states": states + shape.stream(rows) + run.tuned.stream(16 * (run.tests > 0))}
+    rows, long = min(run.heldout, effort.heldout) + effort.short_tests * probed, effort.long_tests * probed
+    folded, healed = 2 * effort.pool + 3 + effort.proposed, effort.healed + 1 + effort.places * effort.variants
+    longer = min(3, effort.finalists)
+    once, trained = fold(run, effort.fold_tokens), tune(run)
+    held = {"dense states": states + shape.stream(rows) + run.tuned.stream(long)}
     peak = held | max(once.peak, trained.peak, {"normal equations": 32 * wide * (wide + shape.hidden)}, key=total)
-    work = ((once.work or Work()) + passes(shape, rows * shape.layers, heads=2 * rows)) * 12
-    return Stage(peak, each * 30 + work + (trained.work or Work()) * (9 / 16 + 3 / 4))
+    seen = passes(shape, rows * shape.layers, heads=2 * rows) + passes(run.tuned, long * shape.layers, heads=long / 4)
+    work = ((once.work or Work()) + seen) * (healed + longer)
+    return Stage(peak, each * folded + work + (trained.work or Work()) * ((healed + 4 * longer) / 16))
 
 
 def widest(shape: Shape) -> int:
@@ -242,12 +250,11 @@ def solved_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float
     return sums + solves * (unknowns**3 / 3 + 4 * unknowns**2 * outputs)
 
 
-def fold(run: Planned) -> Stage:
+def fold(run: Planned, most: int = FOLD_TOKENS) -> Stage:
     """Of each cut the dense stream to its end, sums in float64 to fit and to check on, KL before and after."""
     shape, d, itemsize = run.shape, run.shape.hidden, run.shape.itemsize
-    rows = max(
-        run.text, min(shape.rows_of(run.config.text.tokens + run.config.heal.tune_tokens), 65536 // shape.window)
-    )
+    every = min(shape.rows_of(run.config.text.tokens + run.config.heal.tune_tokens), FOLD_TOKENS // shape.window)
+    rows = min(max(run.text, every), max(1, most // shape.window))
     wide, few = widest(shape), min(rows, run.budget.layer_rows(shape.window))
     forwards = rows * sum(segment.stop + 2 for segment in run.segments)
     solved = sum(solved_flops(i, d, rows * shape.window, 3) for i in (wide, shape.read[1]))

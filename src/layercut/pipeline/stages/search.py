@@ -41,6 +41,9 @@ TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
 recall from the others (measured)."""
 
+FEWEST_ROWS = 16
+"""Rows of calibration text that are searched on with any effort."""
+
 SHORTEST_TESTED = 64
 """Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
 
@@ -58,7 +61,8 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
     with work.run.stage(SearchArtefact, "search", scored, together=True) as stage:
         if stage.open:
             result: SearchResult
-            stack, tokens, tests = work.stack, work.blocks["calibration"], generated_tests(work)
+            stack, tests = work.stack, generated_tests(work)
+            tokens = work.blocks["calibration"][: searched_rows(len(work.blocks["calibration"]), config)]
             if wanted:  # --for has been checked by `resolve`
                 result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
             elif length == 0:
@@ -120,7 +124,7 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
     if not wanted or not names(criteria.get(config.method), "probes"):
         return None
     made = probe_rows(
-        work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted,
+        work.tokenizer, rows=rows_of_tests(text, config), window=text.window, capabilities=wanted,
         seed=text.seed,
     )  # fmt: skip
     left = made.left_out
@@ -134,16 +138,21 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
     return made if made.names else None
 
 
-def rows_of_tests(text: DataConfig) -> int:
+def searched_rows(rows: int, config: SearchConfig) -> int:
+    """Of the rows of calibration text, those that are searched on: half of many, unless a high effort is asked."""
+    return rows if config.effort == "high" else min(rows, max(FEWEST_ROWS, rows // 2))
+
+
+def rows_of_tests(text: DataConfig, config: SearchConfig) -> int:
     """Rows of generated tests beside the calibration text."""
-    return max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
+    return max(FEWEST_TESTS, searched_rows(math.ceil(text.tokens / text.window), config) // TEXT_ROWS_PER_TEST)
 
 
 def planned_search_tests(config: CompressConfig) -> int:
     """Rows of tests that a run will search on, as far as that is known without its tokenizer."""
     search = config.search
     takes = search.preserve != "none" and names(criteria.get(search.method), "probes")
-    return rows_of_tests(config.text) if takes and config.text.window >= SHORTEST_TESTED else 0
+    return rows_of_tests(config.text, search) if takes and config.text.window >= SHORTEST_TESTED else 0
 
 
 def search_options(work: RunContext, length: int, tests: ProbeRows | None) -> dict[str, Any]:

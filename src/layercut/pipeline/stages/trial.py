@@ -20,10 +20,10 @@ from layercut.data.blocks import by_origin, fingerprint
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
-from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
-from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
+from layercut.healing.fold_prices import FoldPrices
+from layercut.layer_search import Cost, Restriction, SearchResult
 from layercut.layer_search.cut_costs import CutCosts, row_kl
-from layercut.layer_search.shortlist import LONGER, shortlist
+from layercut.layer_search.shortlist import EFFORTS, LONGER, Effort, shortlist
 from layercut.layer_search.weighted_rows import WeightedRows, probes_alone, weighted_rows
 from layercut.models.losses import as_cost
 from layercut.models.memory import slices
@@ -36,9 +36,6 @@ from layercut.progress import bar, say
 from layercut.registries import objectives
 from layercut.segments import Segment
 
-SHORT_TESTS, LONG_TESTS = 32, 16
-"""Rows of tests by which what is left after healing is judged: as long as those of the search, and where longer rows
-are tuned on, as long as these; each half of it."""
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = LONGER**2
@@ -48,6 +45,11 @@ TUNED_SHARE = LONGER**2
 def inputs(work: RunContext) -> list[Any]:
     """All that a trial depends on beside what the search does; nothing where there is none."""
     return [fingerprint(work.held_out_text), *healing_inputs(work)] if work.shortlist else []
+
+
+def effort_of(work: RunContext) -> Effort:
+    """What a shortlist may take; with a low effort there is none, and folds elsewhere are those of a normal one."""
+    return EFFORTS.get(work.config.search.effort, EFFORTS["normal"])
 
 
 def healing_inputs(work: RunContext) -> list[Any]:
@@ -69,7 +71,8 @@ def go_on(
     if not work.shortlist_now:
         return result
     left_of = Left(work.stack, unseen_rows(work, tests))
-    count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
+    asked = how["num_segments"]
+    count = min(how["n_layers"], asked if asked != "auto" else 2 if tests else 1)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
     prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownPrices(work.run, stage)
     folds = cache(lambda: fold_prices(work, tokens, tests))
@@ -94,7 +97,7 @@ def go_on(
             say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
             return sum(left)
 
-        found = shortlist(result, prices, fold_price, limits, count, healed_price)
+        found = shortlist(result, prices, fold_price, limits, count, healed_price, effort_of(work))
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
@@ -104,20 +107,21 @@ def go_on(
 
 def fold_prices(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
     """Prices of cuts after a quick fold, on held-out text and other tests."""
-    fit = tokens[: rows_to_fit(tokens.shape[1])]
+    effort = effort_of(work)
+    fit = tokens[: max(1, effort.fit_tokens // tokens.shape[1])]
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
-    others = other_tests(work, tests, JUDGED_ROWS, work.config.text.window)
-    few = weighted_rows(work.held_out_text[:JUDGED_ROWS], others)
+    others = other_tests(work, tests, effort.judged, work.config.text.window)
+    few = weighted_rows(work.held_out_text[: effort.judged], others)
     return FoldPrices(work.stack, fit, few.tokens, few.weights, work.run.folder)
 
 
 def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]:
     """What judges a healed cut: held-out text, and tests of each length that is tuned on."""
-    text, heal = work.config.text, work.config.heal
-    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: SHORT_TESTS}
+    text, heal, effort = work.config.text, work.config.heal, effort_of(work)
+    windows = {heal.tune_window or text.window: effort.long_tests, text.window: effort.short_tests}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
-    unseen = [weighted_rows(work.held_out_text, None)]
+    unseen = [weighted_rows(work.held_out_text[: effort.heldout], None)]
     return unseen + [probes_alone(replace(each, weight=each.weight / len(others))) for each in others]
 
 
@@ -125,11 +129,13 @@ def healed_for_a_while(
     work: RunContext, cuts: Sequence[Segment], tokens: torch.Tensor, times: int = 1
 ) -> DecoderRunner:
     """A cut as the run would heal it, with fewer tokens to tune on."""
-    heal, heldout = work.config.heal, work.blocks["heldout"][:JUDGED_ROWS]
+    heal, effort = work.config.heal, effort_of(work)
+    heldout = work.blocks["heldout"][: effort.judged]
     student = DecoderRunner(surgery.cut(work.dense.model, cuts))
     rows, treated = some_to_tune(work, times) if heal.tune_tokens else (tokens[:0], None)
     if heal.fold:
-        fold_(student, work.stack, tokens_to_fold(tokens, rows), heldout=heldout)
+        fitted = tokens_to_fold(tokens, rows)[: max(1, effort.fold_tokens // tokens.shape[1])]
+        fold_(student, work.stack, fitted, heldout=heldout)
     if treated:
         tune_(student, work.stack, rows, heldout=heldout, settings=tune_settings(heal), **vars(treated))
     return student

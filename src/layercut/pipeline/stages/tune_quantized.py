@@ -74,9 +74,7 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """Train scales and norms of a quantized model, and the rounding where that is asked."""
     if not wanted(work.config):
         return found, None
-    files = TuningFiles(
-        state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")), stopping=work.stopping
-    )
+    files = TuningFiles(state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")), stopping=work.stopping)
     if work.own_process:
         memory.reuse_freed()
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
