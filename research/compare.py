@@ -17,7 +17,8 @@ from typing import Any
 
 from common import arguments
 from layercut.cli.demo import fetch_model
-from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig, TasksConfig
+from layercut.config import DataConfig, TasksConfig
+from layercut.config.commands import CompareConfig, MethodsConfig, RunConfig
 from layercut.data.sources import split_mix
 from layercut.files import write_json
 from layercut.pipeline.compare import compare

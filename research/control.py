@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, RunConfig
 from layercut.files import appearing
 from layercut.models import decoder_stack, loading
 from layercut.pipeline.journey import compress

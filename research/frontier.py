@@ -35,15 +35,8 @@ from common import arguments, blocks, finish, named, open_model
 from control import dither_, healed, save
 from fronts import BUDGETS, SMALLER, WAYS, answers, extra_losses, front, loss, way
 from layercut import cli
-from layercut.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealConfig,
-    OutputConfig,
-    RunConfig,
-    SearchConfig,
-)
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
 from layercut.evaluation import perplexity
 from layercut.evaluation.probe_scores import found_of, passkey, retrieval_grid, trials
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors

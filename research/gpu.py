@@ -36,7 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import layercut as lc
 from common import RESULTS, named
 from layercut.cli.demo import fetch_model
-from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, PlanConfig, SearchConfig
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
+from layercut.config.commands import PlanConfig
 from layercut.evaluation.speed import peak_device_bytes, speed
 from layercut.files import write_json
 from layercut.healing.recipe import endpoints

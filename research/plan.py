@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from common import arguments
 from layercut.cli.demo import fetch_model
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
+from layercut.config.commands import CompressConfig
 from layercut.data.blocks import TextFacts
 from layercut.files import write_json
 from layercut.models import checkpoints, decoder_stack, loading

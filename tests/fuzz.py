@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 import folders
 import tiny
 from layercut.cli import single_stage
-from layercut.config import CutConfig, PlanConfig, SearchConfig
+from layercut.config import SearchConfig
+from layercut.config.commands import CutConfig, PlanConfig
 from layercut.errors import LayercutError
 from layercut.models import config_files, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
-from layercut.config import from_flat
+from layercut.config.commands import from_flat
 from layercut.errors import ConfigError, ModelError
 from layercut.models.losses import KL
 

@@ -37,7 +37,8 @@ import transformers  # noqa: E402
 import folders  # noqa: E402
 import tiny  # noqa: E402
 from layercut.cli import demo  # noqa: E402
-from layercut.config import ExportConfig, QuantizeConfig  # noqa: E402
+from layercut.config import QuantizeConfig  # noqa: E402
+from layercut.config.commands import ExportConfig  # noqa: E402
 from layercut.errors import LayercutError  # noqa: E402
 from layercut.export.checkpoint import save  # noqa: E402
 from layercut.export.engines import readings  # noqa: E402

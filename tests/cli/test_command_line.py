@@ -16,11 +16,10 @@ import yaml
 
 import quick
 from layercut.cli.command_line import FEW, app, main
-from layercut.config import (
-    PRESETS,
+from layercut.config import PRESETS, HealConfig
+from layercut.config.commands import (
     CompressConfig,
     FindConfig,
-    HealConfig,
     PerplexityConfig,
     TuneConfig,
     flattened,

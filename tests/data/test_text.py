@@ -17,7 +17,8 @@ import folders
 import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig
 from layercut.data.blocks import Blocks, Marks, TextFacts, by_origin, load_blocks, stored_blocks, stored_marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood

@@ -16,7 +16,8 @@ import families
 import folders
 import tiny
 from layercut import evaluation, surgery
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig
+from layercut.config import DataConfig, EvaluateConfig
+from layercut.config.commands import CompressConfig
 from layercut.evaluation import generation, likelihood
 from layercut.evaluation.generation import distinct, replies
 from layercut.models.losses import next_token_loss

@@ -18,7 +18,8 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import CONSUMER_NAMES, CutConfig
+from layercut.config import CONSUMER_NAMES
+from layercut.config.commands import CutConfig
 from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, LLAMA_CPP, check_cut, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp

@@ -19,7 +19,8 @@ import quick
 import tiny
 from layercut import quantization, surgery
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig, TuneSettings, from_flat
+from layercut.config import QuantizeConfig, TuneSettings
+from layercut.config.commands import from_flat
 from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 import tiny
-from layercut.config import CompressConfig, SearchConfig
+from layercut.config import SearchConfig
+from layercut.config.commands import CompressConfig
 from layercut.errors import ConfigError, ModelError
 from layercut.healing import tune_
 from layercut.healing.least_squares import Normal, fold_cut_

@@ -14,7 +14,8 @@ import folders
 import tiny
 from layercut import layer_search, surgery
 from layercut.cli.command_line import main
-from layercut.config import CompressConfig, DataConfig, HealConfig, from_flat
+from layercut.config import DataConfig, HealConfig
+from layercut.config.commands import CompressConfig, from_flat
 from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
 from layercut.errors import SurgeryError

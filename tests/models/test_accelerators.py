@@ -17,7 +17,8 @@ import quick
 import stand_in_device
 import tiny
 from layercut import surgery
-from layercut.config import DataConfig, PlanConfig, SearchConfig
+from layercut.config import DataConfig, SearchConfig
+from layercut.config.commands import PlanConfig
 from layercut.errors import ConfigError
 from layercut.evaluation import speed
 from layercut.healing import endpoint_tuning, tuning_state

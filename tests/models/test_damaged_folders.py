@@ -23,7 +23,7 @@ from fuzz import bounded, of_folder, sound_folders
 from layercut import files
 from layercut.cli import evaluate_alone, single_stage
 from layercut.cli.command_line import main
-from layercut.config import CutConfig, PerplexityConfig
+from layercut.config.commands import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError
 from layercut.export import checkpoint
 from layercut.models import checkpoints, config_files, decoder_stack, layer_reader, loading

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import folders
 from layercut import evaluation
 from layercut.cli.command_line import main
-from layercut.config import CompareConfig, MethodsConfig
+from layercut.config.commands import CompareConfig, MethodsConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.healing.recipe import endpoints

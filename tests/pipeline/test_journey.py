@@ -12,15 +12,8 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.cli.demo import fetch_model
-from layercut.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealConfig,
-    OutputConfig,
-    RunConfig,
-    SearchConfig,
-)
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
 from layercut.errors import ModelError
 from layercut.export import checkpoint
 from layercut.models import checkpoints, decoder_stack, loading

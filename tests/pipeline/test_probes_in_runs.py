@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import folders
 from layercut import quantization
 from layercut.cli.command_line import main
-from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
+from layercut.config import DataConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig
 from layercut.data import probes as probes_module
 from layercut.data.blocks import stored_blocks, stored_marks
 from layercut.data.probe_families import CAPABILITIES

@@ -15,16 +15,8 @@ from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Mixt
 
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealConfig,
-    ModelConfig,
-    PlanConfig,
-    QuantizeConfig,
-    SearchConfig,
-)
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, QuantizeConfig, SearchConfig
+from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.errors import LayercutError
 from layercut.evaluation import speed
 from layercut.healing import tune_
@@ -222,11 +214,11 @@ def test_chats_quantization_and_what_is_trained_after_it_are_counted(llama):
     assert written.steps - plain.steps == 12 * (16 + 16), "16 tokens one by one, to tune on and held out"
     rounded = {
         (name, how): stages(
-            run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), after_rounding=after)
+            run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), heal=after)
         )["quantize"]
         for name in ("gptq", "rtn")
         for how in ("none", "auto", "rounding")
-        for after in [replace(CompressConfig().after_rounding, tune_quantized=how)]
+        for after in [HealConfig(tune_tokens=64, batch_tokens=32, tune_quantized=how)]
     }
     assert layers_run(rounded["rtn", "none"]) == (0, 0)
     assert layers_run(rounded["gptq", "none"]) == (3 * 8 * 12, 8 * 12)

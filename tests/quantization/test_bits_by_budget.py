@@ -18,7 +18,8 @@ import quick
 import tiny
 from layercut import quantize
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig, from_flat
+from layercut.config import QuantizeConfig
+from layercut.config.commands import from_flat
 from layercut.errors import ConfigError
 from layercut.export import checkpoint, engines
 from layercut.models import decoder_stack

@@ -17,7 +17,7 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import from_flat
+from layercut.config.commands import from_flat
 from layercut.errors import ConfigError, RunError
 from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_tensors import quantize_file, tensor_types

@@ -15,7 +15,8 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig, from_flat
+from layercut.config import QuantizeConfig
+from layercut.config.commands import from_flat
 from layercut.errors import ConfigError
 from layercut.layer_search import search
 from layercut.pipeline.run_folder import Run

@@ -18,7 +18,8 @@ import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.cli.single_stage import quantize_alone
-from layercut.config import QuantizeAloneConfig, QuantizeConfig
+from layercut.config import QuantizeConfig
+from layercut.config.commands import QuantizeAloneConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layercut.config import ChatConfig
+from layercut.config.commands import ChatConfig
 from layercut.data.chat_templates import open_ended, render_chat
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, padding

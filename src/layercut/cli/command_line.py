@@ -25,8 +25,8 @@ from cyclopts.help import DefaultFormatter
 from layercut import __version__
 from layercut.cli.config_file import take_config
 from layercut.cli.early_checks import check
-from layercut.config import (
-    RUN,
+from layercut.config import RUN, Preset
+from layercut.config.commands import (
     ChatConfig,
     CompareConfig,
     CompressConfig,
@@ -36,7 +36,6 @@ from layercut.config import (
     LogConfig,
     PerplexityConfig,
     PlanConfig,
-    Preset,
     PushConfig,
     QuantizeAloneConfig,
     RunConfig,

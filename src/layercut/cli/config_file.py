@@ -10,7 +10,8 @@ from typing import Any
 
 import cyclopts
 
-from layercut.config import PRESETS, joined_names
+from layercut.config import PRESETS
+from layercut.config.commands import joined_names
 from layercut.errors import ConfigError
 
 

@@ -14,14 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from layercut.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealConfig,
-    RunConfig,
-    SearchConfig,
-)
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, RunConfig
 from layercut.errors import ModelError
 from layercut.files import content_digest
 from layercut.progress import say

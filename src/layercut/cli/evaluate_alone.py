@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut import evaluation
-from layercut.config import PerplexityConfig
+from layercut.config.commands import PerplexityConfig
 from layercut.data.blocks import Blocks, load_blocks
 from layercut.data.sources import CHATS, SELF, has
 from layercut.distributed import processes, sharding

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layercut import surgery
-from layercut.config import (
-    AskedBits,
-    CutConfig,
-    DataConfig,
-    ExportConfig,
-    GgufType,
-    QuantizeAloneConfig,
-    consumer_names,
-)
+from layercut.config import AskedBits, DataConfig, GgufType, consumer_names
+from layercut.config.commands import CutConfig, ExportConfig, QuantizeAloneConfig
 from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
 from layercut.export import engines

@@ -11,32 +11,27 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from cyclopts import Parameter
 
-from layercut.config.results import (
-    AfterRoundingConfig,
-    EvaluateConfig,
-    LongConfig,
-    OutputConfig,
-    QuantizeConfig,
-    RunConfig,
-    TasksConfig,
-)
-from layercut.config.stages import (
+from layercut.config import (
     HEALING,
     MEASURING,
+    OF_NAMES,
     RUN,
     SEARCH,
-    TAKE_TESTS,
+    TAKE_PROBES,
     WHAT,
     Consumers,
     DataConfig,
+    EvaluateConfig,
     GgufType,
     HealConfig,
     ModelConfig,
+    QuantizeConfig,
+    ReportedText,
     SearchConfig,
+    TasksConfig,
     at_least,
     consumer_names,
     flat,
-    joined_names,
     no_negative,
     one_of,
     options,
@@ -48,6 +43,53 @@ from layercut.errors import ConfigError
 from layercut.files import parse_bytes
 from layercut.registries import criteria, exporters
 from layercut.segments import Segment, as_segments
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is logged on stderr while a command runs."""
+
+    quiet: Annotated[bool, no_negative] = False
+    """Log nothing but warnings and errors."""
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A file of options."""
+
+    config: Annotated[Path | None, Parameter(group=RUN)] = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    a compress run, the other commands take the keys they know."""
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ConfigFile):
+    """The run folder."""
+
+    out: Path | None = None
+    """Run folder; runs/NAME where not given. A run that was stopped is resumed there. NAME.gguf: the file to write; the
+    run folder is then NAME.gguf-run."""
+    force: Annotated[bool, no_negative] = False
+    """Run finished stages again, also where a finished run of other settings, text, model or code is there, which is
+    then replaced."""
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """In which file format the result is written."""
+
+    format: Literal["auto", "gguf", "safetensors"] = "auto"
+    """safetensors: a checkpoint folder for transformers. gguf: a file for llama.cpp; of a .gguf file, with the bytes of
+    all that healing left alone. auto: gguf where MODEL is one or --out is named so, else safetensors."""
+    gguf_type: GgufType | None = None
+    """Number format of what is written in a GGUF file. Of a .gguf file, what healing changed is in the next finer
+    format than it had, as Q5_1 for Q4_1 (finer; not given, unless --target-size is), in the format that it had (same)
+    or in that of f32 to q4_0. Of a folder q8_0 where not given. q6_k to iq1_s: all weights, by llama.cpp with an
+    importance matrix (extra gguf)."""
 
 
 @flat
@@ -70,9 +112,8 @@ class FindConfig:
 class TuneConfig(FindConfig):
     """The journey up to the checkpoint, with nothing measured."""
 
-    heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
 
 
 @flat
@@ -82,103 +123,103 @@ class CompressConfig(TuneConfig):
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
-    long: LongConfig = field(default_factory=LongConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first."""
-        if not self.search.given:
+        search, quantize, asked = self.search, self.quantize, self.heal.tune_quantized
+        given, size = search.given, "give the size: --target-size 60MB"
+        if not given:
             raise ConfigError(
                 "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
             )
-        if self.quantize.bits == "auto":
-            self._check_chosen_bits()
-        elif len(given := self.search.given) > 1 and not self.search.two_budgets:
+        if quantize.bits == "auto":
+            if search.target_size is None:
+                raise ConfigError("--bits auto is given without --target-size", size)
+            if search.max_loss is not None:
+                raise ConfigError(
+                    "--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits"
+                )
+        elif len(given) > 1 and not search.two_budgets:
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
-        elif self.search.ratio == 0 and not self.quantize.rounds:
+        elif search.ratio == 0 and not quantize.rounds:
             raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
-        if self.search.two_budgets and not self.heal.tune_tokens:
+        if search.two_budgets and not self.heal.tune_tokens:
             raise ConfigError(
                 "--target-size with --max-loss is measured after healing, and --tune-tokens is 0", "give --tune-tokens"
             )
-        self._check_bits()
-
-    def _check_chosen_bits(self) -> None:
-        """Refuse --bits auto without a size, or with what chooses layers otherwise."""
-        if self.search.target_size is None:
-            raise ConfigError("--bits auto is given without --target-size", "give the size: --target-size 60MB")
-        if self.search.max_loss is not None:
-            raise ConfigError("--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits")
+        if asked in ("scales", "rounding"):
+            if quantize.bits == 16 and not search.two_budgets:
+                raise ConfigError(f"--tune-quantized {asked} is given, but nothing is quantized", "give --bits too")
+            if not self.heal.tune_tokens:
+                raise ConfigError(
+                    f"--tune-quantized {asked} is given, but no tokens are tuned on", "give --tune-tokens too"
+                )
+        quantize.check_allowed()
+        if search.two_budgets and quantize.bits != 16:
+            raise ConfigError(
+                "--bits is given, and --target-size with --max-loss chooses among 16, 8 and 4 bits",
+                "leave it out; --embedding-bits 8 goes with both budgets",
+            )
+        if quantize.bits == 16 and quantize.how and not search.two_budgets:
+            raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")
 
     @property
     def shares_size(self) -> bool:
         """Whether layers and bits share a size: then the number of layers that go is chosen too."""
-        return self.quantize.bits == "auto" and not self.search.removing
-
-    def _check_bits(self) -> None:
-        """Refuse bits that would be ignored: with two budgets they are varied, beginning with the whole model's."""
-        quantize, asked = self.quantize, self.after_rounding.tune_quantized
-        if asked in ("scales", "rounding"):
-            missing = "--bits" if quantize.bits == 16 and not self.search.two_budgets else "--tune-tokens"
-            if missing == "--bits" or not self.heal.tune_tokens:
-                what = "nothing is quantized" if missing == "--bits" else "no tokens are tuned on"
-                raise ConfigError(f"--tune-quantized {asked} is given, but {what}", f"give {missing} too")
-        quantize.check_allowed()
-        if self.search.two_budgets and quantize.bits != 16:
-            raise ConfigError(
-                "--bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
-                "leave it out; --embedding-bits 8 goes with both budgets",
-            )
-        if quantize.bits == 16 and quantize.how and not self.search.two_budgets:
-            raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")
+        return self.quantize.bits == "auto" and self.search.given == ["--target-size"]
 
 
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(ConfigFile):
     """What a run with these flags would take."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     calibrate: bool = True
     """Measure this machine for a few seconds, to estimate how long it will take."""
     json: Annotated[bool, no_negative] = False
     """Print everything as JSON instead of tables."""
-    config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
-    a compress run, the other commands take the keys they know."""
 
     def journey(self) -> CompressConfig:
         """The run that is planned."""
-        return CompressConfig(
-            load=self.load, text=self.text, search=self.search, heal=self.heal, quantize=self.quantize,
-            after_rounding=self.after_rounding, evaluate=self.evaluate, output=self.output,
-        )  # fmt: skip
+        of_a_run = {one.name for one in fields(CompressConfig)}
+        return CompressConfig(**{name: value for name, value in vars(self).items() if name in of_a_run})
 
 
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
-class CutConfig:
+class WrittenConfig:
+    """What is written to --out."""
+
+    consumers: Consumers = ""
+    force: Annotated[bool, no_negative] = False
+    """Replace what is at --out."""
+
+    def __post_init__(self) -> None:
+        consumer_names(self.consumers)
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class CutConfig(WrittenConfig):
     """Surgery alone, on the files."""
 
     segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")]
     """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
     out: Path
     """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
-    consumers: Consumers = ""
-    force: Annotated[bool, no_negative] = False
-    """Replace what is at --out."""
     allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
 
     def __post_init__(self) -> None:
-        consumer_names(self.consumers)
+        super().__post_init__()
         if not self.segment:
             raise ConfigError(
                 "no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search"
@@ -192,7 +233,7 @@ class CutConfig:
 
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
-class QuantizeAloneConfig:
+class QuantizeAloneConfig(ConfigFile, WrittenConfig):
     """Quantization alone."""
 
     out: Path
@@ -205,44 +246,32 @@ class QuantizeAloneConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    consumers: Consumers = ""
-    force: Annotated[bool, no_negative] = False
-    """Replace what is at --out."""
-    config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
-    a compress run, the other commands take the keys they know."""
 
     def check(self) -> None:
         """Check the whole; not on construction, so that a mistyped --bit is named first."""
-        consumer_names(self.consumers)
-        if self.gguf_type and self.out.suffix != ".gguf":
+        chosen, to_gguf = self.quantize.bits == "auto", self.out.suffix == ".gguf"
+        if self.gguf_type and not to_gguf:
             raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
         if self.quantize.bits == 16 and not self.gguf_type:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
         self.quantize.check_allowed()
-        chosen = self.quantize.bits == "auto"
-        if chosen and self.out.suffix == ".gguf":
+        if chosen and to_gguf:
             raise ConfigError("--bits auto packs weights for transformers, and --out is a GGUF file", "name a folder")
-        if self.out.suffix == ".gguf":
-            self._check_gguf()
+        for flag in self.quantize.how if to_gguf else ():
+            raise ConfigError(
+                f"{flag} is given, and --out is a GGUF file, whose number format says how weights are rounded",
+                f"leave out {flag}, or name a folder",
+            )
         if chosen != (self.target_size is not None):
             given, missing = ("--bits auto", "--target-size") if chosen else ("--target-size", "--bits auto")
             raise ConfigError(f"{given} is given without {missing}", "--bits auto --target-size 60MB")
         if self.target_size is not None:
             parse_bytes("--target-size", self.target_size)
 
-    def _check_gguf(self) -> None:
-        """Refuse flags of how weights are rounded: a GGUF file's number format says that."""
-        for flag in self.quantize.how:
-            raise ConfigError(
-                f"{flag} is given, and --out is a GGUF file, whose number format says how weights are rounded",
-                f"leave out {flag}, or name a folder",
-            )
-
 
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(WrittenConfig):
     """A finished run or a model in another file format."""
 
     out: Path
@@ -260,17 +289,13 @@ class ExportConfig:
     healing left alone, and writes the others in the next finer format than they came in, as Q5_1 for Q4_1 (finer, its
     default unless it had a --target-size), in the format that they came in (same) or in that of f32 to q4_0. q6_k to
     iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
-    (extra gguf). Not given,
-    and no GGUF file came: q8_0."""
+    (extra gguf). Not given, and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:
     $LAYERCUT_GGUF_CONVERTER, or that of the extra convert."""
-    consumers: Consumers = ""
-    force: Annotated[bool, no_negative] = False
-    """Replace what is at --out."""
 
     def __post_init__(self) -> None:
-        consumer_names(self.consumers)
+        super().__post_init__()
         exporters.check(self.format, "--format")
         if self.format == "gguf" and self.out.suffix != ".gguf":
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")
@@ -298,9 +323,28 @@ class ChatConfig:
         at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
-def is_cut(method: str) -> bool:
-    """Whether a method of `compare` is no criterion but segments, such as 3:6+12:15."""
-    return method[:1].isdigit()
+@options(MEASURING)
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(ConfigFile):
+    """Measuring alone."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    eval_data: str | None = None
+    """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
+    where --tasks, --evaluations or --probes is given."""
+    eval_tokens: int = 32768
+    """Tokens to measure perplexity on."""
+    eval_window: Annotated[int | None, Parameter(alias="--window")] = None
+    """Tokens in a window: windows do not overlap, the first token of each is not predicted. Not given: 2048, or as
+    many as the model has positions."""
+    seed: int = 0
+    """Seed of the evaluations and of --probes, and of the text where --eval-data is self."""
+    json: Annotated[bool, no_negative] = False
+    """Print everything as one JSON object on stdout instead of lines."""
+
+    def __post_init__(self) -> None:
+        ReportedText(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
 
 
 COMPARED_STATES = ("cut", "folded", "tuned", "lora")
@@ -311,47 +355,41 @@ TRAINED_STATES = ("tuned", "lora")
 
 @options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
-class MethodsConfig:
+class MethodsConfig(ReportedText):
     """What is compared, and on what it is measured."""
 
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
     methods: str = ",".join(("fisher:all", *(name for name in criteria if name != "auto")))
-    """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with generated tests of
-    these capabilities as well, and as two segments where that pays, for fisher, race and exhaustive; unlike
-    compress, it heals no cut on trial. 3:6+12:15: these layers. The first is what the others are compared with."""
+    """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with probes of these
+    capabilities as well, and as two segments where that pays, for fisher, race and exhaustive; unlike compress, it
+    evaluates no shortlist. 3:6+12:15: these layers. The first is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank
     32 on all layers and merged in, is trained only where it is named, on the same rows as the endpoints."""
-    eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
-    """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
-    eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
-    """Tokens to measure perplexity on."""
-    eval_window: Annotated[int | None, Parameter(group=MEASURING)] = None
-    """Tokens in a window that perplexity is reported on: windows do not overlap, the first token of each is not
-    predicted. Not given: 2048, or as many as the model has positions."""
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
     probe_share: Annotated[float, Parameter(group=HEALING)] = 0.1
-    """Share of these that are generated tests, for every method; 0: none."""
+    """Share of these that are probes, for every method; 0: none."""
     chat_share: Annotated[float, Parameter(group=HEALING)] = 0.1
     """Share of these that are chats which the dense model writes, where it has a chat template; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         self.heal()
-        EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
-        unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not is_cut(name)]
+        unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not name[0].isdigit()]
         if unknown or not self.names:
             got = ", ".join(map(repr, unknown)) or "no method"
             raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(criteria)}")
         for name in self.names:
             self.search(name)
+        allowed = f"allowed are {', '.join(COMPARED_STATES)}"
         if wrong := [state for state in split_names(self.states) if state not in COMPARED_STATES]:
-            raise ConfigError(f"--states names {wrong[0]!r}", f"allowed are {', '.join(COMPARED_STATES)}")
+            raise ConfigError(f"--states names {wrong[0]!r}", allowed)
         if not self.state_names:
-            raise ConfigError("--states names none", f"allowed are {', '.join(COMPARED_STATES)}")
+            raise ConfigError("--states names none", allowed)
         if not self.tune_tokens and (self.state_names == ["tuned"] or "lora" in self.state_names):
             raise ConfigError(
                 f"--states {self.states} is given, and nothing is tuned", "give --tune-tokens, or --states cut"
@@ -372,12 +410,12 @@ class MethodsConfig:
         return [state for state in COMPARED_STATES if state in split_names(self.states)]
 
     def search(self, name: str) -> SearchConfig:
-        """How a method of `names` is asked to search."""
-        if is_cut(name):
+        """How a method of `names` is asked to search; segments such as 3:6+12:15 are no method."""
+        if name[0].isdigit():
             return SearchConfig(segment=tuple(name.split("+")), preserve="none")
         method, _, preserved = name.partition(":")
         preserve = preserved.replace("+", ",") or "none"
-        if preserve != "none" and method in criteria.own and method not in TAKE_TESTS:
+        if preserve != "none" and method in criteria.own and method not in TAKE_PROBES:
             raise ConfigError(f"--methods {name}: {method} goes by text alone", f"--methods {method}")
         return SearchConfig(ratio=self.ratio, method=method, preserve=preserve)
 
@@ -394,23 +432,15 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
-        """The run with the same model and tokens, checked as a whole."""
-        config = CompressConfig(
-            load=self.load,
-            text=self.text,
-            search=SearchConfig(ratio=self.compare.ratio),
-            heal=self.compare.heal(),
-            tasks=self.tasks,
-            evaluate=EvaluateConfig(
-                eval_data=self.compare.eval_data,
-                eval_tokens=self.compare.eval_tokens,
-                eval_window=self.compare.eval_window,
-            ),
-            run=self.run,
-        )
-        if self.compare.ratio is None:
+        """The run with the same model and tokens."""
+        asked = self.compare
+        if asked.ratio is None:
             raise ConfigError("no --ratio is given", "a fifth of the layers: --ratio 0.2")
-        return config
+        return CompressConfig(
+            load=self.load, text=self.text, search=SearchConfig(ratio=asked.ratio), tasks=self.tasks, run=self.run,
+            heal=asked.heal(),
+            evaluate=EvaluateConfig(**{one.name: getattr(asked, one.name) for one in fields(ReportedText)}),
+        )  # fmt: skip
 
 
 def keys(config: type) -> set[str]:
@@ -420,6 +450,11 @@ def keys(config: type) -> set[str]:
     for one in fields(config):
         found |= keys(hints[one.name]) if is_dataclass(hints[one.name]) else {one.name}
     return found
+
+
+def joined_names(key: str, value: Any) -> Any:
+    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it."""
+    return ",".join(map(str, value)) if key in OF_NAMES and isinstance(value, list | tuple) else value
 
 
 def from_flat(options: Mapping[str, Any]) -> CompressConfig:
@@ -435,8 +470,7 @@ def from_flat(options: Mapping[str, Any]) -> CompressConfig:
             )
         if key == "segment":
             value = tuple(map(str, as_segments(value)))
-        value = joined_names(key, value)
-        parts[owner[key]][key] = _checked(key, value, get_type_hints(hints[owner[key]])[key])
+        parts[owner[key]][key] = _checked(key, joined_names(key, value), get_type_hints(hints[owner[key]])[key])
     return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})
 
 
@@ -461,14 +495,6 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
     """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
-    result: dict[str, Any] = {}
-    for stage in asdict(config).values():
-        result |= stage
-    del result["config"], result["force"]
-    return {key: _plain(value) for key, value in result.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    found = {key: value for stage in asdict(config).values() for key, value in stage.items()}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k not in ("config", "force")}

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from layercut.config import ExportConfig
+from layercut.config.commands import ExportConfig
 from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
 from layercut.evaluation import perplexity

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercut.config import PRESETS, CompressConfig, from_flat
+from layercut.config import PRESETS
+from layercut.config.commands import CompressConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.files import restored
 from layercut.pipeline import journey

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
-from layercut.config import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
+from layercut.config.commands import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
 from layercut.data.blocks import TextFacts, by_origin, in_rows
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layercut.config import CompressConfig, RunConfig
+from layercut.config.commands import CompressConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.formats import (

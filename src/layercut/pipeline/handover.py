@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from layercut.config import ExportConfig, consumer_names
+from layercut.config import consumer_names
+from layercut.config.commands import ExportConfig
 from layercut.errors import ConfigError
 from layercut.export import engines, hub
 from layercut.export.formats import AS_THEY_CAME, FLOATS, ExportSource

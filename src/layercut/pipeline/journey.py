@@ -13,7 +13,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from layercut.config import CompressConfig, ExportConfig, flattened
+from layercut.config.commands import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
 from layercut.models.memory import sum_in_float32_
@@ -97,7 +97,7 @@ def compress(
             capabilities = stages.evaluate.capabilities(work, segments)
             scored = stages.evaluate.score(work, segments) if tasks.names else run.earlier(TasksArtefact, "tasks")
             probes = stages.evaluate.probes(work, segments) if tasks.probes else run.earlier(FoundByLength, "probes")
-            wants_long, wants_others = config.long.long_context, tasks.evaluation_names
+            wants_long, wants_others = config.evaluate.long_context, tasks.evaluation_names
             long = stages.evaluate.long(work, segments) if wants_long else run.earlier(LongContext, "long")
             others = (
                 stages.evaluate.others(work, segments)

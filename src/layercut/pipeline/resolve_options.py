@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from layercut import evaluation
-from layercut.config import CompressConfig, SearchConfig, consumer_names
+from layercut.config import SearchConfig, consumer_names
+from layercut.config.commands import CompressConfig
 from layercut.data.probes import capability_names
 from layercut.data.sources import MADE_ANEW, what_is_read
 from layercut.distributed import processes
@@ -196,7 +197,7 @@ def needing_memory(config: CompressConfig) -> list[str]:
         "--tasks": bool(config.tasks.names),
         "--evaluations": bool(config.tasks.evaluation_names),
         "--probes": config.tasks.probes,
-        "--long-context": config.long.long_context > 0,
+        "--long-context": config.evaluate.long_context > 0,
         "--target-size with --max-loss": config.search.two_budgets,
     }
     return [flag for flag, is_asked in asked.items() if is_asked]

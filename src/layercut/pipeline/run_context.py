@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
-from layercut.config import CompressConfig, ShardMode
+from layercut.config import ShardMode
+from layercut.config.commands import CompressConfig
 from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows

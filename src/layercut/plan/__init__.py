@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from layercut import registries
-from layercut.config import CompressConfig, PlanConfig
+from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
 from layercut.files import parse_bytes

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from layercut.config import CompressConfig
+from layercut.config.commands import CompressConfig
 from layercut.layer_search.shortlist import EFFORTS
 from layercut.models.memory import Budget
 from layercut.pipeline.stages.heal import FOLD_TOKENS
@@ -310,7 +310,7 @@ def tune(run: Planned, *, rounded: bool = False) -> Stage:
     }
     learned, peak = sum(shape.dense.layers[kept[i]] for i in positions), Peak()
     if rounded:
-        group, whole = run.config.quantize.group_size or 128, run.config.after_rounding.tune_quantized == "rounding"
+        group, whole = run.config.quantize.group_size or 128, run.config.heal.tune_quantized == "rounding"
         learned = run.after.matrices // group + run.after.matrices * whole
         # and their gradients, and the codes where these stay
         peak["decoded weights"] = run.after.matrices * (2 * shape.itemsize + (not whole))
@@ -357,7 +357,7 @@ def quantize(run: Planned) -> Stage:
             kept, logits = together * round(layers * shape.mean("saved")), 12 * run.chunk(shape, together)
             back = passes(shape, some * layers, some * layers, heads=2 * some)
             found = found.then(Stage({"kept for backward": kept, "logits": logits}, back))
-    tuned = run.config.after_rounding.tune_quantized
+    tuned = run.config.heal.tune_quantized
     trains = run.config.heal.tune_tokens and (bits < 8 if tuned == "auto" else tuned != "none")
     return found.then(tune(run, rounded=True)) if trains else found
 

@@ -60,7 +60,7 @@ def both(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
     text = work.text["evaluation"]
-    inputs = [replace(work.config.evaluate, eval_data=""), text]
+    inputs = [replace(work.config.evaluate, eval_data="", long_context=0), text]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
             tokens, states = work.blocks["evaluation"], states_of(work)
@@ -157,7 +157,7 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
 
 def long(work: RunContext, segments: Sequence[Segment]) -> LongContext:
     """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
-    asked, seed = work.config.long.long_context, work.config.text.seed
+    asked, seed = work.config.evaluate.long_context, work.config.text.seed
     text, tokenizer = work.text["evaluation"], work.tokenizer
     inputs = [asked, seed, text, *(["a window is of one text"] if len({*text.origins}) > 1 else [])]
     with work.run.stage(LongContext, "long", inputs, after=["quantize"]) as stage:

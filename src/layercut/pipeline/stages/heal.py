@@ -165,4 +165,4 @@ def tune_settings(heal: HealConfig) -> HealConfig:
 
 def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
-    return replace(heal, tune_data=None, chat_share=0.0)  # the text's name has its share
+    return replace(heal, tune_data=None, chat_share=0.0, tune_quantized="auto")  # the text's name has its share

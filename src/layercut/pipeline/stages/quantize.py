@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from layercut import quantization as rounding
-from layercut.config import CompressConfig, DataConfig, QuantizeConfig
+from layercut.config import DataConfig, QuantizeConfig
+from layercut.config.commands import CompressConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS, has

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from layercut import layer_search
-from layercut.config import CompressConfig, DataConfig, SearchConfig, consumer_names
+from layercut.config import DataConfig, SearchConfig, consumer_names
+from layercut.config.commands import CompressConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.errors import ConfigError

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation
-from layercut.config import CompressConfig, HealConfig
+from layercut.config import HealConfig
+from layercut.config.commands import CompressConfig
 from layercut.data.blocks import Blocks, Marks, TextFacts, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION

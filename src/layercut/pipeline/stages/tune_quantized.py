@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from layercut.config import CompressConfig
+from layercut.config.commands import CompressConfig
 from layercut.distributed import processes
 from layercut.files import remove_written, size
 from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
@@ -40,7 +40,7 @@ ROUNDED = "rounded-state.safetensors"
 
 def wanted(config: CompressConfig) -> bool:
     """Whether what was rounded is trained: below 8 bits, unless that was switched off or nothing is tuned at all."""
-    asked = config.after_rounding.tune_quantized
+    asked = config.heal.tune_quantized
     few = config.quantize.bits == "auto" or config.quantize.bits < 8
     return bool(config.heal.tune_tokens) and (few if asked == "auto" else asked != "none")
 
@@ -49,8 +49,8 @@ def inputs(work: RunContext) -> list[Any]:
     """All that decides the result beside what quantization depends on; nothing where nothing is trained."""
     if not wanted(work.config):
         return []
-    heal, text, asked = work.config.heal, work.text, work.config.after_rounding
-    few = [FEW_BITS] if asked.tune_quantized == "auto" else []
+    heal, text, asked = work.config.heal, work.text, work.config.heal.tune_quantized
+    few = [FEW_BITS] if asked == "auto" else []
     trained = [heal.objective, heal.batch_tokens]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT, RISE, ROUNDING_RISE]
     return [*few, TOWARDS, ROWS, ANSWER_WEIGHT, *rates, asked, *trained, text["tuning"], text["heldout"]]
@@ -92,7 +92,7 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
     """Whether the rounding itself is trained: where asked, and by itself where bits are few and memory is not."""
-    asked = work.config.after_rounding.tune_quantized
+    asked = work.config.heal.tune_quantized
     if asked != "auto":
         return asked == "rounding"
     packed = [each for each in found.weights if f"{each.name}.weight_packed" in found.packed]

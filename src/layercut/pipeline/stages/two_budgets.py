@@ -14,7 +14,8 @@ from typing import Any
 
 from layercut import evaluation, layer_search
 from layercut import quantization as rounding
-from layercut.config import Bits, CompressConfig, consumer_names
+from layercut.config import Bits, consumer_names
+from layercut.config.commands import CompressConfig
 from layercut.data.blocks import fingerprint
 from layercut.errors import ConfigError
 from layercut.export.engines import ENGINES, written_by
