@@ -95,7 +95,7 @@ def test_search_and_tune_take_their_options_from_compress():
 def test_every_option_has_help_and_there_are_not_too_many():
     for command in COMMANDS:
         assert all((argument.parameter.help or "").strip() for argument in parameters(command)), command
-    assert len(parameters("compress")) <= 54
+    assert len(parameters("compress")) <= 55
 
 
 # --- --config ---
