@@ -200,6 +200,9 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
     assert best["score"] == pytest.approx(best["kl"] + best["probe_kl"], rel=1e-5)
     assert search["by_text"]["kl"] <= best["kl"] + 1e-9
     assert next(len(each["segments"]) for each in search["by_number"]) == 1
+    cuts = [tuple(map(tuple, each["segments"])) for each in search["by_number"]]
+    assert len(cuts) == len({*cuts}), "each cut once"
+    assert all(len(cut) == len({*cut}) for cut in cuts), "no cut holds a segment twice"
     assert len(found["map"]["windows"]) == folders.LAYERS
     assert told["capabilities"]["hits"].keys() == found["judged"]["dense_hits"].keys()
     page = (out / "report.html").read_text()
