@@ -278,7 +278,7 @@ def test_a_config_alone_is_enough_and_nothing_is_fetched(bare, monkeypatch, caps
     assert plan["segments"] == [[2, 4]]
     assert plan["parameters"]["after"]["total"] == pruned_parts(stock("qwen2-tied"), torch.float32, CUT, 2)[1].total
     assert plan["seconds"] is plan["machine"] is None
-    assert [*plan["stages"]] == ["load", "search", "fold", "tune", "quantize", "eval", "export"]
+    assert [*plan["stages"]] == ["load", "search", "fold", "tune", "quantize", "eval", "capabilities", "export"]
     for name, stage in plan["stages"].items():
         assert stage["peak_bytes"] == sum(stage["parts"].values())
         assert name == "load" or stage["parts"]["weights"] == plan["bytes"]["before"]["saved"]
@@ -293,7 +293,8 @@ def test_probes_and_reported_windows_are_counted(bare, capsys):
         for more in (["--eval-window=16"], ["--eval-window=16", "--preserve=none"], ["--eval-window=128"])
     )
     assert base["search"]["layer_forwards"] > 1.5 * text["search"]["layer_forwards"]
-    assert base["eval"]["layer_forwards"] > text["eval"]["layer_forwards"]
+    assert base["capabilities"]["layer_forwards"]
+    assert "capabilities" not in text
     assert long["eval"]["parts"]["logits or layer"] > base["eval"]["parts"]["logits or layer"]
     assert long["search"]["flops"] == base["search"]["flops"]
 
@@ -314,6 +315,15 @@ def test_work_that_is_not_known_is_null(bare, monkeypatch, capsys):
         assert bool(plan["search_is"]) is (method == "test-mine")
     chosen = planned(capsys, bare, "--ratio=0", "--bits=auto", "--target-size=60kB")
     assert not {"search", "fold", "tune"} & chosen["stages"].keys(), "nothing is removed"
+
+
+@pytest.mark.parametrize("flags", [["--on=h100"], ["--device=cuda"]])
+def test_a_gpu_is_planned_by_name_where_there_is_none(bare, flags, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", str(bare), "--ratio=0.3", "--window=16", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"] == plan["fits"][0]["target"].removeprefix("one ") == flags[0][5:].replace("ice=cuda", "a100")
+    assert plan["seconds"] > 0
 
 
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):

@@ -32,13 +32,14 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     row("  head", lambda parts: "tied to the embedding" if parts["tied"] else f"{parts['head']:,}")
     row("  other", lambda parts: f"{parts['other']:,}")
     for name in plan["bytes"]["before"]:
-        words = {"saved": "saved", "asked": "  as asked"}.get(name, f"  in {name}")
+        words = {"saved": "saved", "asked": "  as asked", "gguf": "GGUF file"}.get(name, f"  in {name}")
         sizes.add_row(words, *(size(plan["bytes"][end][name]) for end in ENDS))
     row("cache, bytes a token", lambda parts: parts["kv_bytes_per_token"] or "?")
     row("  layers by cache", lambda parts: ", ".join(f"{n} {kind}" for kind, n in parts["caches"].items()))
     yield sizes
 
-    stages = Table("stage", "peak memory", "most of it", "operations", "time", title="Stages", title_justify="left")
+    heads = ("stage", "peak memory", "most of it", "operations", "time, estimated")
+    stages = Table(*heads, title="Stages", title_justify="left")
     for name, stage in plan["stages"].items():
         flops = "?" if stage["flops"] is None else f"{stage['flops'] / 1e12:,.2f} T"
         largest = max(stage["parts"], key=stage["parts"].get)

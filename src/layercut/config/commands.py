@@ -182,6 +182,9 @@ class PlanConfig(ConfigFile):
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    on: Literal["t4", "l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
+    """Plan for this GPU instead of this machine, from its data sheet. Not given, with --device cuda where there is
+    none: a100."""
     calibrate: bool = True
     """Measure this machine for a few seconds, to estimate how long it will take."""
     json: Annotated[bool, no_negative] = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,18 @@ def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arch
         )
 
 
-def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:
-    """Layers to remove for --target-size, counted from the tensors of the .gguf file."""
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of a .gguf file."""
+
+    whole: int
+    blocks: list[int]
+    growth: list[int]
+    """What each block grows by where it is healed."""
+
+
+def bytes_by_block(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> BlockBytes:
+    """Counted from the tensors of the .gguf file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header, reader = open_gguf(checkpoint.file, as_loaded=True)
@@ -154,18 +165,22 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
             becomes = healed_type(kind, tensor.tensor_type.name.lower())
             per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[becomes.upper()]]
             growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
-    search, radius = config.search, config.heal.radius
-    dearest, criterion = sorted(growth, reverse=True), criteria.get(search.method)
+    aligned = (-(-int(tensor.n_bytes) // reader.alignment) * reader.alignment for tensor in reader.tensors)
+    return BlockBytes(int(reader.data_offset) + sum(aligned), blocks, growth)
+
+
+def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:
+    """Layers to remove for --target-size, counted from the tensors of the .gguf file."""
+    file, search, radius = bytes_by_block(config, checkpoint), config.search, config.heal.radius
+    dearest, criterion, layers = sorted(file.growth, reverse=True), criteria.get(search.method), len(file.blocks)
 
     def beside(n: int) -> int:
         segments = most_segments(criterion, search.num_segments, n)
-        return sum(dearest[: min(2 * radius * segments, header.layers - n)])
+        return sum(dearest[: min(2 * radius * segments, layers - n)])
 
-    aligned = (-(-int(tensor.n_bytes) // reader.alignment) * reader.alignment for tensor in reader.tensors)
-    whole = int(reader.data_offset) + sum(aligned)
-    if target >= whole:
-        return length_for_size(blocks, whole, target)  # which refuses it: the file is as small already
-    return length_for_size(blocks, whole + METADATA_GROWTH + 4 * header.layers, target, beside=beside)
+    if target >= file.whole:
+        return length_for_size(file.blocks, file.whole, target)  # which refuses it: the file is as small already
+    return length_for_size(file.blocks, file.whole + METADATA_GROWTH + 4 * layers, target, beside=beside)
 
 
 # --- the stages ---

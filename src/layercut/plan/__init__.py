@@ -26,11 +26,12 @@ from layercut import registries
 from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
+from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
 from layercut.models import checkpoints, decoder_stack, loading, memory
 from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
-from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
+from layercut.pipeline.gguf_run import bytes_by_block, check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
     check_consumers,
     check_streamed,
@@ -55,6 +56,12 @@ RESERVED = 1 * GB
 """Left alone on an accelerator: its runtime and what the allocator cannot use. A guess."""
 
 
+CARDS = {"t4": (16, 0.32, 65, 0.25), "l4": (24, 0.3, 121, 0.5), "rtx4090": (24, 1.01, 165, 1.3),
+         "l40s": (48, 0.86, 362, 1.4), "a100": (80, 2.04, 312, 9.7), "h100": (80, 3.35, 989, 34),
+         "h200": (141, 4.8, 989, 34), "b200": (180, 8.0, 2250, 37)}  # fmt: skip
+"""GPUs by their data sheets: GB of memory, TB/s, dense TFLOP/s in 16 bits and in float64."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """What this machine does in a second."""
@@ -70,6 +77,13 @@ class Rates:
     """Bytes moved, read and written, by an elementwise operation."""
     disk: float | None
     """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
+
+    @classmethod
+    def of_card(cls, name: str) -> Rates:
+        """A GPU's: 40 % of its data sheet's products, 70 % of its bandwidth, a disk of 1 GB/s. Guesses."""
+        _, bandwidth, flops, flops64 = CARDS[name]
+        moved = 0.7e12 * bandwidth
+        return cls(flops=0.4e12 * flops, flops64=0.4e12 * flops64, matvec=moved, launch=6e-6, memory=moved, disk=1e9)
 
     @classmethod
     def measured(cls, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
@@ -189,6 +203,11 @@ class Planner:
         gguf, folder = self.checkpoint.gguf, self.checkpoint.folder
         files = [self.checkpoint.file] if gguf else checkpoints.weight_files(folder)
         read = sum(file.stat().st_size for file in files if file.is_file()) or weights
+        if keeps_gguf(config, self.checkpoint) and "eval" in found:  # what healing changed is rounded and written
+            last = {name: found.pop(name) for name in [*found][[*found].index("eval") :]}
+            changed = 2 * len(self.segments) * max(shape.dense.layers)
+            work = Work(moved=40 * changed, read=2 * read)
+            found |= {"quantize": Stage({"healed weights": 4 * changed}, work)} | last
         # safetensors in the format that is computed in are mapped; a GGUF file is made float32 first
         mapped = on_cpu and not gguf and self.dtypes[True] == self.dtypes[False] and not on_disk
         peak = {"weights": 0 if mapped else held * (4 // shape.itemsize if gguf and on_cpu else 1)}
@@ -234,8 +253,10 @@ class Planner:
         }  # fmt: skip
 
 
-def places() -> Iterator[Place]:
-    """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB."""
+def places(card: str | None) -> Iterator[Place]:
+    """A GPU that is named, this machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB."""
+    if card:
+        yield Place(name=f"one {card}", bytes=CARDS[card][0] * GB)
     memory = psutil.virtual_memory().total
     yield Place(name="this machine's CPU", bytes=memory, accelerator=False)
     if kind := torch.accelerator.current_accelerator(check_available=True):
@@ -279,7 +300,9 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if checkpoint.gguf:
         check_output(asked, checkpoint)  # else it is about --out, which a plan has not
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    device, layers = loading.pick_device(config.load.device), decoder_stack.count_layers(stock)
+    wants_gpu = config.load.device.startswith("cuda") and not torch.cuda.is_available()
+    card, layers = config.on or ("a100" if wants_gpu else None), decoder_stack.count_layers(stock)
+    device = torch.device("cuda") if card else loading.pick_device(config.load.device)
     stored = loading.pick_dtype(config.load.dtype, stock, checkpoint)
     check_window("--window", asked.text.window, stock)
     capability_names(asked.search.preserve)
@@ -301,9 +324,11 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         shapes={},
     )  # fmt: skip
     shape = planner.shape(asked.text.window, on_cpu)
-    rates = Rates.measured(shape, dtypes[on_cpu], device, checkpoint.folder) if config.calibrate else None
-    told = {}
-    for name, stage in planner.costs(asked, on_cpu, available_bytes(device)).items():
+    rates = Rates.of_card(card) if card else None
+    if config.calibrate and not card:
+        rates = Rates.measured(shape, dtypes[on_cpu], device, checkpoint.folder)
+    told, room = {}, CARDS[card][0] * GB - RESERVED if card else available_bytes(device)
+    for name, stage in planner.costs(asked, on_cpu, room).items():
         work = stage.work
         told[name] = {
             "peak_bytes": total(stage.peak), "parts": stage.peak, "flops": work and work.flops + work.flops64,
@@ -312,7 +337,12 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         }  # fmt: skip
     ends = {"before": before, "after": after}
     saved = {end: sizes(parts, stored) for end, parts in ends.items()}
-    if asked.quantize.rounds and asked.quantize.bits != "auto":
+    if keeps_gguf(asked, checkpoint) and not (asked.output.gguf_type and is_mixture(asked.output.gguf_type)):
+        file = bytes_by_block(asked, checkpoint)
+        gone = sum(sum(file.blocks[s.start : s.stop]) for s in segments)
+        grown = sum(sorted(file.growth)[-2 * asked.heal.radius * len(segments) :]) if segments else 0
+        saved = {"before": {"gguf": file.whole}, "after": {"gguf": file.whole - gone + grown}}
+    elif asked.quantize.rounds and asked.quantize.bits != "auto":
         packed = saved_bytes(whole, asked.quantize, stored)
         saved["before"]["asked"] = packed.total
         saved["after"]["asked"] = packed.total - sum(sum(packed.layers[s.start : s.stop]) for s in segments)
@@ -323,7 +353,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     unknown = not given and asked.search.method not in registries.criteria.own
     return {
         "model": model,
-        "device": str(device),
+        "device": card or str(device),
         "dtype": str(stored).removeprefix("torch."),
         "computed_in": str(dtypes[on_cpu]).removeprefix("torch."),
         "layers": {end: len(parts.layers) for end, parts in ends.items()},
@@ -337,7 +367,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "machine": asdict(rates) if rates else None,
         "stages": told,
         "seconds": sum(stage["seconds"] or 0 for stage in told.values()) if rates else None,
-        "fits": [planner.judged(place, asked) for place in places()],
+        "fits": [planner.judged(place, asked) for place in places(card)],
     }
 
 

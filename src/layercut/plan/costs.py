@@ -166,7 +166,10 @@ def stages(run: Planned) -> dict[str, Stage]:
             found["tune"] = chats(run).then(tune(run))
     if config.quantize.rounds:
         found["quantize"] = quantize(run)
-    found |= {"eval": evaluate(run), "export": export(run)}
+    found["eval"] = evaluate(run)
+    if config.search.preserve != "none":
+        found["capabilities"] = capabilities(run)
+    found["export"] = export(run)
     held = weights(run.shape, run.on_disk)
     return {name: Stage(held | stage.peak, stage.work) for name, stage in found.items()}
 
@@ -363,7 +366,7 @@ def quantize(run: Planned) -> Stage:
 
 
 def evaluate(run: Planned) -> Stage:
-    """Perplexity of every state, what the dense and the last model write, their speed, and the probes that judge."""
+    """Perplexity of every state, what the dense and the last model write, and their speed."""
     shape, kept, config, layers = run.reported, len(run.after.layers), run.config, run.reported.layers
     rows = shape.rows_of(config.evaluate.eval_tokens)
     states = 1 + config.heal.fold + bool(config.heal.tune_tokens) + config.quantize.rounds
@@ -378,15 +381,19 @@ def evaluate(run: Planned) -> Stage:
         shape, forwards, heads=rows * (1 + states) + 2 * written, decoded=decoded,
         steps=dense_steps * layers + cut_steps * kept,
     )  # fmt: skip
-    if config.search.preserve != "none":  # the map of single layers on twelve rows, and rows of probes of four lengths
-        entered = 12 * layers * (layers + 1) / 2 + (16 + 8 * 1920 / run.shape.window) * (layers + kept)
-        work += passes(run.shape, entered, heads=12 * (layers + 1))
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
     # where one row's logits are too many, those of a part of it
     some = min(together * shape.window, 4 * run.budget.logit_tokens(shape.vocabulary) // shape.itemsize)
     most = max(2 * some * shape.vocabulary * shape.itemsize, together * shape.most("live"))
     streams = 2 * shape.stream(rows) * run.on_disk
     return Stage({"streams": streams, "logits or layer": most, "healed weights": run.healed_bytes}, work)
+
+
+def capabilities(run: Planned) -> Stage:
+    """The map of single layers on twelve rows, and probes: 48 rows of 256 tokens, and of four longer lengths."""
+    shape, layers, kept = run.shape, run.shape.layers, len(run.after.layers)
+    entered = 12 * layers * (layers + 1) / 2 + (48 * 256 + 8 * 1920) / shape.window * (layers + kept)
+    return Stage({"layer": shape.most("live")}, passes(shape, entered, heads=12 * (layers + 1)))
 
 
 def export(run: Planned) -> Stage:
