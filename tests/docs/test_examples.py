@@ -7,7 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 
 import layercut
@@ -51,17 +50,16 @@ def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch, quic
 
 
 def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch, quick_runs):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    snippet = snippet.replace('"c4"', repr(str(texts[0]))).replace("tokens=16384", "tokens=64, window=16")
-    snippet = snippet.replace("probe_rows(tokenizer)", "probe_rows(tokenizer, rows=2, window=128)")
-    tokens = torch.randint(90, (4, 16), generator=torch.Generator().manual_seed(0))
-    names = {"more_tokens": tokens, "heldout": tokens.flip(0)}
-    names |= {"tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
-    names |= {"model": AutoModelForCausalLM.from_pretrained(tiny_model)}
-    exec(snippet, names)
+    few = {'"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(tiny_model)), '"c4"': repr(str(texts[0])),
+           '"wikitext2"': repr(str(texts[1])), "tokens=81920": "tokens=128, window=16", "[64, 256]": "[4, 4]",
+           "tokens=16384": "tokens=64, window=16",
+           "probe_rows(tokenizer)": "probe_rows(tokenizer, rows=2, window=128)"}  # fmt: skip
+    for shown, tiny in few.items():
+        assert shown in snippet
+        snippet = snippet.replace(shown, tiny)
+    exec(snippet, {})
     assert (tmp_path / "out" / "config.json").is_file()
 
 
