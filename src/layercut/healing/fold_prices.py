@@ -7,7 +7,8 @@ all cuts:
 
     h_e ~ h + z X,    X = (Z'Z + ridge I)^-1 Z'Y,    Y = h_e - h
 
-h is what leaves layer s - 1, z what its last linear output reads. No weight is changed: z X is added to the stream.
+h is what leaves layer s - 1, z what its last linear output reads. No weight is changed: z X is added to the stream, and
+behind a norm what the norm makes of it more (`normalised.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import Normal, add_split_
-from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
+from layercut.healing.least_squares import Normal, add_split_, kept_out, sums_of_turns
+from layercut.healing.linear_outputs import LinearOutput, find_targets, norms_of, run_and_catch
+from layercut.healing.normalised import Alternation, Batch, Branch
 from layercut.models.losses import as_cost, teacher_of
-from layercut.models.memory import slices
+from layercut.models.memory import place_of_float64, slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all
 from layercut.segments import Segment
 
@@ -31,6 +33,11 @@ RIDGES = (1e-3, 1e-1)
 """Relative ridges that are tried on rows kept out. Of few tokens for many unknowns the larger is better."""
 IN_MEMORY = 2**30
 """Bytes of the dense model's states, of either kind of rows, beyond which they are kept in a file."""
+QUICK_STEPS = 3
+"""Turns behind a norm, at most."""
+
+Leaving = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""h after a layer, what its target reads or puts out, and what the norm behind that reads, or h again."""
 
 
 class FoldPrices:
@@ -89,15 +96,32 @@ class FoldPrices:
                 rows.carry_(states, position, segment.start)
             return
         left = list(self.fit.leaving(fit, position, target))
-        x = self._solved(segment, left)
+        x = self._solved_in_turns(segment, left, target) if target.norm else self._solved(segment, left)
         judged[:] = [_with(*each, x) for each in self.judged.leaving(judged, position, target)]
         if not last:
             fit[:] = [_with(*each, x) for each in left]
 
-    def _solved(self, segment: Segment, left: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+    def _solved_in_turns(self, segment: Segment, left: Sequence[Leaving], target: LinearOutput) -> Branch | None:
+        """What a norm's input and its gain become; None where a sum is not finite."""
+
+        def batches() -> Iterator[Batch]:
+            for (out, *read), part in zip(left, self.fit.parts, strict=True):
+                wanted, held = self.fit.kept[segment.stop, part].to(out.device), kept_out(part)
+                z, u, out, wanted = (each.flatten(0, 1) for each in (*read, out, wanted))
+                yield Batch(z, [u], out, wanted, held.repeat_interleave(self.fit.tokens.shape[1]))
+
+        turns = Alternation([target], self.dense.hidden_size, batches, place_of_float64(left[0][0].device))
+        start, fit, check = sums_of_turns(turns)
+        if not (fit.finite and check.finite):
+            return None
+        ridge, _ = fit.solve_best(RIDGES if check.tokens else RIDGES[-1:], check)
+        turns.solve_(fit.factored(ridge), ridge * fit.zz.diagonal().mean().item(), start, steps=QUICK_STEPS)
+        return turns.branches[0]
+
+    def _solved(self, segment: Segment, left: Sequence[Leaving]) -> torch.Tensor | None:
         """X [I, D] of what leaves layer s - 1 and what its target reads, by batch; None where a sum is not finite."""
         solved, check = (Normal.zeros(left[0][1].shape[-1], self.dense.hidden_size, left[0][0].device) for _ in "ab")
-        for batch, (out, z) in enumerate(left):
+        for batch, (out, z, _) in enumerate(left):
             part = self.fit.parts[batch]
             add_split_(solved, check, part, z, out, self.fit.kept[segment.stop, part])
         if not (solved.finite and check.finite):
@@ -115,8 +139,10 @@ class FoldPrices:
         return float(kl.cpu().double() @ self.weights[part].flatten()[counted.cpu()].double())
 
 
-def _with(out: torch.Tensor, z: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-    """h + z X, in h's dtype; h where there is no X."""
+def _with(out: torch.Tensor, z: torch.Tensor, u: torch.Tensor, x: torch.Tensor | Branch | None) -> torch.Tensor:
+    """h + z X, in h's dtype, or with what a norm makes of it; h where there is no X."""
+    if isinstance(x, Branch):
+        return out + x.change(z.float(), u.float())[0].to(out.dtype)
     return out if x is None else out + (z.float() @ x.float().to(z.device)).to(out.dtype)
 
 
@@ -157,14 +183,13 @@ class _Rows:
         self.forwards += len(self.tokens) * max(0, stop - start)
         carry_(self.dense, states, self.calls, start, stop)
 
-    def leaving(
-        self, states: list[torch.Tensor], position: int, target: LinearOutput
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(h after a layer, what its target reads or puts out) of every batch."""
+    def leaving(self, states: list[torch.Tensor], position: int, target: LinearOutput) -> Iterator[Leaving]:
+        """What leaves a layer, of every batch."""
         layer = self.dense.loaded(position)
         module = layer.get_submodule(target.name)
+        norms = [layer.get_submodule(norm.name) for norm in norms_of([target])]
         self.forwards += len(self.tokens)
         for hidden, calls in zip(states, self.calls, strict=True):
             hidden = self.dense.on_device_of(position, hidden)
-            out, caught = run_and_catch(layer, hidden, calls[position], [module])
-            yield out, target.of(caught[module], out)
+            out, caught = run_and_catch(layer, hidden, calls[position], [module, *norms])
+            yield out, target.of(caught[module], out), caught[norms[0]][0].reshape(out.shape) if norms else out

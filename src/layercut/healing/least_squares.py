@@ -29,27 +29,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
-from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
+from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, norms_of, run_and_catch
+from layercut.healing.normalised import SMALLEST, Alternation, Batch, Sums
 from layercut.models.losses import as_cost, mean_kl
 from layercut.models.memory import place_of_float64
 from layercut.models.runner import DecoderRunner, carry_, enter_all, own_device, prepared, shared_layers, shared_passes
 from layercut.progress import bar
 from layercut.segments import Segment
 
+Advance = Callable[[float], None]
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges that are tried. Which is best depends on the number of tokens; the largest guard against few."""
 
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
-
-SMALLEST = 1e-12
-"""The least mean square of a stream that an error is taken relative to."""
 
 COLUMNS = 1024
 """Columns of Z'Z that are added to at once, below its diagonal alone: it is symmetric."""
@@ -106,12 +106,17 @@ class Normal:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
+        return self.factored(ridge)(self.zy)
+
+    def factored(self, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes (Z'Z + ridge * mean(diag Z'Z) I)^-1 Y of Y [I, D]."""
         regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
         regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
         factor, failed = torch.linalg.cholesky_ex(regular)  # reads nothing above the diagonal
         if not failed:
-            return torch.cholesky_solve(self.zy, factor)
-        return torch.linalg.solve(regular.tril() + regular.tril(-1).T, self.zy)
+            return lambda y: torch.cholesky_solve(y, factor)
+        whole = regular.tril() + regular.tril(-1).T
+        return lambda y: torch.linalg.solve(whole, y)
 
     def solve_best(self, ridges: Sequence[float], check: Normal) -> tuple[float, torch.Tensor]:
         """The ridge that leaves least of what the sums have not seen.
@@ -270,6 +275,10 @@ def _position(student: DecoderRunner, dense: DecoderRunner, segment: Segment) ->
     return sum(i < segment.start for i in kept_positions(student, dense)) - 1
 
 
+def _nothing(rows: float) -> None:
+    pass
+
+
 @torch.no_grad()
 def fold_cut_(
     student: DecoderRunner,
@@ -277,13 +286,13 @@ def fold_cut_(
     segment: Segment,
     tokens: torch.Tensor,
     rows: int | None = None,
-    advance: Callable[[float], None] = lambda rows: None,
+    advance: Advance = _nothing,
 ) -> Fold:
     """Fold one cut, whether that helps or not.
 
     The student's changed weights are new parameters; its other layers may be healed already, in whatever way. A cut
     is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear output
-    to the residual stream as it is, or where what reaches the cut is not finite.
+    to the residual stream, or where what reaches the cut is not finite.
     """
     position = _position(student, dense, segment)
     if position < 0:
@@ -292,32 +301,116 @@ def fold_cut_(
         student.layers[position] = sharding.whole_copy(student.layer_at_rest(position))
     targets = find_targets(student, position, tokens[:2, :32])
     if not targets:
-        return _skipped(segment, "the layer before the cut adds no linear output to the residual stream as it is")
+        return _skipped(segment, "the layer before the cut adds no linear output to the residual stream")
 
     def share_of_bar(rows: float) -> None:
         advance(rows / len(targets))
 
-    ends = _Ends(dense, student, segment, position, kept=len(targets) > 1)
+    behind_norms = any(target.norm for target in targets)
+    ends = _Ends(dense, student, segment, position, kept=len(targets) > 1 or behind_norms)
     ridges: list[float] = []
     plain = 0.0
     for number, target in enumerate(targets):
         # jointly with the later projections, so that an earlier one does not take over their part; only its own rows
         # of X are used, and the later ones are solved again on what they then read
-        solved = together(targets[number:])
-        fit, check = _statistics(ends, solved, tokens, rows, share_of_bar)
-        judge = check if check.tokens else fit
-        if not (fit.finite and check.finite):
+        solve = _solve_in_turns if behind_norms else _solve
+        found = solve(ends, together(targets[number:]), tokens, rows, share_of_bar)
+        if found is None:
             if not number:
                 return _skipped(segment, "what reaches the cut is not finite")
             break  # by an earlier projection of this fold, which held-out KL then judges
-        # with no rows kept out, one that hardly trusts the rows; X [sum of widths, D]
-        ridge, x = fit.solve_best(RIDGES if check.tokens else RIDGES[-2:-1], check)
-        target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
-        ridges.append(ridge)
-        plain = plain or judge.yy
+        layer, stored = student.loaded(position), student.stored_dtype
+        target.fold_into_(layer, found.x[: target.width], stored)
+        if target.norm and found.gain is not None:
+            target.norm.write_(layer, found.gain, stored)
+        ridges.append(found.ridge)
+        plain, left, counted = plain or found.before, found.after, found.tokens
     names = [target.name for target in targets[: len(ridges)]]
-    share = as_cost(judge.left(x) / plain) if plain else 1.0
-    return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
+    share = as_cost(left / plain) if plain else 1.0
+    return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, counted)
+
+
+class _Solved(NamedTuple):
+    """X [sum of widths, D] of targets solved together, and what it leaves of the judging tokens' squared error."""
+
+    x: torch.Tensor
+    gain: torch.Tensor | None
+    """[D], of the norm behind the first target."""
+    ridge: float
+    before: float
+    after: float
+    tokens: int
+
+
+def _solve(
+    ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, rows: int | None, advance: Advance
+) -> _Solved | None:
+    """The least squares of what is added to the stream as it is; None where a sum is not finite."""
+    width = sum(target.width for target in targets)
+    fit, check = (Normal.zeros(width, ends.student.hidden_size, ends.device) for _ in range(2))
+    for part, z, _, out, wanted in _read(ends, targets, tokens, rows, advance):
+        add_split_(fit, check, part, z, out, wanted)
+    fit.sum_()
+    check.sum_()
+    judge = check if check.tokens else fit
+    if not (fit.finite and check.finite):
+        return None
+    # with no rows kept out, one that hardly trusts the rows
+    ridge, x = fit.solve_best(RIDGES if check.tokens else RIDGES[-2:-1], check)
+    return _Solved(x, None, ridge, judge.yy, judge.left(x), fit.tokens + check.tokens)
+
+
+def _solve_in_turns(
+    ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, rows: int | None, advance: Advance
+) -> _Solved | None:
+    """The same where norms read some of it (`normalised.py`); what the turns go through again is kept, if it fits."""
+    kept: list[Batch] = []
+
+    def batches() -> Iterator[Batch]:
+        if kept:
+            yield from kept
+            return
+        found, room = list[Batch](), ends.room
+        nonlocal advance
+        for part, z, inputs, out, wanted in _read(ends, targets, tokens, rows, advance):
+            flat = [each.flatten(0, 1) for each in (z, out, wanted.to(out.device), *inputs)]
+            held = kept_out(part).repeat_interleave(z.shape[1])
+            yield Batch(flat[0], flat[3:], flat[1], flat[2], held)
+            room -= sum(each.nbytes for each in flat)
+            if room > 0:
+                found.append(Batch(flat[0], flat[3:], flat[1], flat[2], held))
+        if room > 0:
+            kept.extend(found)
+        advance = _nothing
+
+    turns = Alternation(targets, ends.student.hidden_size, batches, place_of_float64(ends.device))
+    start, fit, check = sums_of_turns(turns)
+    if not (fit.finite and check.finite):
+        return None
+    ridge, _ = fit.solve_best(RIDGES if check.tokens else RIDGES[-2:-1], check)
+    turns.solve_(fit.factored(ridge), ridge * fit.zz.diagonal().mean().item(), start)
+    x = torch.cat([branch.weights for branch in turns.branches])
+    before = start.left[1 if check.tokens else 0]
+    return _Solved(x, turns.branches[0].gain, ridge, before, turns.least, fit.tokens + check.tokens)
+
+
+def sums_of_turns(turns: Alternation) -> tuple[Sums, Normal, Normal]:
+    """What a first pass finds, and the least squares of a first step, of the tokens to fit and of those that check."""
+    fit, check = (Normal.zeros(turns.width, turns.hidden, turns.place) for _ in range(2))
+
+    def add_(
+        read: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], gap: torch.Tensor, held: torch.Tensor
+    ) -> None:
+        for sums, chosen in ((fit, ~held), (check, held)):
+            which = chosen.nonzero()[:, 0].to(gap.device)
+            sums.add_(torch.cat(list(read), dim=-1)[which], gap[which])
+            for branch, z, slope in zip(turns.branches, read, slopes, strict=True):
+                sums.zy[branch.columns] += (z[which].T @ (slope - gap)[which]).to(sums.zy)
+
+    start = turns.measure(add_)
+    fit.sum_()
+    check.sum_()
+    return start, fit, check
 
 
 def _skipped(segment: Segment, reason: str) -> Fold:
@@ -342,6 +435,7 @@ class _Ends:
         """Nothing is run yet; with `kept`, what has been is kept in the host's memory, up to KEPT_BYTES."""
         self.dense, self.student, self.segment, self.position = dense, student, segment, position
         # processes that run the layers of a spread model together have to run the same ones
+        self.device = own_device(student.layers[position]) or student.device
         self.room = KEPT_BYTES if kept and not sharding.is_spread(student.model) else 0
         self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -372,38 +466,33 @@ class _Ends:
         return list(zip(before, wanted, strict=True))
 
 
-def _statistics(
-    ends: _Ends,
-    targets: Sequence[LinearOutput],
-    tokens: torch.Tensor,
-    rows: int | None,
-    advance: Callable[[float], None],
-) -> tuple[Normal, Normal]:
-    """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out.
+def _read(
+    ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, rows: int | None, advance: Advance
+) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]]:
+    """By batch of rows: which, what the targets are solved from side by side, what their norms read, the stream as it
+    is and as it is to be.
 
     Of several processes each takes a share of the rows. Of layers on disk each, up to the cut, is read once a pass.
     """
     dense, student = ends.dense, ends.student
-    width = sum(target.width for target in targets)
-    device = own_device(student.layers[ends.position]) or student.device
-    fit, check = (Normal.zeros(width, student.hidden_size, device) for _ in range(2))
     tokens, rows = dense.place(tokens), rows or dense.budget.layer_rows(tokens.shape[1])
     shared = sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)])
     queue = dense.parts("fold", shared)
     for one in queue:
         parts, counts = one
-        found: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = iter(())
+        found: Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]] = iter(())
         with queue.trying(one):
             gaps = _gaps(ends, targets, tokens, parts)
             found = chain([next(gaps)], gaps)  # all layers have been run by then
-        for part, (z, out, wanted) in zip(parts, found, strict=False):  # none where memory ran out
-            if not counts:
-                continue
-            add_split_(fit, check, part, z, out, wanted)
-            advance(len(z))
-    fit.sum_()
-    check.sum_()
-    return fit, check
+        for part, each in zip(parts, found, strict=False):  # none where memory ran out
+            if counts:
+                yield (part, *each)
+                advance(len(each[0]))
+
+
+def kept_out(rows: slice) -> torch.Tensor:
+    """Which rows check what the others are solved for, one in HELD_OUT: bool [rows]."""
+    return torch.arange(rows.start, rows.stop) % HELD_OUT == HELD_OUT - 1
 
 
 def add_split_(
@@ -413,7 +502,7 @@ def add_split_(
     wanted = wanted.to(out.device).float()
     scale = wanted.square().mean(-1, keepdim=True).clamp_min(SMALLEST).rsqrt()
     z, y = z.float() * scale, (wanted - out.float()) * scale
-    held = torch.arange(rows.start, rows.stop) % HELD_OUT == HELD_OUT - 1
+    held = kept_out(rows)
     for sums, chosen in ((fit, ~held), (check, held)):
         which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
         sums.add_(z[which], y[which])
@@ -421,14 +510,18 @@ def add_split_(
 
 def _gaps(
     ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, parts: Sequence[slice]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What the targets are solved from [B, T, I], side by side, and the stream as it is and is to be [B, T, D]."""
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]]:
+    """What the targets are solved from [B, T, I], side by side, what their norms read, and the stream as it is and is
+    to be [B, T, D].
+    """
     student, position = ends.student, ends.position
     both = ends.of(tokens, parts)
     layer = student.loaded(position)
     modules = [layer.get_submodule(target.name) for target in targets]
+    norms = [layer.get_submodule(norm.name) for norm in norms_of(targets)]
     for part, (before, wanted) in zip(parts, both, strict=True):
         hidden = student.on_device_of(position, before.to(student.device))
-        out, caught = run_and_catch(layer, hidden, student.arguments(tokens[part])[position], modules)
+        out, caught = run_and_catch(layer, hidden, student.arguments(tokens[part])[position], [*modules, *norms])
         outputs = [target.of(caught[module], out) for module, target in zip(modules, targets, strict=True)]
-        yield torch.cat(outputs, dim=-1), out, wanted
+        inputs = [caught[norm][0].reshape(out.shape) for norm in norms]
+        yield torch.cat(outputs, dim=-1), inputs, out, wanted
