@@ -12,7 +12,7 @@ from layercut.healing import least_squares, normalised
 from layercut.healing.fold_prices import FoldPrices
 from layercut.healing.least_squares import fold_cut_, sums_of_turns
 from layercut.healing.linear_outputs import LinearOutput, OutputNorm, find_targets
-from layercut.healing.normalised import Alternation, Batch
+from layercut.healing.normalised import Alternation, FoldBatch
 from layercut.models import decoder_stack
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
@@ -71,7 +71,7 @@ def random_turns(*, centred):
     changed = u + 0.5 * z @ normal(read, hidden) / read**0.5
     out = rest + factor * (gain * norm.normal(u)[0] + bias)
     wanted = rest + factor * (1.3 * gain * norm.normal(changed)[0] + bias) + 0.05 * normal(tokens, hidden)
-    batch = Batch(z, [u], out, wanted, torch.zeros(tokens, dtype=torch.bool))
+    batch = FoldBatch(z, [u], out, wanted, torch.zeros(tokens, dtype=torch.bool))
     return Alternation([LinearOutput("w", True, (), read, norm=norm)], hidden, lambda: [batch], z.device)
 
 
@@ -144,7 +144,7 @@ def test_on_what_models_compute_too(name):
     ends = least_squares._Ends(dense, student, CUT, 1, kept=True)
     read = [*least_squares._read(ends, targets, tokens, 16, lambda rows: None)]
     batches = [
-        Batch(z.flatten(0, 1), [u.flatten(0, 1) for u in inputs], out.flatten(0, 1), wanted.flatten(0, 1), held)
+        FoldBatch(z.flatten(0, 1), [u.flatten(0, 1) for u in inputs], out.flatten(0, 1), wanted.flatten(0, 1), held)
         for _, z, inputs, out, wanted in read
         for held in [torch.zeros(z.shape[0] * z.shape[1], dtype=torch.bool)]
     ]

@@ -283,7 +283,7 @@ def test_a_finished_run_is_not_replaced_by_edits_in_place(
     said = capsys.readouterr().err
     assert "holds no text" in said if edited == "emptied text" else "--force" in said.partition("hint:")[2]
     if edited == "model":
-        for command in (["evaluate", f"--eval-data={texts[1]}"], ["chat"]):
+        for command in (["evaluate", f"--eval-data={texts[1]}", "--eval-tokens=512"], ["chat"]):
             assert main([command[0], str(again.run), *command[1:]]) == 2
             assert "is another model than the one that" in capsys.readouterr().err
     assert contents(again.run) == before

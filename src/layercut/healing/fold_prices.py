@@ -23,7 +23,7 @@ import torch
 
 from layercut.healing.least_squares import Normal, add_split_, kept_out, sums_of_turns
 from layercut.healing.linear_outputs import LinearOutput, find_targets, norms_of, run_and_catch
-from layercut.healing.normalised import Alternation, Batch, Branch
+from layercut.healing.normalised import Alternation, Branch, FoldBatch
 from layercut.models.losses import as_cost, teacher_of
 from layercut.models.memory import place_of_float64, slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all
@@ -104,11 +104,11 @@ class FoldPrices:
     def _solved_in_turns(self, segment: Segment, left: Sequence[Leaving], target: LinearOutput) -> Branch | None:
         """What a norm's input and its gain become; None where a sum is not finite."""
 
-        def batches() -> Iterator[Batch]:
+        def batches() -> Iterator[FoldBatch]:
             for (out, *read), part in zip(left, self.fit.parts, strict=True):
                 wanted, held = self.fit.kept[segment.stop, part].to(out.device), kept_out(part)
                 z, u, out, wanted = (each.flatten(0, 1) for each in (*read, out, wanted))
-                yield Batch(z, [u], out, wanted, held.repeat_interleave(self.fit.tokens.shape[1]))
+                yield FoldBatch(z, [u], out, wanted, held.repeat_interleave(self.fit.tokens.shape[1]))
 
         turns = Alternation([target], self.dense.hidden_size, batches, place_of_float64(left[0][0].device))
         start, fit, check = sums_of_turns(turns)

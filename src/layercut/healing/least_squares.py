@@ -36,7 +36,7 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, norms_of, run_and_catch
-from layercut.healing.normalised import SMALLEST, Alternation, Batch, Sums
+from layercut.healing.normalised import SMALLEST, Alternation, FoldBatch, Sums
 from layercut.models.losses import as_cost, mean_kl
 from layercut.models.memory import place_of_float64
 from layercut.models.runner import DecoderRunner, carry_, enter_all, own_device, prepared, shared_layers, shared_passes
@@ -364,21 +364,21 @@ def _solve_in_turns(
     ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, rows: int | None, advance: Advance
 ) -> _Solved | None:
     """The same where norms read some of it (`normalised.py`); what the turns go through again is kept, if it fits."""
-    kept: list[Batch] = []
+    kept: list[FoldBatch] = []
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[FoldBatch]:
         if kept:
             yield from kept
             return
-        found, room = list[Batch](), ends.room
+        found, room = list[FoldBatch](), ends.room
         nonlocal advance
         for part, z, inputs, out, wanted in _read(ends, targets, tokens, rows, advance):
             flat = [each.flatten(0, 1) for each in (z, out, wanted.to(out.device), *inputs)]
             held = kept_out(part).repeat_interleave(z.shape[1])
-            yield Batch(flat[0], flat[3:], flat[1], flat[2], held)
+            yield FoldBatch(flat[0], flat[3:], flat[1], flat[2], held)
             room -= sum(each.nbytes for each in flat)
             if room > 0:
-                found.append(Batch(flat[0], flat[3:], flat[1], flat[2], held))
+                found.append(FoldBatch(flat[0], flat[3:], flat[1], flat[2], held))
         if room > 0:
             kept.extend(found)
         advance = _nothing

@@ -42,7 +42,7 @@ SMALLEST = 1e-12
 Visit = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor, torch.Tensor], None]
 
 
-class Batch(NamedTuple):
+class FoldBatch(NamedTuple):
     """Some tokens, and whether each is kept out of the solving."""
 
     z: torch.Tensor
@@ -122,7 +122,7 @@ class Alternation:
         self,
         targets: Sequence[LinearOutput],
         hidden: int,
-        batches: Callable[[], Iterable[Batch]],
+        batches: Callable[[], Iterable[FoldBatch]],
         place: torch.device,
     ) -> None:
         """Nothing is run yet; `place` holds float64."""
