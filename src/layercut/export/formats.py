@@ -316,7 +316,7 @@ def write_converted(
     if not rules.known(architecture := architecture_of(plain)) and not llama_cpp_installed():
         raise ModelError(
             f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
-            'pip install "layercut[llamacpp]"',
+            'pip install "layercut[gguf]"',
         )
     how: dict[str, Any] = {"importance": 0}
     if plain != file:

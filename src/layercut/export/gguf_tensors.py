@@ -3,7 +3,7 @@
 A model that was a .gguf file becomes one again: `gguf_tensors` gives what healing changed, and `surgery.cut_gguf`
 writes it among the kept tensors, whose bytes stay as they were. A checkpoint folder goes through llama.cpp's own
 converter, in a process of its own since that brings another `gguf` package along (extra `convert`). The plainest types
-are rounded to by `gguf`, without importance; all others by llama.cpp's library (extra `llamacpp`).
+are rounded to by `gguf`, without importance; all others by llama.cpp's library (extra `gguf`).
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def require_llama_cpp() -> tuple[Any, Any]:
     except ImportError:
         raise ConfigError(
             "this number format needs a package that is missing: llama-cpp-py-sync",
-            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
+            f'pip install "layercut[gguf]", or a --gguf-type of {", ".join(PLAIN)}',
         ) from None
     return get_lib(), get_ffi()
 
