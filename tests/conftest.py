@@ -22,6 +22,7 @@ import transformers
 import folders
 import quick
 from forked import Forked
+from layercut.data.probes import ProbeRows, probe_rows
 from layercut.export import checkpoint
 
 torch.set_num_threads(1)
@@ -55,6 +56,16 @@ def _verified_by_forked_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return folders.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def probes(tokenizer: Any) -> ProbeRows:
+    return probe_rows(tokenizer, rows=4, window=512)
 
 
 @pytest.fixture(scope="session")

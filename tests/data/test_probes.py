@@ -16,13 +16,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-import folders
 from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, TUNING, Family, Item
-from layercut.data.probes import SHORT_ROW, ProbeRows, _Writer, capability_names, judging_rows, probe_rows
+from layercut.data.probes import SHORT_ROW, _Writer, capability_names, judging_rows, probe_rows
 from layercut.data.sources import find, split_mix
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import probe_scores
@@ -40,16 +39,6 @@ LAST_TURN = CHAT.replace("messages %", "messages[-2:] %")
 ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}" + CHAT
 THOUGHTFUL = CHAT.replace("{{ m.c", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.c")
 """As Qwen3's: before the last reply stands a thought, before earlier ones none."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return folders.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def probes(tokenizer: Any) -> ProbeRows:
-    return probe_rows(tokenizer, rows=4, window=512)
 
 
 def able(tokenizer: Any, template: str) -> Any:

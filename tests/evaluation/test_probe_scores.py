@@ -15,23 +15,13 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 import folders
 import tiny
 from layercut import evaluation
-from layercut.data.probes import ProbeRows, probe_rows
+from layercut.data.probes import probe_rows
 from layercut.evaluation import capability_figures, probe_scores
 from layercut.evaluation.probe_scores import probes_for
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return folders.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def probes(tokenizer: Any) -> ProbeRows:
-    return probe_rows(tokenizer, rows=4, window=512)
 
 
 @torch.no_grad()

@@ -29,16 +29,6 @@ from layercut.surgery import cut
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return folders.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def probes(tokenizer: Any) -> ProbeRows:
-    return probe_rows(tokenizer, rows=4, window=512)
-
-
-@pytest.fixture(scope="module")
 def model() -> Any:
     return tiny.llama(5, vocab_size=folders.VOCABULARY, max_position_embeddings=512)
 
