@@ -186,7 +186,7 @@ def test_a_quick_fold_costs_what_the_fold_of_the_mlp_leaves(monkeypatch):
     plain = mean_kl(dense, student, tokens[:8])
     quick = FoldPrices(dense, tokens[8:], tokens[:8])([CUT])
     monkeypatch.setattr(least_squares, "find_targets", lambda *given: find_targets(*given)[-1:])
-    monkeypatch.setattr(normalised, "STEPS", 3)
+    monkeypatch.setattr(least_squares, "STEPS", 3)
     fold_cut_(student, dense, CUT, tokens[8:])
     assert quick < 0.8 * plain
     assert quick == pytest.approx(mean_kl(dense, student, tokens[:8]), rel=0.1)

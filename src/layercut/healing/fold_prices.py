@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import Normal, add_split_, kept_out, sums_of_turns
+from layercut.healing.least_squares import Normal, add_split_, kept_out, take_turns_
 from layercut.healing.linear_outputs import LinearOutput, find_targets, norms_of, run_and_catch
 from layercut.healing.normalised import Alternation, Branch, FoldBatch
 from layercut.models.losses import as_cost, teacher_of
@@ -111,12 +111,7 @@ class FoldPrices:
                 yield FoldBatch(z, [u], out, wanted, held.repeat_interleave(self.fit.tokens.shape[1]))
 
         turns = Alternation([target], self.dense.hidden_size, batches, place_of_float64(left[0][0].device))
-        start, fit, check = sums_of_turns(turns)
-        if not (fit.finite and check.finite):
-            return None
-        ridge, _ = fit.solve_best(RIDGES if check.tokens else RIDGES[-1:], check)
-        turns.solve_(fit.factored(ridge), ridge * fit.zz.diagonal().mean().item(), start, steps=QUICK_STEPS)
-        return turns.branches[0]
+        return turns.branches[0] if take_turns_(turns, RIDGES, RIDGES[-1:], QUICK_STEPS) else None
 
     def _solved(self, segment: Segment, left: Sequence[Leaving]) -> torch.Tensor | None:
         """X [I, D] of what leaves layer s - 1 and what its target reads, by batch; None where a sum is not finite."""

@@ -36,7 +36,7 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, norms_of, run_and_catch
-from layercut.healing.normalised import SMALLEST, Alternation, FoldBatch, Sums
+from layercut.healing.normalised import SMALLEST, STEPS, Alternation, FoldBatch, Sums
 from layercut.models.losses import as_cost, mean_kl
 from layercut.models.memory import place_of_float64
 from layercut.models.runner import DecoderRunner, carry_, enter_all, own_device, prepared, shared_layers, shared_passes
@@ -373,25 +373,40 @@ def _solve_in_turns(
         found, room = list[FoldBatch](), ends.room
         nonlocal advance
         for part, z, inputs, out, wanted in _read(ends, targets, tokens, rows, advance):
-            flat = [each.flatten(0, 1) for each in (z, out, wanted.to(out.device), *inputs)]
             held = kept_out(part).repeat_interleave(z.shape[1])
-            yield FoldBatch(flat[0], flat[3:], flat[1], flat[2], held)
-            room -= sum(each.nbytes for each in flat)
+            z, out, wanted, *inputs = (each.flatten(0, 1) for each in (z, out, wanted.to(out.device), *inputs))
+            batch = FoldBatch(z, inputs, out, wanted, held)
+            yield batch
+            room -= sum(each.nbytes for each in (z, out, wanted, *inputs))
             if room > 0:
-                found.append(FoldBatch(flat[0], flat[3:], flat[1], flat[2], held))
+                found.append(batch)
         if room > 0:
             kept.extend(found)
         advance = _nothing
 
     turns = Alternation(targets, ends.student.hidden_size, batches, place_of_float64(ends.device))
+    taken = take_turns_(turns, RIDGES, RIDGES[-2:-1], STEPS)
+    if taken is None:
+        return None
+    ridge, start = taken
+    x = torch.cat([branch.weights for branch in turns.branches])
+    to_fit, to_check, fitted, checked = start.left
+    before, counted = to_check if checked else to_fit, int(fitted + checked)
+    return _Solved(x, turns.branches[0].gain, ridge, before, turns.least, counted)
+
+
+def take_turns_(
+    turns: Alternation, ridges: Sequence[float], alone: Sequence[float], steps: int
+) -> tuple[float, Sums] | None:
+    """The ridge that the least squares of the first step is best with, with which the turns are taken then, and the
+    sums before them; None where one is not finite. `alone`: the ridges where no rows are kept out.
+    """
     start, fit, check = sums_of_turns(turns)
     if not (fit.finite and check.finite):
         return None
-    ridge, _ = fit.solve_best(RIDGES if check.tokens else RIDGES[-2:-1], check)
-    turns.solve_(fit.factored(ridge), ridge * fit.zz.diagonal().mean().item(), start)
-    x = torch.cat([branch.weights for branch in turns.branches])
-    before = start.left[1 if check.tokens else 0]
-    return _Solved(x, turns.branches[0].gain, ridge, before, turns.least, fit.tokens + check.tokens)
+    ridge, _ = fit.solve_best(ridges if check.tokens else alone, check)
+    turns.solve_(fit.factored(ridge), ridge * fit.zz.diagonal().mean().item(), start, steps)
+    return ridge, start
 
 
 def sums_of_turns(turns: Alternation) -> tuple[Sums, Normal, Normal]:

@@ -33,6 +33,7 @@ STEPS = 6
 ENOUGH = 1e-3
 """The turns end where one lowers the sum by less than this share."""
 TRIALS = 6
+"""Lengths of a step that are tried, at most."""
 FLOOR = 0.1
 """The least m of a channel, as a share of the root mean square of all: a channel of gain 0 moves all the same."""
 SMALLEST = 1e-12

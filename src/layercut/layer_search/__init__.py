@@ -35,7 +35,7 @@ from layercut.segments import as_segments, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
-    "length_for_size", "longest_within", "perplexity_rise", "search", "split_rows",
+    "length_for_size", "longest_within", "most_segments", "perplexity_rise", "search", "split_rows",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05
@@ -109,7 +109,7 @@ def search(
             if asked and not names(criterion, option):
                 raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'fisher'")
         compares = can_compare(num_segments, limits, criterion, bool(probes))
-        most = (2 if compares else 1) if num_segments == "auto" else min(num_segments, length)
+        most = most_segments(num_segments, length, compares)
 
         def picked_by(count: int) -> SearchResult:
             cost, begun = Cost(), time.perf_counter()
@@ -167,6 +167,11 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
     if not 1 <= n_layers < layers:
         raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
     return n_layers
+
+
+def most_segments(asked: int | Literal["auto"], length: int, compares: bool) -> int:
+    """K: what is asked, or for "auto" 2 where one segment and two are compared, and one layer each at least."""
+    return min(length, asked if asked != "auto" else 2 if compares else 1)
 
 
 def can_compare(asked: int | Literal["auto"], limits: Restriction, criterion: Criterion, probes: bool) -> bool:

@@ -4,11 +4,12 @@
        probes count less, are folded
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. the HEALED best by then that differ are healed for a while, with the best by text alone, then the VARIANTS best
-       of those that do not differ from the best of them, and from the next where it is CLOSE
-    5. where several of these are CLOSE, they are healed LONGER times as long, and the one of least cost is taken
+    4. the best by then that differ are healed for a while, with the best by text alone, then variants of the best of
+       them, and of the next where it is CLOSE: those that do not differ from it
+    5. with a high effort, where several of these are CLOSE, they are healed LONGER times as long
+    6. the one of least cost is taken
 
-Plain cuts only propose; what decides is `healing/fold_prices.py`, and healing itself.
+How many of each the `Effort` says. Plain cuts only propose; what decides is `healing/fold_prices.py`, and healing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import FoldPrices
-from layercut.layer_search import Cost, Restriction, SearchResult
+from layercut.layer_search import Cost, Restriction, SearchResult, most_segments
 from layercut.layer_search.cut_costs import CutCosts, row_kl
 from layercut.layer_search.shortlist import EFFORTS, LONGER, Effort, shortlist
 from layercut.layer_search.weighted_rows import WeightedRows, probes_alone, weighted_rows
@@ -71,8 +71,7 @@ def go_on(
     if not work.shortlist_now:
         return result
     left_of = Left(work.stack, unseen_rows(work, tests))
-    asked = how["num_segments"]
-    count = min(how["n_layers"], asked if asked != "auto" else 2 if tests else 1)
+    count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
     prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownPrices(work.run, stage)
     folds = cache(lambda: fold_prices(work, tokens, tests))
