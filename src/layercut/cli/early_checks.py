@@ -11,8 +11,9 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,18 @@ MANY = 1 << 62
 
 def check(model: str, config: Any, given: set[str]) -> Any:
     """The command's configuration, its default texts replaced where there is no Hub. `given`: flags that were given."""
-    path = Path(model).expanduser()
+    path, online = Path(model).expanduser(), cache(_online)
     is_run = (path / "env.json").is_file()
     if not is_run:
         _check_model(model, path)
     for flag, source, tokens in _texts(config):
         if flag in OFFLINE and flag not in given:
-            config = _with_default(config, flag, source)
+            config = _with_default(config, flag, source, online)
         else:
-            _check_text(flag, source, tokens)
+            _check_text(flag, source, tokens, online)
     _check_packages(path, config)
-    if (run := getattr(config, "run", None)) and run.out:
-        _check_out(path, run.out)
+    if (run := getattr(config, "run", None)) and run.folder:
+        _check_out(path, run.out, run.folder)
     return config
 
 
@@ -78,13 +79,13 @@ def _texts(config: Any) -> Iterator[tuple[str, str, int]]:
         yield "--eval-data", config.eval_data, config.eval_tokens
 
 
-def _with_default(config: Any, flag: str, source: str) -> Any:
+def _with_default(config: Any, flag: str, source: str, online: Callable[[], bool]) -> Any:
     """The text that comes with Python in the place of a default, where the Hub cannot be reached."""
     from layercut.progress import say
 
-    out = getattr(getattr(config, "run", None), "out", None)
-    resumed = out and any((folder / "config.yaml").is_file() for folder in (out, out.with_name(f"{out.name}-run")))
-    if source not in HUB_SETS or resumed or _there(HUB_SETS[source]) or _online():
+    folder = getattr(getattr(config, "run", None), "folder", None)
+    resumed = folder and (folder / "config.yaml").is_file()
+    if source not in HUB_SETS or resumed or _there(HUB_SETS[source]) or online():
         return config
     say("text", f"the Hub cannot be reached: {OFFLINE[flag]} in the place of {source}; for another: {flag} FILE.txt")
     if flag == "--data":
@@ -112,15 +113,14 @@ def _online() -> bool:
     return True
 
 
-def _check_text(flag: str, source: str, tokens: int) -> None:
+def _check_text(flag: str, source: str, tokens: int, online: Callable[[], bool]) -> None:
     """Refuse files that are not there, cannot be read, hold no text or too little of it: a token has a byte or more."""
     parts = [source] if os.path.exists(source) else [part.strip() for part in source.replace(",", "+").split("+")]
     size = 0
     for part in parts:
         files = _files(part)
         if files is None:
-            online = part not in HUB_SETS or _there(HUB_SETS[part]) or _online()
-            if not online:
+            if part in HUB_SETS and not _there(HUB_SETS[part]) and not online():
                 raise DataError(
                     f"{flag} {part}: this set is not on this machine and the Hub cannot be reached",
                     f"{flag} FILE.txt, or {flag} {OFFLINE.get(flag, 'python-docstrings')}",
@@ -194,9 +194,8 @@ def _check_packages(path: Path, config: Any) -> None:
             )
 
 
-def _check_out(model: Path, out: Path) -> None:
+def _check_out(model: Path, out: Path, folder: Path) -> None:
     """Refuse a run folder that another command holds, that cannot be written, or whose disk is too full."""
-    folder = out.with_name(f"{out.name}-run") if out.suffix == ".gguf" else out
     above = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), Path("/"))
     if (folder / ".lock").is_file():
         try:

@@ -76,6 +76,16 @@ class RunConfig(ConfigFile):
     """Run finished stages again, also where a finished run of other settings, text, model or code is there, which is
     then replaced."""
 
+    @property
+    def file(self) -> Path | None:
+        """The .gguf file that --out names; None where it names none."""
+        return self.out if self.out and self.out.suffix == ".gguf" else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder: --out, or where that names a .gguf file, NAME.gguf-run beside it; None: not given."""
+        return self.file.with_name(f"{self.file.name}-run") if self.file else self.out
+
 
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)

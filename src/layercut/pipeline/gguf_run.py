@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from layercut.config.commands import CompressConfig, RunConfig
+from layercut.config.commands import CompressConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.formats import (
@@ -55,17 +55,6 @@ METADATA_GROWTH = 1024
 """Bytes that the metadata may grow by, beside 4 a layer for their index: the source's name, tags, padding."""
 
 
-def run_folder(config: RunConfig) -> Path | None:
-    """The folder of a run: --out, or where that names a .gguf file, NAME.gguf-run beside it. None: not given."""
-    out = config.out
-    return out.with_name(f"{out.name}-run") if out and out.suffix == ".gguf" else out
-
-
-def file_of(config: RunConfig) -> Path | None:
-    """The .gguf file that --out names; None where it names none."""
-    return config.out if config.out and config.out.suffix == ".gguf" else None
-
-
 def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bool:
     """Whether a run writes the .gguf file that its model was, without some layers."""
     return checkpoint.gguf is not None and config.output.format != "safetensors"
@@ -73,7 +62,7 @@ def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bo
 
 def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, chooses: bool = True) -> None:
     """Refuse options that do not go with the format of the result."""
-    output, file = config.output, file_of(config.run)
+    output, file = config.output, config.run.file
     gguf = keeps_gguf(config, checkpoint)
     if output.format == "gguf" and not (gguf or file):
         raise ConfigError("--format gguf is given, and --out names no .gguf file", "--out NAME.gguf")
@@ -109,7 +98,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
             f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
             "give another, or leave it out for q8_0",
         )
-    folder = run_folder(config.run)
+    folder = config.run.folder
     if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
     if not gguf:
@@ -221,7 +210,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
 
     It is called as --out names it, else after the source.
     """
-    used, named = work.verified_on, file_of(work.config.run)
+    used, named = work.verified_on, work.config.run.file
     name = named.name if named else f"{Path(work.checkpoint.gguf or 'model').stem}-cut.gguf"
     with work.run.stage(ExportArtefact, "export", [work.text[used], name], after=["quantize"]) as stage:
         if stage.open:

@@ -60,7 +60,7 @@ def compress(
         sum_in_float32_()
     asked = resolve(model, config, until, shortlist=shortlist)
     config, checkpoint = asked.config, asked.checkpoint
-    folder = gguf_run.run_folder(config.run) or default_folder(model)
+    folder = config.run.folder or default_folder(model)
     with memory.memory_limit(config.load.max_memory), Run(folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)}, checkpoint)
         work = RunContext(
@@ -134,7 +134,7 @@ def compress(
             processes.on_main(lambda: describe_result_(folder))
             processes.on_main(lambda: write_report(folder))
         run.finished()
-    if until == "report" and (file := gguf_run.file_of(config.run)):
+    if until == "report" and (file := config.run.file):
         processes.on_main(lambda: write_file(folder, file, config))
     return folder
 
