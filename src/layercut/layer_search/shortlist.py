@@ -74,8 +74,7 @@ EFFORTS = {
         judged=8, heldout=64, short_tests=32, long_tests=16,
     ),
 }  # fmt: skip
-"""By `--effort`. A high one takes several times as long as tuning does, a normal one less than it; a low one has no
-shortlist."""
+"""By `--effort`. A high one takes several times as long as tuning does; a low one has no shortlist."""
 
 
 def shortlist(
