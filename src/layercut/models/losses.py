@@ -178,7 +178,7 @@ def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, 
 
 
 class Objective:
-    """A loss per token. The constructor takes the options it knows as keywords, from `--mix`."""
+    """A loss per token. `--objective NAME` makes one with no arguments."""
 
     name: str = "objective"
     """What it is registered as; of an unregistered class its own name."""
