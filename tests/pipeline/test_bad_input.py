@@ -172,10 +172,7 @@ SPOILED: dict[str, tuple[Spoil, list[str]]] = {
         ["BertForMaskedLM", "not a causal language model"],
     ),
     "vision model": (edit_config(model_type="vit"), ["not a causal language model", "vit"]),
-    "unknown architecture": (
-        edit_config(model_type="dreamt-up"),
-        ["dreamt-up", "pip install -U transformers"],
-    ),
+    "unknown architecture": (edit_config(model_type="dreamt-up"), ["dreamt-up", "pip install -U transformers"]),
     "remote code": (
         edit_config(model_type="their-own", auto_map={"AutoConfig": "code.Config"}),
         ["its own modelling code", "does not run", "--trust-remote-code"],
@@ -185,10 +182,7 @@ SPOILED: dict[str, tuple[Spoil, list[str]]] = {
         ["lacks", "weights", "model.layers.8", "num_hidden_layers"],
     ),
     "weights of a layer missing": (drop_a_layer, ["lacks", "model.layers.7"]),
-    "weights of another width": (
-        edit_config(intermediate_size=80),
-        ["mlp", "[32, 64]", "[32, 80]", "config.json"],
-    ),
+    "weights of another width": (edit_config(intermediate_size=80), ["mlp", "[32, 64]", "[32, 80]", "config.json"]),
 }
 
 
@@ -217,10 +211,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 
 FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "neither ratio nor segment": ([], ["neither --ratio nor --segment", "--ratio 0.2"]),
-    "both ratio and segment": (
-        ["--ratio=0.2", "--segment=1:2"],
-        ["both --ratio and --segment", "one of them"],
-    ),
+    "both ratio and segment": (["--ratio=0.2", "--segment=1:2"], ["both --ratio and --segment", "one of them"]),
     "groups of nothing": (["--ratio=0.3", "--group-size=32"], ["--group-size is given, but nothing is quantized"]),
     "rounding of nothing": (["--ratio=0.3", "--group-size=64"], ["--group-size is given, but nothing is quantized"]),
     "bits to choose among": (["--ratio=0.3", "--bits=4", "--bits-allowed=8"], ["--bits-allowed", "--bits auto"]),
@@ -255,10 +246,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--ratio=0.2", "--window=256"],
         ["--window 256", "128 positions", "--window 128"],
     ),
-    "unknown text": (
-        ["--ratio=0.2", "--data=wikitxt"],
-        ["'wikitxt'", "wikitext2", "self", "owner/name:split:column"],
-    ),
+    "unknown text": (["--ratio=0.2", "--data=wikitxt"], ["'wikitxt'", "wikitext2", "self", "owner/name:split:column"]),
     "no text file": (["--ratio=0.2", "--data=nowhere.txt"], ["no file 'nowhere.txt'", "--data self"]),
     "no file matches": (["--ratio=0.2", "--data={tmp}/x/*.jsonl"], ["no file matches", "quotes"]),
     "text is a folder": (["--ratio=0.2", "--data={tmp}"], ["is a folder", "/*.jsonl"]),
@@ -288,10 +276,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "config without a name": (["--config"], ["--config names no file", "run.yaml"]),
     "config is not YAML": (["--config={tmp}/not.yaml"], ["not.yaml", "is not YAML"]),
     "config holds no keys": (["--config={tmp}/list.yaml"], ["list.yaml", "does not hold keys", "ratio: 0.2"]),
-    "unknown key in config": (
-        ["--config={tmp}/unknown.yaml"],
-        ["'ratoi'", "unknown.yaml", "did you mean 'ratio'"],
-    ),
+    "unknown key in config": (["--config={tmp}/unknown.yaml"], ["'ratoi'", "unknown.yaml", "did you mean 'ratio'"]),
     "wrong type in config": (["--config={tmp}/wrong.yaml"], ["learning", "fast", "wrong.yaml"]),
     "out is a file": (["--ratio=0.2", "--out={text}"], ["--out", "is a file"]),
     "out is below a file": (["--ratio=0.2", "--out={text}/run"], ["cannot be written", "Not a directory"]),
@@ -353,10 +338,7 @@ class Answer:
 
 
 HUB: dict[str, tuple[type[Exception], list[str]]] = {
-    "unknown": (
-        errors.RepositoryNotFoundError,
-        ["no model 'owner/name' on the Hub", "spelling", "hf auth login"],
-    ),
+    "unknown": (errors.RepositoryNotFoundError, ["no model 'owner/name' on the Hub", "spelling", "hf auth login"]),
     "gated": (errors.GatedRepoError, ["'owner/name' is gated", "https://huggingface.co/owner/name"]),
     "broken": (errors.EntryNotFoundError, ["'owner/name' could not be fetched", "not there"]),
 }
@@ -503,9 +485,7 @@ def test_an_error_that_is_no_disks_is_a_fault_of_ours(tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "layercut.files.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
-    )
+    monkeypatch.setattr("layercut.files.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(RunError, match=r"report\.html cannot be written: No space left"):
         write_text(tmp_path / "report.html", "new")

@@ -256,16 +256,7 @@ def test_budgets_are_met_by_a_measured_state_or_not(tmp_path: Path) -> None:
 
 
 def test_layers_or_bits_are_shown_of_this_run_alone(tmp_path: Path) -> None:
-    points = [
-        {
-            "layers": 0,
-            "segments": [],
-            "folded": 0.0,
-            "rounded": 5.41,
-            "mean_bits": 3.1,
-            "bytes": 53_400_000,
-        }
-    ]
+    points = [{"layers": 0, "segments": [], "folded": 0.0, "rounded": 5.41, "mean_bits": 3.1, "bytes": 53_400_000}]
     run = make_run(tmp_path, search={"segments": []}, shares={"layers": 0, "points": points})
     (run / "config.yaml").write_text("bits: auto\ntarget_size: 53.8MB\nratio: null\n")
     assert table_of(run, "shares") == [["0", "none", "3.10", "53.4 MB", "0", "5.41"]]

@@ -27,12 +27,7 @@ from layercut.report.formatting import (
     short_name,
     size,
 )
-from layercut.report.run_facts import (
-    evaluation_rows,
-    hits_of,
-    read_run,
-    source_bytes,
-)
+from layercut.report.run_facts import evaluation_rows, hits_of, read_run, source_bytes
 from layercut.report.verdicts import LIMITS, conclusion, size_alone, title, verdicts
 
 PRUNED = {"compressed": "pruned", "compressed_stderr": "pruned_stderr"}

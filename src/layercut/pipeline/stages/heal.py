@@ -21,13 +21,7 @@ from layercut.healing.tuning_state import StateFile
 from layercut.models import decoder_stack, layer_reader, memory
 from layercut.models.losses import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import (
-    BeforeAfter,
-    CutArtefact,
-    FoldArtefact,
-    FoldRecord,
-    HealArtefact,
-)
+from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, FoldArtefact, FoldRecord, HealArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import taught, tuning_treatment
 from layercut.progress import say
@@ -137,9 +131,7 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
             if states:
                 states.close()
             stage.found = HealArtefact(
-                fold=fold.fold,
-                tuning=work.trained("heal", report),
-                changed=work.save_changes(student.model, "tuned"),
+                fold=fold.fold, tuning=work.trained("heal", report), changed=work.save_changes(student.model, "tuned")
             )
             stage.files = ["tuned.safetensors"]
     if tuning := stage.artefact.tuning:

@@ -18,13 +18,7 @@ from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.errors import ConfigError
 from layercut.export.engines import restriction
 from layercut.files import jsonable
-from layercut.layer_search import (
-    Restriction,
-    SearchResult,
-    longest_within,
-    perplexity_rise,
-    split_rows,
-)
+from layercut.layer_search import Restriction, SearchResult, longest_within, perplexity_rise, split_rows
 from layercut.layer_search.criteria import names
 from layercut.pipeline.artefacts import SearchArtefact
 from layercut.pipeline.gguf_run import keeps_gguf
