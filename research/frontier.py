@@ -43,7 +43,7 @@ from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files import read_json, write_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.pipeline.journey import compress
-from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
+from layercut.pipeline.stages.quantize import ROWS, TOWARDS
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
 from tasks_kept import ASKED, tasks_kept

@@ -51,9 +51,8 @@ from layercut.models import decoder_stack, loading, memory
 from layercut.models.decoder_stack import parameter_bytes
 from layercut.models.losses import KL
 from layercut.pipeline.resolve_options import LONG_ROW
-from layercut.pipeline.stages.quantize import FIRST_TEST
+from layercut.pipeline.stages.quantize import FIRST_TEST, ROWS, TOWARDS
 from layercut.pipeline.stages.text import Treatment
-from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.quantized import Quantized

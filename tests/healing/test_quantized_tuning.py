@@ -32,7 +32,7 @@ from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.losses import KL
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner, prepared
-from layercut.pipeline.stages import tune_quantized
+from layercut.pipeline.stages import quantize as stage
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_p
     for way in ("stopped", "with another training", "to the end"):
         with monkeypatch.context() as patch:
             if way != "to the end":
-                patch.setattr(tune_quantized, "tune_parameters_", stop)
+                patch.setattr(stage, "tune_parameters_", stop)
                 more = ["--tune-quantized=rounding"] if way == "with another training" else []
                 assert main([*stopped, *more]) == STOPPED
             else:
@@ -273,7 +273,7 @@ def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_p
     assert {name: a[name] for name in a if name not in once} == {name: b[name] for name in b if name not in once}
     other = [*argv, f"--out={tmp_path / 'other'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(tune_quantized, "tune_parameters_", stop)
+        patch.setattr(stage, "tune_parameters_", stop)
         assert main([*other, "--group-size=32"]) == STOPPED
     assert main(other) == 0
     assert rounds == ["anew"] * 3, "what was kept is of other groups"
@@ -295,9 +295,9 @@ def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float,
 
 
 def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path, monkeypatch):
-    asked, tune_parameters_ = list[Any](), tune_quantized.tune_parameters_
+    asked, tune_parameters_ = list[Any](), stage.tune_parameters_
     monkeypatch.setattr(
-        tune_quantized,
+        stage,
         "tune_parameters_",
         lambda *args, **more: asked.append((args, more)) or tune_parameters_(*args, **more),
     )

@@ -23,9 +23,8 @@ from layercut.layer_search.sweep import set_losses
 from layercut.models import decoder_stack
 from layercut.models.losses import as_cost, mean_kl
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import FrontierRecord
 from layercut.pipeline.run_folder import Run
-from layercut.pipeline.stages.two_budgets import out_of_budget
+from layercut.pipeline.stages.size_budgets import FrontierRecord, out_of_budget
 from layercut.registries import criteria
 from layercut.report.stage_lines import describe_fold, describe_point
 from layercut.segments import Segment

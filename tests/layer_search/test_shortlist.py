@@ -38,10 +38,9 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import KL, mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import resolve_options
-from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import resolve, shortlists
 from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.run_folder import Run
+from layercut.pipeline.run_folder import KnownCosts, Run
 from layercut.pipeline.stages import heal, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
@@ -451,7 +450,7 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(whole, of_trial, tmp
     run = tmp_path / "killed"
     with pytest.raises(Killed):
         main([*of_trial, f"--out={run}"])
-    assert (run / "search-tried-prices.json").is_file()
+    assert (run / "search-tried-costs.json").is_file()
     assert not (run / "search.json").exists()
     most = 99
     assert main([*of_trial, f"--out={run}"]) == 0
@@ -462,7 +461,7 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(whole, of_trial, tmp
     assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["shortlist"])
     assert asked["search"] == 1
     assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
-    assert not (run / "search-tried-prices.json").exists()
+    assert not (run / "search-tried-costs.json").exists()
 
 
 def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, texts, tmp_path, monkeypatch):
@@ -479,33 +478,30 @@ def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, text
 
 
 class Folder(Run):
-    """A run folder with a stage of some inputs, as far as prices need one."""
+    """A run folder with a stage of some inputs, as far as costs need one."""
 
     def __init__(self, path, inputs):
-        self.folder, self.inputs, self.took = path, inputs, []
-
-    def inputs_of(self, _stage):
-        return self.inputs
+        self.folder, self.hashes, self.took = path, {"search": inputs}, []
 
     def took_before(self, seconds):
         self.took.append(seconds)
 
 
-def test_prices_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
-    cuts, path = [Segment(1, 3), Segment(5, 6)], tmp_path / "search-prices.json"
+def test_costs_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
+    cuts, path = [Segment(1, 3), Segment(5, 6)], tmp_path / "search-costs.json"
 
     def asked(inputs, kind, price):
-        return KnownPrices(Folder(tmp_path, inputs), "search")(kind, cuts, lambda: price)
+        return KnownCosts(Folder(tmp_path, inputs), "search")(kind, cuts, lambda: price)
 
     assert asked("a", "folded", math.inf) == math.inf
     assert asked("a", "folded", 2.0) == math.inf
     assert asked("a", "healed", 3.0) == 3.0
-    KnownPrices(Folder(tmp_path, "b"), "search").forget_()
+    KnownCosts(Folder(tmp_path, "b"), "search").forget_()
     assert asked("a", "healed", 9.0) == 3.0, "another's are not removed"
     assert asked("b", "folded", 4.0) == 4.0
     path.write_text("{")
     assert asked("b", "folded", 5.0) == 5.0
-    KnownPrices(Folder(tmp_path, "b"), "search").forget_()
+    KnownCosts(Folder(tmp_path, "b"), "search").forget_()
     assert not path.exists()
 
 
@@ -514,7 +510,7 @@ def test_seconds_that_a_price_took_before_count_once(tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.pipeline.known_prices.time.perf_counter", lambda: next(clock))
     first, later = Folder(tmp_path, "a"), Folder(tmp_path, "a")
     for folder in (first, later):
-        known = KnownPrices(folder, "search")
+        known = KnownCosts(folder, "search")
         assert [known("folded", [Segment(1, 3)], lambda: 2.0) for _ in range(2)] == [2.0, 2.0]
     assert (first.took, later.took) == ([], [7.0])
 

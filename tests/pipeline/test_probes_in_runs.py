@@ -69,7 +69,7 @@ def test_few_bits_are_rounded_on_probes_as_well(asked, preserve, source, window,
         tokenizer=folders.tokenizer(), checkpoint=SimpleNamespace(gguf=None), run=SimpleNamespace(stage=refuse),
         config=config, blocks={"calibration": rows}, text=dict.fromkeys(("calibration", "tuning", "heldout")),
     )  # fmt: skip
-    found = quantize.rows_to_round_on(work, quantize.tests_to_round_on(work, config.quantize))
+    found, _ = quantize.rows_to_round_on(work, config.quantize)
     assert torch.equal(found[:12], rows)
     how: dict[str, Any] = {"family": "tuning", "capabilities": wanted or ["copy"], "seed": 3, "first": 2**20}
     made = probe_rows(folders.tokenizer(), rows=3, window=window, **how)

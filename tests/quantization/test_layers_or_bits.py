@@ -20,7 +20,7 @@ from layercut.config.commands import from_flat
 from layercut.errors import ConfigError
 from layercut.layer_search import search
 from layercut.pipeline.run_folder import Run
-from layercut.pipeline.stages import layers_or_bits, tune_quantized
+from layercut.pipeline.stages import quantize, size_budgets
 from layercut.quantization import bit_choice
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -77,20 +77,20 @@ def test_a_number_that_no_cut_can_have_is_passed_over_and_a_stopped_one_goes_on(
             raise KeyboardInterrupt
         return search(*args, n_layers=n_layers, **more)
 
-    monkeypatch.setattr(layers_or_bits.layer_search, "search", searched)
+    monkeypatch.setattr(size_budgets.layer_search, "search", searched)
     compressed(tmp_path, model_whose_layers(0.0), texts, 110_000, code=130)
     run = compressed(tmp_path, None, texts, 110_000)
     assert asked[:5] == [1, 2, 3, 1, 3], "what was found is kept, what was refused asked again"
     assert [point["layers"] for point in run["shares"]["points"]] == [0, 2, 3]
-    assert not (tmp_path / "run" / "shares-prices.json").exists()
+    assert not (tmp_path / "run" / "shares-costs.json").exists()
     Run(tmp_path / "run", force=True)
     assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
 
 
 def test_numbers_are_a_tenth_of_the_stack_apart_and_half_of_it_at_most():
-    assert layers_or_bits.numbers_tried(range(30), 30) == [0, 3, 6, 9, 12, 15]
-    assert layers_or_bits.numbers_tried(range(5, 8), 8) == [5, 6, 7]
-    assert layers_or_bits.numbers_tried(range(2, 80), 80) == [2, 10, 18, 26, 34, 42]
+    assert size_budgets.numbers_measured(range(30), 30) == [0, 3, 6, 9, 12, 15]
+    assert size_budgets.numbers_measured(range(5, 8), 8) == [5, 6, 7]
+    assert size_budgets.numbers_measured(range(2, 80), 80) == [2, 10, 18, 26, 34, 42]
 
 
 def test_numbers_left_open_are_those_that_a_choice_of_bits_is_not_refused_for():
@@ -157,4 +157,4 @@ def test_the_rounding_is_trained_by_itself_where_bits_are_few_and_memory_is_not(
     config = from_flat({"ratio": 0.2, "bits": bits, "tune_quantized": asked})
     work: Any = SimpleNamespace(config=config, dense=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr("layercut.models.memory.whole_bytes", lambda _: room)
-    assert tune_quantized.learns_rounding(work, Weights(bits)) == learns
+    assert quantize.learns_rounding(work, Weights(bits)) == learns

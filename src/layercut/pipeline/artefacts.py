@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercut.config import AskedBits, Bits
+from layercut.config import AskedBits
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.probe_scores import CapabilityFigures, Grid
 from layercut.export.engines import Reading
@@ -90,52 +90,6 @@ class HealArtefact:
     fold: list[FoldRecord]
     tuning: TuningRecord | None
     changed: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrontierRecord:
-    """Size and loss of what is left, at one number of bits."""
-
-    layers: int
-    bits: Bits
-    bytes: int
-    rise: float
-    """Of perplexity over the dense model's on held-out rows, as a share."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrontierArtefact:
-    """frontier.json: what was measured for two budgets."""
-
-    points: list[FrontierRecord]
-    chosen: FrontierRecord | None
-    """None where no point is inside both."""
-    budgets: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShareRecord:
-    """A number of layers that could go, and the bits that what they leave would then have."""
-
-    layers: int
-    """That go."""
-    segments: list[Segment]
-    folded: float
-    """The cost of that cut after a quick fold, nats per token."""
-    rounded: float
-    """What the bits cost by estimate, untrained, nats per token."""
-    mean_bits: float
-    bytes: int
-    """Of the checkpoint's weights, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharesArtefact:
-    """shares.json: what layers take of a size, and what bits."""
-
-    layers: int
-    """That go: those of the point of least cost."""
-    points: list[ShareRecord]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,7 +225,7 @@ def compared(work: RunContext, model: str, asked: MethodsConfig, length: int) ->
             )
         )
     judged_first = judged_dense.judged if judged_dense else None
-    inputs = [run.inputs_of("compare-dense"), rows, judged_first]
+    inputs = [run.hashes["compare-dense"], rows, judged_first]
     with run.stage(CompareArtefact, "compare", inputs) as comparison:
         if comparison.open:
             comparison.found = CompareArtefact(

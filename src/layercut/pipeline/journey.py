@@ -72,9 +72,9 @@ def compress(
         # which layers go
         length = wanted_length(config.search, work.layers)
         if config.shares_size:
-            length = stages.layers_or_bits.number_of_layers(work)
+            length = stages.size_budgets.number_of_layers(work)
         elif config.search.two_budgets:
-            length, bits = stages.two_budgets.layers_and_bits(work)
+            length, bits = stages.size_budgets.layers_and_bits(work)
             work.config = config = replace(config, quantize=replace(config.quantize, bits=bits))
         segments = stages.search.search(work, checked_segments(config.search.segments, work.layers), length)
         if until == "search":

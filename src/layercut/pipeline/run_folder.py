@@ -48,6 +48,7 @@ from layercut.files import (
 from layercut.models import checkpoints, memory
 from layercut.pipeline.environment import environment, versions
 from layercut.progress import warn
+from layercut.segments import Segment
 
 Kind = TypeVar("Kind")
 MEASURED = ("eval", "export", "summary", "tasks", "capabilities", "compare", "text-shared")
@@ -82,7 +83,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         """By stage, without those that are a part of another."""
         self.hashes: dict[str, str] = {}
-        """Of the inputs of every stage that was begun."""
+        """Of everything that goes into each stage that was begun, earlier stages included."""
         self._artefacts: dict[str, Any] = {}
         self._depth, self._earlier = 0, 0.0
         """Stages that are open, and the seconds that an earlier command spent on the innermost."""
@@ -164,10 +165,6 @@ class Run:
         """What a finished command measured of the same model, where this one does not ask for it."""
         content = self.read(name) if name in self._finished else None
         return decode(kind, content) if content is not None and not self._damage(content) else None
-
-    def inputs_of(self, name: str) -> str:
-        """Hash of all that goes into a stage that was begun, earlier stages included."""
-        return self.hashes[name]
 
     def finished(self, *but: str) -> None:
         """Note that the command has reached its end: what it made, `but` some stages, is replaced by --force alone."""
@@ -316,7 +313,8 @@ class Run:
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return []
         keys = [key for key in before if key not in ELSEWHERE] if isinstance(before, dict) else []
-        told = {key: [_told(one.get(key)) for one in (before, self._config or {})] for key in keys}
+        now = self._config or {}
+        told = {key: ["not given" if one.get(key) is None else str(one[key]) for one in (before, now)] for key in keys}
         return [f"{key} was {old} and is {new}" for key, (old, new) in told.items() if old != new]
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
@@ -363,8 +361,41 @@ class Run:
                 stale.unlink(missing_ok=True)
 
 
-def _told(value: Any) -> str:
-    return "not given" if value is None else str(value)
+class KnownCosts:
+    """Costs of cuts by kind, and other values by name, kept in the run folder until their stage is done.
+
+    A stage that was stopped goes on from them, and counts the seconds that they took as its own.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.name, self.key = run, f"{stage}-costs", run.hashes[stage]
+        found = processes.on_main(lambda: run.read(self.name)) or {}
+        self.found_before: dict[str, list[Any]] = found["costs"] if found.get("key") == self.key else {}
+        self.known = dict(self.found_before)
+
+    def __call__(self, kind: str, cuts: Sequence[Segment], cost: Callable[[], Any]) -> Any:
+        """A cost that is known, or that is found now and kept; the main process's counts."""
+        return self.value(f"{kind} {'+'.join(map(str, cuts))}", cost)
+
+    def value(self, name: str, find: Callable[[], Any]) -> Any:
+        """The same for any JSON value."""
+        if name in self.found_before:
+            self.run.took_before(self.found_before.pop(name)[1])
+        elif name not in self.known:
+            begun = time.perf_counter()
+            self.known[name] = processes.from_main([find(), time.perf_counter() - begun])
+            content = {"key": self.key, "costs": self.known}
+            processes.on_main(lambda: write_json(self.run / f"{self.name}.json", content))
+        return self.known[name][0]
+
+    def forget_(self) -> None:
+        """Remove them, now that the stage's artefact has what was wanted; those of other inputs stay."""
+
+        def remove() -> None:
+            if (self.run.read(self.name) or {}).get("key") == self.key:
+                (self.run / f"{self.name}.json").unlink(missing_ok=True)
+
+        processes.on_main(remove)
 
 
 # --- folders of runs, for other commands -----------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """The stages of a run; `pipeline/journey.py` says in which order.
 
     text.py      draws every token of a run
-    layers_or_bits.py  of a size, what layers take and what bits, where both are free
-    two_budgets.py  the same, where a loss is to be kept as well
+    size_budgets.py  of a size, how many layers go and in how many bits the others are stored
     search.py    finds the segments to remove
     heal.py      cuts, folds, tunes
-    quantize.py  stores what is left in fewer bits; tune_quantized.py trains what rounding left
+    quantize.py  stores the weights in fewer bits, and trains what was rounded
     evaluate.py  perplexity, generations, speed, tasks, long context
     export.py    writes the stock checkpoint, and has a fresh process read it
 
@@ -24,6 +23,6 @@ Among the inputs is what the stage uses and no more, so that a changed flag runs
 it uses the tokens, whatever flags they came by. `CountArtefact` is a dataclass in `pipeline/artefacts.py`.
 """
 
-from layercut.pipeline.stages import evaluate, export, heal, layers_or_bits, quantize, search, text, two_budgets
+from layercut.pipeline.stages import evaluate, export, heal, quantize, search, size_budgets, text
 
-__all__ = ["evaluate", "export", "heal", "layers_or_bits", "quantize", "search", "text", "two_budgets"]
+__all__ = ["evaluate", "export", "heal", "quantize", "search", "size_budgets", "text"]

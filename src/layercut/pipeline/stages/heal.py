@@ -115,7 +115,7 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
         elif stage.open:
             student, settings = DecoderRunner(work.student(segments, "folded")), tune_settings(config)
-            tokens, treated, key = work.blocks["tuning"], vars(tuning_treatment(work)), work.run.inputs_of("heal")
+            tokens, treated, key = work.blocks["tuning"], vars(tuning_treatment(work)), work.run.hashes["heal"]
             states = None
             if student.on_disk:
                 rows, of_states = Rows(tokens=tokens, **treated), digest([key, fingerprint(tokens)])

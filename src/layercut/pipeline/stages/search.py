@@ -23,9 +23,9 @@ from layercut.layer_search.criteria import names
 from layercut.pipeline.artefacts import SearchArtefact
 from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
-from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import length_for_saved_size
 from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.run_folder import KnownCosts
 from layercut.pipeline.stages import trial
 from layercut.progress import say
 from layercut.registries import criteria
@@ -90,7 +90,7 @@ def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, h
     with work.run.stage(SearchArtefact, name, inputs, together=True) as stage:
         if stage.open:
             stage.found = recorded(trial.go_on(work, result, tokens, how, name), work)
-    KnownPrices(work.run, name).forget_()
+    KnownCosts(work.run, name).forget_()
     return stage.artefact
 
 

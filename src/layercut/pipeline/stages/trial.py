@@ -28,8 +28,8 @@ from layercut.layer_search.weighted_rows import WeightedRows, probes_alone, weig
 from layercut.models.losses import as_cost
 from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.run_folder import KnownCosts
 from layercut.pipeline.stages.heal import keyed, tokens_to_fold, tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
@@ -73,7 +73,7 @@ def go_on(
     left_of = Left(work.stack, unseen_rows(work, tests))
     count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
-    prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownPrices(work.run, stage)
+    prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
     folds = cache(lambda: fold_prices(work, tokens, tests))
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
