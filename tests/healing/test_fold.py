@@ -9,7 +9,7 @@ import transformers
 import tiny
 from layercut.healing import least_squares
 from layercut.healing.endpoint_tuning import own_parameters_
-from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_cut_
+from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
 from layercut.healing.recipe import endpoints
 from layercut.models import decoder_stack
@@ -90,6 +90,31 @@ FAMILIES = {
             "gemma4": transformers.Gemma4TextConfig(**SHAPE, head_dim=8, hidden_size_per_layer_input=0),
         }.items()
     },
+    "dbrx": (
+        transformers.DbrxConfig(
+            vocab_size=tiny.VOCABULARY,
+            d_model=32,
+            n_heads=4,
+            n_layers=5,
+            initializer_range=0.15,
+            attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        ),
+        ["norm_attn_norm.attn.out_proj", "ffn"],
+    ),
+    "granitemoehybrid": (
+        transformers.GraniteMoeHybridConfig(
+            **SHAPE,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            shared_intermediate_size=24,
+            layer_types=["full_attention"] * 5,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_n_groups=1,
+        ),
+        ["self_attn.o_proj", "shared_mlp.output_linear", "block_sparse_moe"],
+    ),
     "flex_olmo": (transformers.FlexOlmoConfig(**EXPERTS, num_experts=4), ["self_attn.o_proj", "mlp"]),
 }
 """Configs, and what a fold changes in them."""
@@ -222,6 +247,17 @@ def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
     assert all(any(f".1.{module}." in key for module in touched) for key in changed)
     assert all(any(f".1.{module}." in key for key in changed) for module in touched)
     assert all(torch.equal(p, untouched[key]) for key, p in model.named_parameters())
+
+
+def test_where_no_cut_has_a_fold_nothing_is_run_and_nothing_is_changed(monkeypatch):
+    model, ran = family("llama"), []
+    student, tokens = cut_copy(model, Segment(0, 2)), tiny.some_tokens(16, 16)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
+    monkeypatch.setattr(DecoderRunner, "layer", lambda *given: ran.append(given))
+    found = fold_(cut, dense, tokens)
+    assert (found.kl_before, found.kl_after, found.kept, ran) == (None, None, False, [])
+    assert not changed_weights(student, model)
+    assert "None" not in found._repr_html_()
 
 
 def test_what_a_class_keeps_in_float32_is_not_rounded_by_the_fold():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import families
 import folders
 import tiny
 from layercut import layer_search, surgery
@@ -411,6 +412,19 @@ def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(whole, of
     assert found["segments"] != best
     (one,) = [one for one in found["shortlist"] if one["segments"] == best]
     assert "text" not in one
+
+
+def test_a_model_that_has_no_fold_has_no_quick_folds_and_candidates_are_healed_at_once(of_trial, tmp_path):
+    model = families.tiny("xmod", vocab_size=folders.VOCABULARY, max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    assert main(["tune", str(tmp_path / "model"), *of_trial[2:], f"--out={run}"]) == 0
+    found, folds = (json.loads((run / f"{stage}.json").read_text()) for stage in ("search", "fold"))
+    assert {one["folded"] for one in found["shortlist"]} == {None}
+    assert sum("healed" in one for one in found["shortlist"]) > 1
+    assert all(one["skipped"] and one["kl_before"] is one["kl_after"] is None for one in folds["fold"])
+    assert not folds["changed"]
 
 
 class Killed(Exception):

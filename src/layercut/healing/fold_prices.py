@@ -40,6 +40,11 @@ Leaving = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """h after a layer, what its target reads or puts out, and what the norm behind that reads, or h again."""
 
 
+def has_fold(dense: DecoderRunner, tokens: torch.Tensor) -> bool:
+    """Whether any layer that a cut may follow has something to solve again."""
+    return any(find_targets(dense, position, tokens[:2, :32]) for position in range(len(dense) - 1))
+
+
 class FoldPrices:
     """Prices of sets of segments after a quick fold of each cut; the dense model's states are computed once."""
 

@@ -181,9 +181,9 @@ class FoldResult:
 
     cuts: tuple[Fold, ...]
     """One for each cut, from the first to the last."""
-    kl_before: float
-    """KL(dense || student) on the held-out rows before the fold, mean nats per token."""
-    kl_after: float
+    kl_before: float | None
+    """KL(dense || student) on the held-out rows before the fold, mean nats per token; None where no cut has one."""
+    kl_after: float | None
     """The same after it, also where it was then undone."""
     kept: bool
     """Whether the student is left folded; if not, it has the very weights that it had before."""
@@ -194,7 +194,9 @@ class FoldResult:
 
     def _repr_html_(self) -> str:
         """What matters of it as a table, in a notebook."""
-        rows = [("held-out KL", f"{self.kl_before:.4g} → {self.kl_after:.4g}, {'kept' if self.kept else 'undone'}")]
+        done, rows = "kept" if self.kept else "undone", list[tuple[str, str]]()
+        if self.kl_before is not None and self.kl_after is not None:
+            rows.append(("held-out KL", f"{self.kl_before:.4g} → {self.kl_after:.4g}, {done}"))
         for cut in self.cuts:
             done = cut.skipped or f"{', '.join(cut.modules)} of layer {cut.layer}: error 1 → {cut.error_after:.3g}"
             rows.append((f"cut {cut.segment[0]}:{cut.segment[1]}", done))
@@ -228,7 +230,7 @@ def fold_(
         rows: rows of `tokens` in one pass through the model; not given, as many as the budget allows.
 
     Returns:
-        What was solved at each cut, and the KL before and after.
+        What was solved at each cut, and the KL before and after; where no cut has a fold, nothing is run, nor the KL.
 
     Raises:
         ConfigError: the tokens are not [N, T] token ids, or it cannot be seen which layers the student lacks.
@@ -237,16 +239,21 @@ def fold_(
     tokens, heldout = with_held_out(tokens, heldout, dense)
     with prepared(student, dense) as (cut, whole):
         segments = sorted(removed_segments(cut, whole) if segments is None else segments)
-        before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
-        folds: list[Fold] = []
+        folds, before, after, kept = list[Fold](), None, None, False
         undo_ = _undoing(cut, {_position(cut, whole, segment) for segment in segments})
         with bar("folding", len(segments) * len(tokens)) as advance:
             for segment in segments:
-                folds.append(fold_cut_(cut, whole, segment, tokens, rows, advance))
-        after = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
-        if not after < before:
+                found = _targets_before(cut, whole, segment, tokens)
+                if before is None and not isinstance(found, Fold):
+                    before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
+                folds.append(_fold_targets_(cut, whole, segment, found, tokens, rows, advance))
+        if before is not None:
+            solved = any(fold.skipped is None for fold in folds)
+            after = mean_kl(whole, cut, heldout, shared_layers(whole, cut)) if solved else before
+            kept = after < before
+        if not kept:
             undo_()
-    return FoldResult(tuple(folds), before, after, after < before)
+    return FoldResult(tuple(folds), before, after, kept)
 
 
 def _undoing(student: DecoderRunner, positions: set[int]) -> Callable[[], None]:
@@ -294,14 +301,31 @@ def fold_cut_(
     is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear output
     to the residual stream, or where what reaches the cut is not finite.
     """
+    found = _targets_before(student, dense, segment, tokens)
+    return _fold_targets_(student, dense, segment, found, tokens, rows, advance)
+
+
+def _targets_before(
+    student: DecoderRunner, dense: DecoderRunner, segment: Segment, tokens: torch.Tensor
+) -> list[LinearOutput] | Fold:
+    """What to solve again before a cut, at least one; or the fold that is skipped, with the reason."""
     position = _position(student, dense, segment)
     if position < 0:
         return _skipped(segment, "no layer before the cut")
     if sharding.is_spread(student.layers[position]):
         student.layers[position] = sharding.whole_copy(student.layer_at_rest(position))
     targets = find_targets(student, position, tokens[:2, :32])
-    if not targets:
-        return _skipped(segment, "the layer before the cut adds no linear output to the residual stream")
+    return targets or _skipped(segment, "the layer before the cut adds no linear output to the residual stream")
+
+
+@torch.no_grad()
+def _fold_targets_(
+    student: DecoderRunner, dense: DecoderRunner, segment: Segment, targets: list[LinearOutput] | Fold,
+    tokens: torch.Tensor, rows: int | None, advance: Advance,
+) -> Fold:  # fmt: skip
+    if isinstance(targets, Fold):
+        return targets
+    position = _position(student, dense, segment)
 
     def share_of_bar(rows: float) -> None:
         advance(rows / len(targets))

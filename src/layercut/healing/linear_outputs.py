@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,12 +133,11 @@ def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> l
         probe.layer.get_submodule(norm.name).forward = _identity
     writers = linear_writers(probe)
     found = [_of_linear(probe, *each) for each in writers.items()]
-    if len(found) < 2 and (branch := multipliable_branch(probe)) and branch.name not in writers:
-        inside = {name for target in found for name, _ in target.weights}
-        if not {name for name, _ in branch.weights} <= inside:  # experts, with what is shared among them or without
-            others = linear_writers(probe, silent=[probe.layer.get_submodule(branch.name)])
-            outside = [each for each in others.items() if not each[0].startswith(branch.name + ".")]
-            found = [*(_of_linear(probe, *each) for each in outside), branch]
+    known = {f"{name}.{leaf}" for name in writers for leaf in ("weight", "bias")}
+    if len(found) < 2 and (branch := multipliable_branch(probe, known)):  # experts, with what they share or without
+        others = linear_writers(probe, silent=[probe.layer.get_submodule(branch.name)])
+        outside = [each for each in others.items() if not each[0].startswith(branch.name + ".")]
+        found = [*(_of_linear(probe, *each) for each in outside), branch]
     return [_behind(probe, target, norms) for target in found]
 
 
@@ -238,8 +237,8 @@ def linear_writers(probe: Probe, silent: Sequence[nn.Module] = ()) -> dict[str, 
             return dict(found[module] for module in caught)
 
 
-def multipliable_branch(probe: Probe) -> LinearOutput | None:
-    """A part of the layer whose output m is added to the stream, and the weights that turn m into m T.
+def multipliable_branch(probe: Probe, known: Collection[str] = ()) -> LinearOutput | None:
+    """A part of the layer whose output m is added to the stream, and the weights, beside `known`, that make it m T.
 
     The weights are found by trying: without them a part of m is gone, and with their outputs permuted and some of
     them doubled (no norm lets both pass) exactly that part is so. Weights that differ by a number in their names, the
@@ -254,7 +253,7 @@ def multipliable_branch(probe: Probe) -> LinearOutput | None:
             continue
         groups: dict[str, list[str]] = {}
         for leaf, _ in module.named_parameters(prefix=name):
-            groups.setdefault(re.sub(r"\d+", "#", leaf), []).append(leaf)
+            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", leaf), []).append(leaf)
         found = [
             (leaf, dim)
             for group in groups.values()
@@ -262,7 +261,7 @@ def multipliable_branch(probe: Probe) -> LinearOutput | None:
             if probe.multiplies([(leaf, dim) for leaf in group])
             for leaf in group
         ]
-        if found and probe.multiplies(found, module, factor):
+        if not {leaf for leaf, _ in found} <= {*known} and probe.multiplies(found, module, factor):
             return LinearOutput(name, False, tuple(found), probe.width, _unless_one(factor))
     return None
 

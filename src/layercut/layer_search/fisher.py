@@ -176,6 +176,7 @@ def estimate_of_row(
 @torch.no_grad()
 def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], most_bytes: int) -> torch.Tensor:
     """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once."""
+    states, slopes = ([each.flatten(2) for each in of] for of in (states, slopes))  # several streams side by side
     layers, tokens, width = len(slopes), *states[0].shape[1:]
     device = states[0].device  # layers may be on several
     sums = [torch.zeros(b, device=device) for b in range(1, layers + 1)]

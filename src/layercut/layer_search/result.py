@@ -38,8 +38,8 @@ class Shortlisted:
     """Segments that were healed before the choice, and the KL left, in nats per token of text and of probes."""
 
     segments: tuple[Segment, ...]
-    folded: float
-    """After a quick fold (`healing/fold_prices.py`)."""
+    folded: float | None
+    """After a quick fold (`healing/fold_prices.py`); None where no layer of the model has one."""
     healed: float | None = field(default=None, metadata=OPTIONAL)
     """After a short healing; None where it went no further."""
     longer: float | None = field(default=None, metadata=OPTIONAL)

@@ -80,7 +80,7 @@ EFFORTS = {
 def shortlist(
     result: SearchResult,
     costs: CutCosts,
-    folded: Callable[[Cuts], float],
+    folded: Callable[[Cuts], float] | None,
     limits: Restriction,
     count: int,
     healed: Callable[[Cuts, int], float] | None = None,
@@ -88,16 +88,21 @@ def shortlist(
 ) -> SearchResult:
     """Go on from a search's candidates by their costs after a quick fold, and after healing on so many times the rows.
 
-    Without `healed` the fold decides.
+    Without `healed` the fold decides. Without `folded`, of a model that has no fold, costs of plain cuts take its place
+    and no moves are tried, since the search has tried them.
     """
     by_text = [result.by_text] if result.by_text else []
     begun = [each.segments for each in [*result.candidates[: effort.pool], *result.by_number, *by_text]]
-    known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter[: effort.pool]])}
+    pool = [*dict.fromkeys([*begun, *result.lighter[: effort.pool]])]
+    if folded:
+        known = {cuts: folded(cuts) for cuts in pool}
+    else:
+        known = {each.segments: each.merit[0] for each in costs.candidates(pool)}
     best = min(known, key=known.__getitem__)
-    for _ in range(effort.rounds):
+    for _ in range(effort.rounds if folded else 0):
         moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
         nearest = costs.ranked(moves, min(costs.rows, 2 * costs.kinds))[: effort.proposed] if moves else []
-        known |= {cuts: folded(cuts) for cuts in nearest}
+        known |= {cuts: folded(cuts) for cuts in nearest} if folded else {}
         ahead = min([best, *nearest], key=known.__getitem__)
         if known[ahead] > (1 - GAIN) * known[best] or ahead == best:
             break
@@ -111,7 +116,9 @@ def shortlist(
     return replace(
         result,
         candidates=[replace(each, score=known[each.segments]) for each in [chosen, *rest]],
-        shortlist=[Shortlisted(cuts, known[cuts], short.get(cuts), longer.get(cuts)) for cuts in ordered],
+        shortlist=[
+            Shortlisted(cuts, known[cuts] if folded else None, short.get(cuts), longer.get(cuts)) for cuts in ordered
+        ],
     )
 
 

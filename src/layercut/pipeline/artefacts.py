@@ -61,10 +61,10 @@ class CutArtefact:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldRecord(Fold):
-    """One fold, and the held-out KL of the student before and after all of them, in nats per token."""
+    """One fold, and the student's held-out KL before and after all, nats per token; None where none was tried."""
 
-    kl_before: float
-    kl_after: float
+    kl_before: float | None
+    kl_after: float | None
     kept: bool
 
 

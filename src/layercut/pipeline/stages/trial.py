@@ -20,7 +20,7 @@ from layercut.data.blocks import by_origin, fingerprint
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
-from layercut.healing.fold_prices import FoldPrices
+from layercut.healing.fold_prices import FoldPrices, has_fold
 from layercut.layer_search import Cost, Restriction, SearchResult, most_segments
 from layercut.layer_search.cut_costs import CutCosts, row_kl
 from layercut.layer_search.shortlist import EFFORTS, LONGER, Effort, shortlist
@@ -74,10 +74,13 @@ def go_on(
     count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
     prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
-    folds = cache(lambda: fold_prices(work, tokens, tests))
+    folds, foldable = cache(lambda: fold_prices(work, tokens, tests)), has_fold(work.stack, tokens)
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
-        shown.enter_context(bar("pricing cuts after a quick fold", None))
+        if foldable:
+            shown.enter_context(bar("pricing cuts after a quick fold", None))
+        else:
+            say("trial", "no layer of this model has a linear output to fold, so no cut has a quick fold")
 
         def fold_price(cuts: Sequence[Segment]) -> float:
             return known("folded", cuts, lambda: folds()(cuts))
@@ -96,7 +99,8 @@ def go_on(
             say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
             return sum(left)
 
-        found = shortlist(result, prices, fold_price, limits, count, healed_price, effort_of(work))
+        quick = fold_price if foldable else None
+        found = shortlist(result, prices, quick, limits, count, healed_price, effort_of(work))
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
