@@ -521,7 +521,7 @@ def test_costs_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
 
 def test_seconds_that_a_price_took_before_count_once(tmp_path, monkeypatch):
     clock = iter([1.0, 8.0])
-    monkeypatch.setattr("layercut.pipeline.known_prices.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("layercut.pipeline.run_folder.time.perf_counter", lambda: next(clock))
     first, later = Folder(tmp_path, "a"), Folder(tmp_path, "a")
     for folder in (first, later):
         known = KnownCosts(folder, "search")
