@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
 from layercut.config.commands import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
-from layercut.data.blocks import TextFacts, by_origin, in_rows
+from layercut.data.blocks import by_origin, in_rows
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
@@ -28,6 +28,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, SurgeryError
 from layercut.evaluation.probe_scores import Grid, Probes, found_of, probed, probes_for
 from layercut.evaluation.tasks import Retained, compare_records, representative_metric, retained
+from layercut.files import OPTIONAL, jsonable
 from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import Rows
@@ -35,7 +36,6 @@ from layercut.healing.least_squares import Fold, fold_cut_
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import BeforeAfter
 from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import Run
@@ -56,8 +56,8 @@ class MethodChoice:
     method: str
     segments: list[Segment]
     kl: float
-    damage: float | None = None
-    """To generated tests, where the method searched with them, in nats per answer token."""
+    probe_kl: float | None = None
+    """On probes, where the method searched with them, in nats per answer token."""
     search_seconds: float
     dense_tokens: int
     layer_forwards: int
@@ -83,7 +83,7 @@ class CutState:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a model still does; what was not asked for is empty or None."""
+    """compare-at-SEGMENTS-STATE-judged.json: what a model still does; what was not asked for is empty or None."""
 
     scores: dict[str, float] = field(default_factory=dict)
     """By task."""
@@ -97,48 +97,8 @@ class Judged:
     """`evaluation.generation_health` beside the dense model."""
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     """By evaluation of a package, then by metric."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedRecords:
-    """compare-at-SEGMENTS-STATE-judged.json, and compare-dense-judged.json."""
-
-    judged: Judged
-    records: dict[str, Any]
-    """Of `evaluation.score_tasks`: every item of every task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedMethod(MethodChoice):
-    """A method's row of the comparison; figures by state."""
-
-    perplexity: dict[str, float | None]
-    standard_error: dict[str, float | None]
-    """Of ln(perplexity / dense), paired over the windows."""
-    texts: dict[str, dict[str, float]]
-    """Perplexity of each text, where it was measured on several."""
-    fold: list[Fold]
-    tuning: TuningResult | None
-    lora: TuningResult | None
-    refused: str | None
-    judged: dict[str, Judged]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArtefact:
-    """compare.json."""
-
-    model: str
-    layers: BeforeAfter
-    calibration: TextFacts
-    tuning: TextFacts | None
-    evaluation: TextFacts
-    dense: dict[str, Any]
-    """Of the dense model {"perplexity", "texts"}."""
-    methods: list[ComparedMethod]
-    tasks: dict[str, dict[str, Any]]
-    """Of each task {"metric", "items", "chance", "share"}; share: whether a score is a share of the items."""
-    judged_dense: Judged | None
+    records: dict[str, Any] = field(default_factory=dict, metadata=OPTIONAL)
+    """Of `evaluation.score_tasks`: every item of every task; not in compare.json."""
 
 
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
@@ -183,62 +143,54 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
 
 def compared(work: RunContext, model: str, asked: MethodsConfig, length: int) -> None:
     """Search by every method and measure every cut: the plain cuts of all first, then what takes longest."""
-    run, text, judge, choices = work.run, work.text, CutJudge(work), list[MethodChoice]()
+    run, text, judge = work.run, work.text, CutJudge(work)
     with run.stage(CutState, "compare-dense", [work.source, text["evaluation"]], together=True) as stage:
         if stage.open:
             stage.found = measured(work, work.dense.model)
     dense = stage.artefact
-    for method in asked.names:
-        choices.append(search_by(work, asked, method, length))
+    choices = [search_by(work, asked, method, length) for method in asked.names]
     judged_dense = judge("compare-dense", lambda: work.dense.model) if judge.is_asked else None
     trained = {"tuned", *asked.state_names}.intersection(TRAINED_STATES) if asked.tune_tokens else set[str]()
     states = [state for state in COMPARED_STATES if state not in TRAINED_STATES or state in trained]
-    cuts: dict[tuple[str, str], CutState] = {}
-    judged: dict[str, dict[str, JudgedRecords]] = {state: {} for state in states}
+    cuts: dict[str, dict[str, CutState]] = {chosen.method: {} for chosen in choices}
+    judged: dict[str, dict[str, Judged]] = {}
     for state in states:
-        for chosen in choices:
-            name = f"{stem(chosen.segments)}-{state}"
-            cuts[chosen.method, state] = found = cut_in_state(work, chosen.segments, state)
-            if judge.is_asked and state in asked.state_names and found.perplexity is not None:
-
-                def made(segments: list[Segment] = chosen.segments, state: str = state) -> Any:
-                    return student_in(work, segments, state)
-
-                judged[state][chosen.method] = judge(name, made, [name])
-    told = {state: beside_dense(judged_dense, judged[state], choices[0].method) for state in states}
+        found = dict[str, Judged]()
+        for method, segments in [(chosen.method, chosen.segments) for chosen in choices]:
+            name = f"{stem(segments)}-{state}"
+            cuts[method][state] = cut_in_state(work, segments, state)
+            if judge.is_asked and state in asked.state_names and cuts[method][state].perplexity is not None:
+                found[method] = judge(name, lambda s=segments, at=state: student_in(work, s, at), [name])  # type: ignore[misc]
+        judged[state] = beside_dense(judged_dense, found, choices[0].method)
     rows = []
     for chosen in choices:
-        of = {state: cuts[chosen.method, state] for state in states}
-        known = {state: found for state, found in of.items() if found.losses}
-        perplexity: dict[str, float | None] = {"tuned": None}
-        rows.append(
-            ComparedMethod(
-                **vars(chosen),
-                perplexity=perplexity | {state: found.perplexity for state, found in of.items()},
-                standard_error={state: error_of(found.losses, dense.losses) for state, found in known.items()},
-                texts={state: by_text(work, found.losses) for state, found in known.items()},
-                fold=of["folded"].fold,
-                tuning=of["tuned"].tuning if "tuned" in of else None,
-                lora=of["lora"].tuning if "lora" in of else None,
-                refused=of["cut"].refused,
-                judged={state: told[state][chosen.method] for state in states if chosen.method in told[state]},
-            )
-        )
-    judged_first = judged_dense.judged if judged_dense else None
-    inputs = [run.hashes["compare-dense"], rows, judged_first]
-    with run.stage(CompareArtefact, "compare", inputs) as comparison:
+        of = cuts[chosen.method]
+        known = {state: found.losses for state, found in of.items() if found.losses}
+        rows.append({
+            **vars(chosen),
+            "perplexity": {"tuned": None} | {state: each.perplexity for state, each in of.items()},
+            # of ln(perplexity / dense), paired over the windows
+            "standard_error": {state: error_of(losses, dense.losses) for state, losses in known.items()},
+            "texts": {state: by_text(work, losses) for state, losses in known.items()},
+            "fold": of["folded"].fold,
+            "tuning": of["tuned"].tuning if "tuned" in of else None,
+            "lora": of["lora"].tuning if "lora" in of else None,
+            "refused": of["cut"].refused,
+            "judged": {state: each[chosen.method] for state, each in judged.items() if chosen.method in each},
+        })  # fmt: skip
+    content = {
+        "model": model,
+        "layers": {"before": work.layers, "after": work.layers - length},
+        **{use: text.get(use) for use in ("calibration", "tuning", "evaluation")},
+        "dense": {"perplexity": dense.perplexity, "texts": by_text(work, dense.losses)},
+        "methods": rows,
+        "tasks": tasks_of(judged_dense.records) if judged_dense else {},
+        "judged_dense": replace(judged_dense, records={}) if judged_dense else None,
+    }
+    inputs = [run.hashes["compare-dense"], rows, content["judged_dense"]]
+    with run.stage(dict[str, Any], "compare", inputs) as comparison:
         if comparison.open:
-            comparison.found = CompareArtefact(
-                model=model,
-                layers=BeforeAfter(before=work.layers, after=work.layers - length),
-                dense={"perplexity": dense.perplexity, "texts": by_text(work, dense.losses)},
-                methods=rows,
-                tasks=asked_tasks(judged_dense.records) if judged_dense else {},
-                judged_dense=judged_first,
-                calibration=text["calibration"],
-                tuning=text.get("tuning"),
-                evaluation=text["evaluation"],
-            )
+            comparison.found = jsonable(content)
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -250,18 +202,15 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
     inputs = [work.source, work.text["calibration"], seed, method, length, *edition(config)]
     with work.run.stage(MethodChoice, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
-            tests = generated_tests(work, config=config) if config.preserve != "none" else None
-            how: dict[str, Any] = {"probes": tests, "num_segments": "auto"} if tests else {}
+            probes = generated_tests(work, config=config) if config.preserve != "none" else None
+            how: dict[str, Any] = {"probes": probes, "num_segments": "auto"} if probes else {}
             how |= {"segments": config.segments} if config.segments else {"n_layers": length, "method": config.method}
             result = layer_search.search(work.stack, work.blocks["calibration"], seed=seed, **how)
             stage.found = MethodChoice(
-                method=method,
-                segments=result.segments,
-                kl=result.kl,
-                damage=result.candidates[0].probe_kl if tests else None,
-                search_seconds=round(result.seconds, 3),
-                **vars(result.cost),
-            )
+                method=method, segments=result.segments, kl=result.kl,
+                probe_kl=result.candidates[0].probe_kl if probes else None,
+                search_seconds=round(result.seconds, 3), **vars(result.cost),
+            )  # fmt: skip
     found = stage.artefact
     say("compare", f"{method}: remove {', '.join(map(str, found.segments))}, KL {formatting.figure(found.kl)}")
     return found
@@ -281,7 +230,10 @@ def cut_in_state(work: RunContext, segments: Sequence[Segment], state: str) -> C
             except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
                 student, found = None, CutState(refused=error.message)
             if student is not None and state == "folded":
-                found = CutState(fold=folded_(work, student, segments))
+                tokens, runner = work.blocks["calibration"], DecoderRunner(student)
+                with bar("folding", len(segments) * len(tokens)) as advance:
+                    folds = [fold_cut_(runner, work.stack, s, tokens, advance=advance) for s in sorted(segments)]
+                found = CutState(fold=folds)
             elif student is not None and state in TRAINED_STATES:
                 student, found = trained(work, student, segments, state)
             if student is not None and not (state == "folded" and all(fold.skipped for fold in found.fold)):
@@ -294,13 +246,6 @@ def cut_in_state(work: RunContext, segments: Sequence[Segment], state: str) -> C
     return stage.artefact
 
 
-def folded_(work: RunContext, student: Any, segments: Sequence[Segment]) -> list[Fold]:
-    """Fold each cut of a student in place, whether that helps or not."""
-    tokens, runner = work.blocks["calibration"], DecoderRunner(student)
-    with bar("folding", len(segments) * len(tokens)) as advance:
-        return [fold_cut_(runner, work.stack, segment, tokens, advance=advance) for segment in sorted(segments)]
-
-
 def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: str) -> tuple[Any, CutState]:
     """A student trained as the journey does it, or by LoRA on the same rows: from the fold where that is nearer."""
     stack, rows, heldout, from_fold = work.stack, work.blocks["tuning"], work.blocks["heldout"], False
@@ -311,13 +256,12 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
         student = folded if from_fold else student
     if work.own_process:
         memory.reuse_freed()
-    settings = tune_settings(work.config.heal)
     how: dict[str, Any] = {"heldout": heldout, "files": TuningFiles(stopping=work.stopping)}
-    treated = vars(tuning_treatment(work))
+    how["settings"], treated = tune_settings(work.config.heal), vars(tuning_treatment(work))
     if state == "lora":
-        report = lora.tune_lora_(student, stack, Rows(tokens=rows, **treated), settings=settings, **how)
+        report = lora.tune_lora_(student, stack, Rows(tokens=rows, **treated), **how)
     else:
-        report = tune_(student, stack, rows, settings=settings, **how, **treated)
+        report = tune_(student, stack, rows, **how, **treated)
     start = report.heldout[0]["loss"]
     say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
     return student, CutState(tuning=replace(report, curve=[]), from_fold=from_fold)
@@ -353,8 +297,9 @@ def by_text(work: RunContext, losses: Sequence[float]) -> dict[str, float]:
     """Perplexity of each text, where the evaluation text is a mix of several."""
     text = work.text["evaluation"]
     named = split_mix(text.source)  # what streams are called; of files that is less telling than their names
-    origins = named if len(named) == len(text.origins) else text.origins
-    parts = by_origin(torch.tensor(losses, dtype=torch.float64), origins)
+    parts = by_origin(
+        torch.tensor(losses, dtype=torch.float64), named if len(named) == len(text.origins) else text.origins
+    )
     if len(parts) == 1:
         return {}
     return {formatting.source_name(name): evaluation.of_losses(part) for name, part in parts.items()}
@@ -385,39 +330,37 @@ class CutJudge:
         """What all models are asked."""
         return probes_for(self.work.tokenizer, self.work.architecture, seed=self.work.config.text.seed)
 
-    def __call__(self, name: str, model: Callable[[], Any], after: Sequence[str] = ()) -> JudgedRecords:
+    def __call__(self, name: str, model: Callable[[], Any], after: Sequence[str] = ()) -> Judged:
         """Everything that is asked for, of one model; each task is kept as soon as it is scored."""
         work, asked, seed = self.work, self.work.config.tasks, self.work.config.text.seed
         shown, functions = name.removeprefix("compare-"), evaluation.named(asked.evaluation_names)
         inputs = [work.source, seed, {one: evaluation.source_digest(each) for one, each in functions.items()}]
         inputs += [asked.names, asked.limit, evaluation.harness_version(asked.include_path)] if asked.names else []
         inputs += ["probes", self.probes.longest, EDITION, work.text["evaluation"]] if asked.probes else []
-        with work.run.stage(JudgedRecords, f"{name}-judged", inputs, after=after) as stage:
+        with work.run.stage(Judged, f"{name}-judged", inputs, after=after) as stage:
             if stage.open:
-                judged, found, records = model(), Judged(), dict[str, Any]()
+                judged, found = model(), dict[str, Any]()
                 if asked.probes:
                     dense, rows = work.dense.model, in_rows(work.blocks["evaluation"], work.config.text.window)
                     with bar(f"probes, {shown}", self.probes.tokens) as advance:
-                        told = probed(judged, dense, work.tokenizer, self.probes, advance=advance)
-                    health = evaluation.generation_health(dense, judged, rows) if after else None
-                    found = replace(found, **told, health=health)
+                        found |= probed(judged, dense, work.tokenizer, self.probes, advance=advance)
+                    found["health"] = evaluation.generation_health(dense, judged, rows) if after else None
                 if asked.names:
-                    records = evaluation.score_tasks(
-                        judged, work.tokenizer, self.tasks, limit=asked.limit, name=shown, cache=work.run / "tasks"
-                    )
-                    found = replace(found, scores={task: score_of(record) for task, record in records.items()})
-                figures = {
+                    how: dict[str, Any] = {"limit": asked.limit, "name": shown, "cache": work.run / "tasks"}
+                    found["records"] = evaluation.score_tasks(judged, work.tokenizer, self.tasks, **how)
+                    found["scores"] = {task: score_of(record) for task, record in found["records"].items()}
+                found["evaluations"] = {
                     one: evaluation.measure(one, each, judged, work.tokenizer, seed=seed)
                     for one, each in functions.items()
                 }
-                stage.found = JudgedRecords(judged=replace(found, evaluations=figures), records=records)
-        result = stage.artefact.judged
+                stage.found = Judged(**found)
+        result = stage.artefact
         words = [f"{task} {score:.3f}" for task, score in result.scores.items()]
         for what, grid in (("keys", result.keys), ("lists", result.lists)):
             hits, of = found_of(grid)
             words += [f"{what} {hits} of {of}"] if of else []
         say("judge", f"{shown}: {', '.join(words) or ', '.join(functions)}")
-        return stage.artefact
+        return result
 
 
 def score_of(record: Mapping[str, Any]) -> float:
@@ -425,8 +368,8 @@ def score_of(record: Mapping[str, Any]) -> float:
     return float(record["metrics"][representative_metric(record)]["score"])
 
 
-def asked_tasks(records: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tasks, as all models were asked them."""
+def tasks_of(records: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each task its metric, items and chance, and whether a score is a share of the items."""
     found = {}
     for task, record in records.items():
         row = compare_records(record, record)
@@ -436,10 +379,10 @@ def asked_tasks(records: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def beside_dense(dense: JudgedRecords | None, judged: Mapping[str, JudgedRecords], first: str) -> dict[str, Judged]:
+def beside_dense(dense: Judged | None, judged: dict[str, Judged], first: str) -> dict[str, Judged]:
     """What each method retains in one state of the dense model's task scores, and how far it is behind the first."""
     if dense is None or not dense.records or not judged:
-        return {method: one.judged for method, one in judged.items()}
+        return judged
     found = {}
     for method, kept in retained(dense.records, {method: one.records for method, one in judged.items()}).items():
         pairs = {task: compare_records(dense.records[task], of) for task, of in judged[method].records.items()}
@@ -448,5 +391,5 @@ def beside_dense(dense: JudgedRecords | None, judged: Mapping[str, JudgedRecords
         }
         if first not in judged:  # what it does not have in this state is no reference
             kept = replace(kept, behind=None, behind_error=None, p_value=None)
-        found[method] = replace(judged[method].judged, flips=flips, retained=kept)
+        found[method] = replace(judged[method], flips=flips, retained=kept, records={})
     return found

@@ -18,20 +18,18 @@ from safetensors.torch import load_file, save_file
 from layercut import evaluation, surgery
 from layercut.config import ShardMode
 from layercut.config.commands import CompressConfig
-from layercut.data.blocks import Reader, TextFacts, by_origin
+from layercut.data.blocks import TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.self_sampled import writes_chats
-from layercut.data.sources import CHATS, SELF, SHARED, has
+from layercut.data.sources import SHARED
 from layercut.distributed import processes, sharding
-from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
 from layercut.files import size, write_atomically
 from layercut.healing import TuningResult
 from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement
 from layercut.models.gguf_header import read_header
-from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact, TuningRecord
 from layercut.pipeline.run_folder import Run
@@ -41,12 +39,10 @@ from layercut.segments import Segment
 
 Weights = Literal["folded", "tuned", "quantized"]
 """What stages change in the cut model, in this order."""
-
-
 QUANTIZED_GGUF = "quantized.gguf"
 """The healed model in a run that writes a GGUF file."""
-TRIED_ROWS = 4
-"""Of generated tests, to see whether any fits."""
+FIRST_PROBES = 4
+"""Rows of probes that show whether any fits the run's rows."""
 
 
 @dataclass
@@ -83,9 +79,10 @@ class RunContext:
     @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where it runs and its weights lie."""
-        apart = ("shard", "device_map", "max_memory")
         where = {"device": "auto", "stream": "auto"}  # whatever was asked, as runs by default have it on disk
-        load = {name: value for name, value in (asdict(self.config.load) | where).items() if name not in apart}
+        load = asdict(self.config.load) | where
+        for apart in ("shard", "device_map", "max_memory"):
+            del load[apart]
         finer = read_header(self.checkpoint.file).finer_twin if self.checkpoint.gguf else None
         twins = {"embeddings": finer} if finer else {}  # another model than an earlier version loaded
         return {"checkpoint": processes.on_main(self._fingerprint), "load": load} | twins
@@ -105,6 +102,13 @@ class RunContext:
         """L, before anything is removed."""
         return decoder_stack.count_layers(self.architecture)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, which text needs and the model's weights do not."""
+        return loading.load_tokenizer(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
+
+    # --- the dense model ---
+
     @property
     def dense(self) -> loading.LanguageModel:
         """The model before any cut.
@@ -112,15 +116,20 @@ class RunContext:
         Where its weights are sharded over the processes, one of them cannot run it: what the main process does by
         itself, it does on a model of its own.
         """
-        return self._alone if self.spread and processes.world() == 1 else self._dense
+        return self._alone if self.spread and processes.world() == 1 else self._together
 
     @cached_property
-    def _dense(self) -> loading.LanguageModel:
+    def _together(self) -> loading.LanguageModel:
         return self.load("on" if self.spread else "off")
 
     @cached_property
     def _alone(self) -> loading.LanguageModel:
         return self.load("off")
+
+    @cached_property
+    def stack(self) -> DecoderRunner:
+        """For stages that all processes do together."""
+        return DecoderRunner(self._together.model)
 
     def load(self, shard: ShardMode) -> loading.LanguageModel:
         """The model, sharded over the processes or not, and a line about it."""
@@ -130,17 +139,14 @@ class RunContext:
         if sharding.is_spread(loaded.model):
             held = size(sharding.bytes_held(loaded.model))
             where = f", sharded over {processes.world()} processes, {held} in this one"
-        if len(devices := placed_over(loaded.model)) > 1:
+        if len(devices := placement.placed_over(loaded.model)) > 1:
             where = f" to {devices[-1]}, layers placed over {len(devices)} devices"
         stored = decoder_stack.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer, which text needs and the model's weights do not."""
-        return loading.load_tokenizer(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
+    # --- its text ---
 
     @cached_property
     def preserved(self) -> tuple[str, ...]:
@@ -149,20 +155,10 @@ class RunContext:
 
     @cached_property
     def tests_fit(self) -> bool:
-        """Whether rows of the run's window hold generated tests to tune on."""
+        """Whether rows of the run's window hold probes to tune on."""
         text = self.config.text
         how: dict[str, Any] = {"family": "tuning", "seed": text.seed, "capabilities": self.preserved}
-        return bool(probe_rows(self.tokenizer, rows=TRIED_ROWS, window=text.window, **how).names)
-
-    @cached_property
-    def stack(self) -> DecoderRunner:
-        """For stages that all processes do together."""
-        return DecoderRunner(self._dense.model)
-
-    @property
-    def verified_on(self) -> str:
-        """The use whose tokens measure what was saved: the evaluation's, or held-out where none is evaluated."""
-        return next(use for use in ("evaluation", "heldout", "calibration") if use in self.text)
+        return bool(probe_rows(self.tokenizer, rows=FIRST_PROBES, window=text.window, **how).names)
 
     @cached_property
     def chats_fit(self) -> bool:
@@ -175,25 +171,14 @@ class RunContext:
         """Whether the dense model can write text where it is: in memory, and whole in a process."""
         return not self.spread and not layer_reader.layers_on_disk(self.dense.model)
 
-    def reader(self, source: str, *, seed: int | None = None) -> Reader:
-        """Draws blocks of a source for several uses, and skips those of others."""
-        text, model = self.config.text, self.dense.model if has(source, SELF, CHATS) else None
-        if model is not None and layer_reader.layers_on_disk(model):
-            raise ConfigError(
-                f"{source!r} has the model write text, for which layers on disk would be read for every token",
-                "give another text, or --stream off",
-            )
-        seed = text.seed if seed is None else seed
-        return Reader(self.tokenizer, seed=seed, model=model, capabilities=self.preserved)
-
-    @cached_property
-    def reported_window(self) -> int:
-        """Tokens in the windows that perplexity is reported on."""
-        return self.config.evaluate.eval_window or decoder_stack.reported_window(self.architecture)
+    @property
+    def verified_on(self) -> str:
+        """The use whose tokens measure what was saved: the evaluation's, or held-out where none is evaluated."""
+        return next(use for use in ("evaluation", "heldout", "calibration") if use in self.text)
 
     @property
     def held_out_text(self) -> torch.Tensor:
-        """What judges cuts as text, token ids [N, T]: held-out rows, without the tests and chats that are tuned on too.
+        """What judges cuts as text, token ids [N, T]: held-out rows, without the probes and chats tuned on too.
 
         All of them where nothing else is tuned on.
         """
@@ -212,21 +197,22 @@ class RunContext:
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
         """The dense model without some layers, over the same tensors, then with weights of earlier stages in it."""
         run, student = self.run, surgery.cut(self.dense.model, cut)
+        changed = {
+            "folded": lambda: run.artefact(FoldArtefact, "fold").changed,
+            "tuned": lambda: run.artefact(HealArtefact, "heal").tuning,
+        }
         for each in weights:
-            if each == "quantized":
-                quantized = run.artefact(QuantizeArtefact, "quantize")
-                if quantized.gguf:
-                    rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
-                    decoder_stack.replace_parameters_(student, rounded)
-                if quantized.quantization_config:
-                    packed = load_file(run / "quantized.safetensors")
-                    decoder_stack.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
-            elif (
-                run.artefact(FoldArtefact, "fold").changed
-                if each == "folded"
-                else run.artefact(HealArtefact, "heal").tuning
-            ):
-                decoder_stack.replace_parameters_(student, load_file(run / f"{each}.safetensors"))
+            if each != "quantized":
+                if changed[each]():
+                    decoder_stack.replace_parameters_(student, load_file(run / f"{each}.safetensors"))
+                continue
+            quantized = run.artefact(QuantizeArtefact, "quantize")
+            if quantized.gguf:
+                rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
+                decoder_stack.replace_parameters_(student, rounded)
+            if quantized.quantization_config:
+                packed = load_file(run / "quantized.safetensors")
+                decoder_stack.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
         return student
 
     def compressed(self, cut: Sequence[Segment]) -> Any:

@@ -16,16 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation
-from layercut.config import HealConfig
 from layercut.config.commands import CompressConfig
-from layercut.data.blocks import Blocks, Marks, TextFacts, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, Marks, Reader, TextFacts, stored_blocks, stored_marks
 from layercut.data.chat_templates import prompt_ids
 from layercut.data.probe_families import EDITION
-from layercut.data.sources import CHATS, MADE_ANEW, TESTS, has, share_of, split_mix, what_is_read
+from layercut.data.sources import CHATS, MADE_ANEW, SELF, TESTS, has, share_of, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, MOST_WORDS, shared, shared_words
-from layercut.errors import DataError
+from layercut.errors import ConfigError, DataError
 from layercut.files import digest, read_json
-from layercut.models import decoder_stack
+from layercut.models import decoder_stack, layer_reader
 from layercut.pipeline.artefacts import SharedText
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
@@ -43,11 +42,10 @@ USED: tuple[Use, ...] = ("calibration", "heldout", "tuning")
 def uses(config: CompressConfig, until: str) -> list[Use]:
     """What text a run needs, in the order in which it is drawn."""
     heal, heals = config.heal, until != "search"
-    judged = config.shares_size
     wanted: dict[Use, bool] = {
         "evaluation": until == "report",
         "calibration": True,
-        "heldout": judged or (heals and (heal.fold or heal.tune_tokens > 0)),
+        "heldout": config.shares_size or (heals and (heal.fold or heal.tune_tokens > 0)),
         "tuning": heals and heal.tune_tokens > 0,
     }
     return [use for use, is_wanted in wanted.items() if is_wanted]
@@ -56,21 +54,18 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
 def text_wanted(work: RunContext, use: Use, chats: bool = True) -> dict[str, Any]:
     """What to draw for a use, by the names of `Reader.draw`."""
     text, heal, reported = work.config.text, work.config.heal, work.config.evaluate
-    wanted: dict[Use, tuple[str, int, int]] = {
-        "evaluation": (reported.eval_data, reported.eval_tokens, work.reported_window),
-        "calibration": (text.data, text.tokens, text.window),
-        "heldout": ("", held_out_tokens(heal), text.window),
-        "tuning": ("", heal.tune_tokens, heal.tune_window or text.window),
-    }
-    source, tokens, window = wanted[use]
-    # as written, and without a chat template, as reported perplexities need it
-    order = "as written" if use == "evaluation" else "shuffled"
-    return {"source": source or tuning_source(work, chats), "tokens": tokens, "window": window, "order": order}
-
-
-def held_out_tokens(heal: HealConfig) -> int:
-    """Tokens, beside those that are tuned on, that judge healing."""
-    return max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
+    if use == "evaluation":  # as written, and without a chat template, as reported perplexities need it
+        window = reported.eval_window or decoder_stack.reported_window(work.architecture)
+        return {
+            "source": reported.eval_data, "tokens": reported.eval_tokens, "window": window, "order": "as written"
+        }  # fmt: skip
+    tokens, window = {
+        "calibration": (text.tokens, text.window),
+        "heldout": (max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE), text.window),
+        "tuning": (heal.tune_tokens, heal.tune_window or text.window),
+    }[use]
+    source = text.data if use == "calibration" else tuning_source(work, chats)
+    return {"source": source, "tokens": tokens, "window": window, "order": "shuffled"}
 
 
 def tuning_source(work: RunContext, chats: bool) -> str:
@@ -171,22 +166,17 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
         work.text[use], work.blocks[use] = drawn, stored_blocks(work.run.folder, use)
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
-        if use == "tuning" and (why := why_no_chats(work, drawn.reads)):
+        asks_chats = work.config.heal.chat_share and use == "tuning" and work.tokenizer.chat_template
+        if asks_chats and CHATS not in drawn.reads:
+            why = "the dense model can write them only where it is in memory as a whole"
+            if not work.chats_fit:
+                why = "the chat template leaves out what the user says, or opens with more than half of a short row"
+            elif not has(tuning_source(work, True), CHATS):
+                why = "the shares of the text leave no room for them"
             say("note", f"no chats are tuned on: {why}")
     if "evaluation" in uses:
         say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
         say("evaluation", describe_shared(asdict(in_common(work, uses))))
-
-
-def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
-    """Why a chat model is tuned on no chats of its own, though a share is asked for; empty where it is or none is."""
-    if CHATS in reads or not work.config.heal.chat_share or not work.tokenizer.chat_template:
-        return ""
-    if not work.chats_fit:
-        return "the chat template leaves out what the user says, or opens with more than half of a short row"
-    if not has(tuning_source(work, True), CHATS):
-        return "the shares of the text leave no room for them"
-    return "the dense model can write them only where it is in memory as a whole"
 
 
 def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
@@ -207,7 +197,14 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
             check_prompt(work)
             if has(wanted["source"], CHATS) and not work.writes:
                 wanted = text_wanted(work, use, chats=False)
-            reader = work.reader(wanted["source"])
+            model = work.dense.model if has(wanted["source"], SELF, CHATS) else None
+            if model is not None and layer_reader.layers_on_disk(model):
+                raise ConfigError(
+                    f"{wanted['source']!r} has the model write text, for which layers on disk would be read for every "
+                    "token",
+                    "give another text, or --stream off",
+                )
+            reader = Reader(work.tokenizer, seed=text.seed, model=model, capabilities=work.preserved)
             for other in drawn:
                 had = text_wanted(work, other, CHATS in work.text[other].reads)
                 reader.skip_blocks(other, **had, keys=_keys(work.run.folder, other))
