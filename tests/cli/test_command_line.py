@@ -295,7 +295,7 @@ def test_the_file_of_a_compress_run_says_to_evaluate_what_it_says_of_evaluation(
         taken.append(config)
         raise ConfigError("stopped here", "")
 
-    monkeypatch.setattr("layercut.cli.evaluate_alone.evaluate_only", evaluate_only)
+    monkeypatch.setattr("layercut.cli.single_stage.evaluate_only", evaluate_only)
     file = tmp_path / "whole.yaml"
     file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "window": 32, "eval_window": 64}))
     main(["evaluate", "model", f"--config={file}"])

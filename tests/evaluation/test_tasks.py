@@ -230,7 +230,7 @@ def scored(task_folder, tiny_model, texts, tmp_path_factory):
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]
     with pytest.MonkeyPatch.context() as patch:
         quick.leave_out(patch)
-        for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.evaluate_alone"):
+        for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.single_stage"):
             patch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
         patch.setattr("layercut.evaluation.probe_scores.first_answer", lambda reply: "")
         patch.chdir(tiny_model.parent)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import folders
 from fuzz import bounded, of_folder, sound_folders
 from layercut import files
-from layercut.cli import evaluate_alone, single_stage
+from layercut.cli import single_stage
 from layercut.cli.command_line import main
 from layercut.config.commands import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError
@@ -163,7 +163,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"gives token 5,\d+, and the model's vocabulary has 300"):
-        evaluate_alone.evaluate_only(str(folder), asked)
+        single_stage.evaluate_only(str(folder), asked)
 
 
 # --- which files are the model ------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_the_fresh_process_sees_what_this_one_sees_but_the_working_directory(tmp
 
 def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, monkeypatch):
     """The first is gone when the second is loaded."""
-    run, alive, load = tmp_path / "run", list[Any](), evaluate_alone.placement.load
+    run, alive, load = tmp_path / "run", list[Any](), single_stage.placement.load
     shutil.copytree(tiny_model, run / "model")
     (run / "config.yaml").touch()
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
@@ -323,7 +323,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(evaluate_alone.placement, "load", watched)
+    monkeypatch.setattr(single_stage.placement, "load", watched)
     asked = PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
-    assert evaluate_alone.evaluate_only(str(run), asked)["ratio"]["value"] == 1.0
+    assert single_stage.evaluate_only(str(run), asked)["ratio"]["value"] == 1.0
     assert len(alive) == 2

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from layercut.cli.command_line import main
-from layercut.report.compare_page import printed, sections_of
 from layercut.report.formatting import Json
+from layercut.report.page import comparison, comparison_tables
 
 
 def tables(found: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     """Of each section the columns by their heads."""
-    made = {section.name: section.tables[0] for section in sections_of(Json(found))}
+    made = {section.name: section.tables[0] for section in comparison(Json(found))}
     columns = {name: map(list, zip(*table.rows, strict=True)) for name, table in made.items()}
     return {name: dict(zip(made[name].heads, cells, strict=True)) for name, cells in columns.items()}
 
@@ -46,7 +46,7 @@ def test_methods_are_sorted_by_kl_with_their_perplexities_and_error(lora: dict[s
     assert shown["ppl cut"] == ["refused", "99,999"]
     assert (shown["±"][0], shown["over dense"][0], shown["forwards"][0]) == ("1000.0", "3.00× ± 0.03", "123,456")
     console = Console(width=80, file=io.StringIO())
-    console.print(*printed(found))
+    console.print(*comparison_tables(found))
     assert console.file.getvalue().count("99,999") == 2 * len(values) - 1, "eighty columns hold them all"  # type: ignore[attr-defined]
 
 

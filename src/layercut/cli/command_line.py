@@ -211,7 +211,7 @@ def evaluate(
 
         layercut evaluate runs/small --eval-data c4:validation
     """
-    from layercut.cli.evaluate_alone import evaluate_only
+    from layercut.cli.single_stage import evaluate_only
     from layercut.report.page import evaluation_lines
 
     config = config or PerplexityConfig()
@@ -230,11 +230,11 @@ def compare(model: Model, *, config: CompareConfig | None = None, log: Log = Non
     from rich.console import Console
 
     from layercut.pipeline.compare import compare
-    from layercut.report.compare_page import printed
+    from layercut.report.page import comparison_tables
 
     run = compare(model, config or CompareConfig(), own_process=True)
     console, found = Console(highlight=False), json.loads((run / "compare.json").read_text())
-    for table in printed(found):
+    for table in comparison_tables(found):
         console.print(table)
     console.print(shown(f"report  {run / 'compare.html'}"), soft_wrap=True, markup=False)
 

@@ -68,12 +68,10 @@ def _value(arguments: list[str], flag: str) -> str | None:
 
 
 def _source(values: dict[str, Any], name: str, *, allow_unknown: bool = False) -> Callable[..., Any]:
-    """Values that fill the flags not given yet."""
     return cyclopts.config.Dict(values, source=name, use_commands_as_keys=False, allow_unknown=allow_unknown)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    """The keys of a --config file."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -40,7 +40,6 @@ def demo(run: RunConfig) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercut"
 
 

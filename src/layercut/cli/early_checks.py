@@ -1,6 +1,6 @@
 """What can be refused of a command before anything slow is imported: paths, texts, packages, the run folder, the disk.
 
-Needs the standard library alone. What this passes is checked again, with the model's config, by the command itself.
+No torch is needed. What this passes is checked again, with the model's config, by the command itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from layercut.config import HUB_SETS
 from layercut.errors import ConfigError, DataError, ModelError, RunError
 
-HUB_SETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "fineweb-edu": "HuggingFaceFW/fineweb-edu",
-            "alpaca": "tatsu-lab/alpaca"}  # fmt: skip
 OFFLINE = {"--data": "python-docstrings", "--eval-data": "python-docs"}
 """Text that takes the place of the defaults where the Hub cannot be reached: it comes with Python."""
 PATIENCE = 1.5

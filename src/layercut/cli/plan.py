@@ -14,7 +14,6 @@ ENDS = ("before", "after")
 
 
 def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
-    """What is printed, one after the other."""
     layers, where = plan["layers"], ", ".join(f"{a}:{b}" for a, b in plan["segments"])
     wider = f", computed in {plan['computed_in']}" if plan["computed_in"] != plan["dtype"] else ""
     yield (
@@ -59,7 +58,6 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes, hours or days."""
     if seconds is None:
         return ""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

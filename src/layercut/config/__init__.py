@@ -48,6 +48,11 @@ CONSUMER_NAMES = (
     "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
 )  # fmt: skip
 """Software by which a written model may have to be read right; `export/engines.py` has what each makes of it."""
+HUB_SETS = {
+    "wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+    "alpaca": "tatsu-lab/alpaca",
+}  # fmt: skip
+"""Texts that have a name here, and where the Hub has them; `data/sources.py` says how each is read."""
 OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
 """Options whose value is names, or numbers, separated by commas."""
 Preset = Literal["fast", "balanced", "best"]
@@ -82,9 +87,15 @@ def one_of(registry: Registry[Any], text: str) -> Parameter:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Refuse a value that is given and too small."""
     if value is not None and not value >= least:
         raise ConfigError(f"--{name.replace('_', '-')} {value:g} is too small", f"allowed is {least:g} or more")
+
+
+def refuse(*rules: tuple[bool, str, str]) -> None:
+    """Of (is wrong, message, hint) raise the first that is wrong."""
+    for is_wrong, message, hint in rules:
+        if is_wrong:
+            raise ConfigError(message, hint)
 
 
 def split_names(text: str) -> list[str]:
@@ -146,8 +157,7 @@ class ModelConfig:
             parse_bytes("--max-memory", self.max_memory)
         places = {"--stream on": self.stream, "--shard on": self.shard, "--device-map on": self.device_map}
         on = [flag for flag, mode in places.items() if mode == "on"]
-        if len(on) > 1:
-            raise ConfigError(f"both {' and '.join(on)} are given", "give one of them")
+        refuse((len(on) > 1, f"both {' and '.join(on)} are given", "give one of them"))
 
 
 @options(TEXT)
@@ -213,14 +223,14 @@ class SearchConfig:
     consumers: Consumers = ""
 
     def __post_init__(self) -> None:
-        if len(given := [flag for flag in self.given if flag != "--target-size"]) > 1:
-            raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
-        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
-            raise ConfigError(
-                f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
-            )
+        given, ratio, loss = [flag for flag in self.given if flag != "--target-size"], self.ratio, self.max_loss
+        refuse(
+            (len(given) > 1, f"both {' and '.join(given[:2])} are given", "give one of them"),
+            (ratio is not None and not 0 <= ratio < 1, f"--ratio {ratio} is outside 0 to 1",
+             "a fifth of the layers: --ratio 0.2"),
+            (loss is not None and not 0 < loss < math.inf, f"--max-loss {loss} is not above 0",
+             "perplexity up by a tenth: --max-loss 0.1"),
+        )  # fmt: skip
         if self.num_segments != "auto":
             at_least("num_segments", self.num_segments, 1)
         consumer_names(self.consumers)
@@ -258,7 +268,6 @@ class SearchConfig:
 
     @property
     def segments(self) -> list[Segment]:
-        """The segments given by hand."""
         return [Segment.parse(text) for text in self.segment]
 
 
@@ -349,16 +358,16 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         quantizers.check(self.quantizer, "--quantizer")
-        allowed, flag = self.allowed, f"--embedding-bits {self.embedding_bits}"
-        if self.bits == "auto" and self.embedding_bits not in (None, 16):
-            raise ConfigError(f"--bits auto chooses bits, and {flag} is given", f"leave out {flag}")
-        if self.bits == "auto" and allowed == (16,):
-            raise ConfigError("--bits auto has nothing to choose: --bits-allowed is 16", "--bits-allowed 16,8,4")
-        if self.embedding_bits not in (None, 16, 8, self.bits):  # stock transformers cannot load others
-            raise ConfigError(
-                f"{flag} beside --bits {self.bits} cannot be loaded by transformers",
-                f"give --embedding-bits 8 or {self.bits}",
-            )
+        allowed, flag, auto = self.allowed, f"--embedding-bits {self.embedding_bits}", self.bits == "auto"
+        refuse(
+            (auto and self.embedding_bits not in (None, 16), f"--bits auto chooses bits, and {flag} is given",
+             f"leave out {flag}"),
+            (auto and allowed == (16,), "--bits auto has nothing to choose: --bits-allowed is 16",
+             "--bits-allowed 16,8,4"),
+            (self.embedding_bits not in (None, 16, 8, self.bits),
+             f"{flag} beside --bits {self.bits} cannot be loaded by transformers",
+             f"give --embedding-bits 8 or {self.bits}"),
+        )  # fmt: skip
         at_least("group_size", self.group_size, 8)
 
     def check_allowed(self) -> None:
@@ -368,7 +377,6 @@ class QuantizeConfig:
 
     @property
     def rounds(self) -> bool:
-        """Whether anything is quantized."""
         return self.bits != 16
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 from cyclopts import Parameter
 
 from layercut.config import (
@@ -37,6 +38,7 @@ from layercut.config import (
     options,
     rare,
     rare_switch,
+    refuse,
     split_names,
 )
 from layercut.errors import ConfigError
@@ -137,42 +139,30 @@ class CompressConfig(TuneConfig):
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first."""
-        search, quantize, asked = self.search, self.quantize, self.heal.tune_quantized
-        given, size = search.given, "give the size: --target-size 60MB"
+        search, quantize, heal, fifth = self.search, self.quantize, self.heal, "a fifth of the layers: --ratio 0.2"
+        given, auto, both, asked = search.given, quantize.bits == "auto", search.two_budgets, heal.tune_quantized
         if not given:
-            raise ConfigError(
-                "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
-            )
-        if quantize.bits == "auto":
-            if search.target_size is None:
-                raise ConfigError("--bits auto is given without --target-size", size)
-            if search.max_loss is not None:
-                raise ConfigError(
-                    "--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits"
-                )
-        elif len(given) > 1 and not search.two_budgets:
-            raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
-        elif search.ratio == 0 and not quantize.rounds:
-            raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
-        if search.two_budgets and not self.heal.tune_tokens:
-            raise ConfigError(
-                "--target-size with --max-loss is measured after healing, and --tune-tokens is 0", "give --tune-tokens"
-            )
-        if asked in ("scales", "rounding"):
-            if quantize.bits == 16 and not search.two_budgets:
-                raise ConfigError(f"--tune-quantized {asked} is given, but nothing is quantized", "give --bits too")
-            if not self.heal.tune_tokens:
-                raise ConfigError(
-                    f"--tune-quantized {asked} is given, but no tokens are tuned on", "give --tune-tokens too"
-                )
+            raise ConfigError("neither --ratio nor --segment nor a budget is given", fifth)
         quantize.check_allowed()
-        if search.two_budgets and quantize.bits != 16:
-            raise ConfigError(
-                "--bits is given, and --target-size with --max-loss chooses among 16, 8 and 4 bits",
-                "leave it out; --embedding-bits 8 goes with both budgets",
-            )
-        if quantize.bits == 16 and quantize.how and not search.two_budgets:
-            raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")
+        forced, trains = asked in ("scales", "rounding"), f"--tune-quantized {asked} is given, but"
+        with_loss = "--target-size with --max-loss"
+        refuse(
+            (auto and search.target_size is None, "--bits auto is given without --target-size",
+             "give the size: --target-size 60MB"),
+            (auto and search.max_loss is not None, "--bits auto is given with --max-loss",
+             "give --ratio in its place, or leave out --bits"),
+            (len(given) > 1 and not auto and not both, f"both {given[0]} and {given[-1]} are given",
+             "give one of them; both go with --bits auto"),
+            (search.ratio == 0 and not quantize.rounds, "--ratio 0 is outside 0 to 1", f"{fifth}; none: give --bits"),
+            (both and not heal.tune_tokens, f"{with_loss} is measured after healing, and --tune-tokens is 0",
+             "give --tune-tokens"),
+            (forced and quantize.bits == 16 and not both, f"{trains} nothing is quantized", "give --bits too"),
+            (forced and not heal.tune_tokens, f"{trains} no tokens are tuned on", "give --tune-tokens too"),
+            (both and quantize.rounds, f"--bits is given, and {with_loss} chooses among 16, 8 and 4 bits",
+             "leave it out; --embedding-bits 8 goes with both budgets"),
+            (bool(quantize.how) and not quantize.rounds and not both,
+             f"{' '.join(quantize.how[:1])} is given, but nothing is quantized", "give --bits 4 or 8"),
+        )  # fmt: skip
 
     @property
     def shares_size(self) -> bool:
@@ -240,7 +230,6 @@ class CutConfig(WrittenConfig):
 
     @property
     def segments(self) -> list[Segment]:
-        """The segments, read."""
         return [Segment.parse(text) for text in self.segment]
 
 
@@ -262,22 +251,20 @@ class QuantizeAloneConfig(ConfigFile, WrittenConfig):
 
     def check(self) -> None:
         """Check the whole; not on construction, so that a mistyped --bit is named first."""
-        chosen, to_gguf = self.quantize.bits == "auto", self.out.suffix == ".gguf"
-        if self.gguf_type and not to_gguf:
-            raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
-        if self.quantize.bits == 16 and not self.gguf_type:
-            raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
+        chosen, to_gguf, how = self.quantize.bits == "auto", self.out.suffix == ".gguf", self.quantize.how
         self.quantize.check_allowed()
-        if chosen and to_gguf:
-            raise ConfigError("--bits auto packs weights for transformers, and --out is a GGUF file", "name a folder")
-        for flag in self.quantize.how if to_gguf else ():
-            raise ConfigError(
-                f"{flag} is given, and --out is a GGUF file, whose number format says how weights are rounded",
-                f"leave out {flag}, or name a folder",
-            )
-        if chosen != (self.target_size is not None):
-            given, missing = ("--bits auto", "--target-size") if chosen else ("--target-size", "--bits auto")
-            raise ConfigError(f"{given} is given without {missing}", "--bits auto --target-size 60MB")
+        given, missing = ("--bits auto", "--target-size") if chosen else ("--target-size", "--bits auto")
+        refuse(
+            (bool(self.gguf_type) and not to_gguf, "--gguf-type is given, and --out names no .gguf file",
+             "--out NAME.gguf"),
+            (self.quantize.bits == 16 and not self.gguf_type, "no --bits is given", "--bits 8 or --bits 4"),
+            (chosen and to_gguf, "--bits auto packs weights for transformers, and --out is a GGUF file",
+             "name a folder"),
+            (to_gguf and bool(how), f"{' '.join(how[:1])} is given, and --out is a GGUF file, whose number format says "
+             "how weights are rounded", f"leave out {' '.join(how[:1])}, or name a folder"),
+            (chosen != (self.target_size is not None), f"{given} is given without {missing}",
+             "--bits auto --target-size 60MB"),
+        )  # fmt: skip
         if self.target_size is not None:
             parse_bytes("--target-size", self.target_size)
 
@@ -389,27 +376,25 @@ class MethodsConfig(ReportedText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         self.heal()
         unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not name[0].isdigit()]
-        if unknown or not self.names:
-            got = ", ".join(map(repr, unknown)) or "no method"
-            raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(criteria)}")
+        wrong = [state for state in split_names(self.states) if state not in COMPARED_STATES]
+        allowed = f"allowed are {', '.join(COMPARED_STATES)}"
+        trained = self.state_names == ["tuned"] or "lora" in self.state_names
+        refuse(
+            (self.ratio is not None and not 0 < self.ratio < 1, f"--ratio {self.ratio} is outside 0 to 1",
+             "a fifth of the layers: --ratio 0.2"),
+            (bool(unknown) or not self.names, f"--methods names {', '.join(map(repr, unknown)) or 'no method'}",
+             f"allowed are {', '.join(criteria)}"),
+            (bool(wrong), f"--states names {', '.join(map(repr, wrong))}", allowed),
+            (not self.state_names, "--states names none", allowed),
+            (trained and not self.tune_tokens, f"--states {self.states} is given, and nothing is tuned",
+             "give --tune-tokens, or --states cut"),
+        )  # fmt: skip
         for name in self.names:
             self.search(name)
-        allowed = f"allowed are {', '.join(COMPARED_STATES)}"
-        if wrong := [state for state in split_names(self.states) if state not in COMPARED_STATES]:
-            raise ConfigError(f"--states names {wrong[0]!r}", allowed)
-        if not self.state_names:
-            raise ConfigError("--states names none", allowed)
-        if not self.tune_tokens and (self.state_names == ["tuned"] or "lora" in self.state_names):
-            raise ConfigError(
-                f"--states {self.states} is given, and nothing is tuned", "give --tune-tokens, or --states cut"
-            )
 
     def heal(self) -> HealConfig:
-        """How the cut of every method is healed."""
         return HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share, chat_share=self.chat_share)
 
     @property
@@ -459,9 +444,8 @@ class CompareConfig:
 def keys(config: type) -> set[str]:
     """The YAML keys of a command's configuration."""
     found: set[str] = set()
-    hints = get_type_hints(config)
-    for one in fields(config):
-        found |= keys(hints[one.name]) if is_dataclass(hints[one.name]) else {one.name}
+    for name, kind in get_type_hints(config).items():
+        found |= keys(kind) if isinstance(kind, type) and is_dataclass(kind) else {name}
     return found
 
 
@@ -472,9 +456,9 @@ def joined_names(key: str, value: Any) -> Any:
 
 def from_flat(options: Mapping[str, Any]) -> CompressConfig:
     """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file."""
-    hints = get_type_hints(CompressConfig)
-    parts: dict[str, dict[str, Any]] = {one.name: {} for one in fields(CompressConfig)}
-    owner = {key: part for part in parts for key in keys(hints[part])}
+    stages = get_type_hints(CompressConfig)
+    owner = {key: stage for stage, kind in stages.items() for key in keys(kind)}
+    given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for key, value in options.items():
         if key not in owner:
             near = difflib.get_close_matches(key, owner, 1)
@@ -483,27 +467,20 @@ def from_flat(options: Mapping[str, Any]) -> CompressConfig:
             )
         if key == "segment":
             value = tuple(map(str, as_segments(value)))
-        parts[owner[key]][key] = _checked(key, joined_names(key, value), get_type_hints(hints[owner[key]])[key])
-    return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})
+        kind = get_type_hints(stages[owner[key]])[key]
+        given[owner[key]][key] = _checked(key, joined_names(key, value), kind)
+    return CompressConfig(**{stage: stages[stage](**values) for stage, values in given.items()})
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
     """A value that is of the type its field is annotated with; paths may be given as text, floats as whole numbers."""
-    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for one in allowed:
-        choices = get_args(one)
-        if get_origin(one) is Literal and value in choices and type(value) is type(choices[choices.index(value)]):
-            return value
-        if one is Path and isinstance(value, str | Path):
-            return Path(value)
-        if one is float and type(value) in (int, float):
-            return float(value)
-        if (isinstance(one, type) and type(value) is one) or (get_origin(one) is tuple and isinstance(value, tuple)):
-            return value
-    words = [", ".join(map(repr, get_args(one))) or getattr(one, "__name__", str(one)) for one in allowed]
-    raise ConfigError(
-        f"{key} is {value!r}", f"allowed is {' or '.join('None' if w == 'NoneType' else w for w in words)}"
-    )
+    try:
+        return msgspec.convert(str(value) if isinstance(value, Path) else value, kind, dec_hook=lambda to, it: to(it))
+    except (msgspec.ValidationError, TypeError):
+        allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        words = [", ".join(map(repr, get_args(one))) or getattr(one, "__name__", str(one)) for one in allowed]
+        hint = " or ".join("None" if word == "NoneType" else word for word in words)
+        raise ConfigError(f"{key} is {value!r}", f"allowed is {hint}") from None
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:

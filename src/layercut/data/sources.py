@@ -14,15 +14,16 @@ from fractions import Fraction
 from math import lcm
 from pathlib import Path
 
+from layercut.config import HUB_SETS
 from layercut.data import documents
 from layercut.data.documents import SUFFIXES, Document, HubSet
 from layercut.errors import DataError
 
 NAMED = {
-    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", streamed=False, lines=True),
-    "c4": HubSet("allenai/c4", "en", column="text"),
-    "fineweb-edu": HubSet("HuggingFaceFW/fineweb-edu", "sample-10BT", column="text"),
-    "alpaca": HubSet("tatsu-lab/alpaca", streamed=False),
+    "wikitext2": HubSet(HUB_SETS["wikitext2"], "wikitext-2-raw-v1", column="text", streamed=False, lines=True),
+    "c4": HubSet(HUB_SETS["c4"], "en", column="text"),
+    "fineweb-edu": HubSet(HUB_SETS["fineweb-edu"], "sample-10BT", column="text"),
+    "alpaca": HubSet(HUB_SETS["alpaca"], streamed=False),
 }
 REPORTED = {"wikitext2": "test", "c4": "validation"}
 """The split that figures are reported on where the name says none, as the field does; else, and for all other use, it

@@ -44,7 +44,7 @@ from layercut.pipeline.stages.search import edition, generated_tests
 from layercut.pipeline.stages.text import Use, draw_all, taught, tuning_treatment
 from layercut.progress import bar, say
 from layercut.report import formatting
-from layercut.report.compare_page import write_comparison
+from layercut.report.page import write_report
 from layercut.segments import Segment, checked_segments, layers_to_remove
 from layercut.surgery import cut
 
@@ -136,7 +136,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
         judges: list[Use] = ["heldout", "tuning"] if asked.tune_tokens else []
         draw_all(work, ["calibration", *judges, "evaluation"])
         compared(work, model, asked, length)
-        processes.on_main(lambda: write_comparison(run.folder))
+        processes.on_main(lambda: write_report(run.folder))
         run.finished()
         return run.folder
 
@@ -268,7 +268,6 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
 
 
 def measured(work: RunContext, model: Any) -> CutState:
-    """Perplexity on the evaluation tokens."""
     tokens = work.blocks["evaluation"]
     with bar("perplexity", len(tokens)) as advance:
         losses = evaluation.window_losses(model, tokens, advance=advance)
@@ -316,18 +315,15 @@ class CutJudge:
 
     @property
     def is_asked(self) -> bool:
-        """Whether anything is."""
         asked = self.work.config.tasks
         return bool(asked.names or asked.probes or asked.evaluation_names)
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
-        """lm-eval's tasks by name."""
         return evaluation.load_tasks(self.work.config.tasks.names, self.work.config.tasks.include_path)
 
     @cached_property
     def probes(self) -> Probes:
-        """What all models are asked."""
         return probes_for(self.work.tokenizer, self.work.architecture, seed=self.work.config.text.seed)
 
     def __call__(self, name: str, model: Callable[[], Any], after: Sequence[str] = ()) -> Judged:
@@ -364,7 +360,6 @@ class CutJudge:
 
 
 def score_of(record: Mapping[str, Any]) -> float:
-    """The score of the metric that represents a task."""
     return float(record["metrics"][representative_metric(record)]["score"])
 
 

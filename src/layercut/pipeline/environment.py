@@ -31,7 +31,6 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What ran this: hardware, platform, versions, the command."""
     import torch
 
     return {
@@ -48,7 +47,6 @@ def environment() -> dict[str, Any]:
 
 
 def accelerator_name() -> str | None:
-    """The name of the first accelerator that is there."""
     import torch
 
     kind = torch.accelerator.current_accelerator(check_available=True)
@@ -59,7 +57,6 @@ def accelerator_name() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

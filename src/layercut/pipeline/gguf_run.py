@@ -138,7 +138,6 @@ class BlockBytes:
 
 
 def bytes_by_block(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> BlockBytes:
-    """Counted from the tensors of the .gguf file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header, reader = open_gguf(checkpoint.file, as_loaded=True)

@@ -86,7 +86,6 @@ def export(target: str, config: ExportConfig) -> Path:
 
 
 def say_gguf(facts: dict[str, Any], where: str = "") -> None:
-    """Lines about a GGUF file that was written and read again."""
     types = ", ".join(f"{kind} {count}" for kind, count in facts["tensor_types"].items())
     say("export", f"{facts['bytes']:,} bytes; tensors: {types}{where}")
     for words in describe_gguf_check(facts):
@@ -94,7 +93,6 @@ def say_gguf(facts: dict[str, Any], where: str = "") -> None:
 
 
 def _made_gguf(plain: Made, run: Path | None, file: Path, facts: dict[str, Any]) -> Made:
-    """What the card of a GGUF file says."""
     types = ", ".join(f"{kind} ({count})" for kind, count in facts["tensor_types"].items())
     value, kind = _perplexity(facts["again"]), facts["kind"].upper()
     figures = [perplexity_again(run, value, facts["again"]["tokens"])] if run and value else []

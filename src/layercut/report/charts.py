@@ -49,7 +49,6 @@ class Drawing:
         self.titles: dict[str, str] = {}
 
     def tip(self, artist: Any, title: str) -> None:
-        """Give an artist a hover title."""
         artist.set_gid(f"tip{len(self.titles)}")
         self.titles[artist.get_gid()] = title
 
@@ -230,7 +229,6 @@ def chosen_bits(found: Json) -> dict[str, int]:
 
 
 def bit_map(found: Json) -> str | None:
-    """The bits of each matrix in the decoder layers."""
     known = {(int(at[1]), at[2]): bits for name, bits in chosen_bits(found).items() if (at := IN_LAYER.search(name))}
     if not known:
         return None

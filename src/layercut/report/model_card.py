@@ -72,7 +72,6 @@ class Made:
 
     @property
     def title(self) -> str:
-        """A name for it."""
         layers = len(self.original_layer_index)
         parts = [self.source.name, f"{layers} layers" if self.segments and layers else "", self.number_format]
         return "-".join(each.replace(" ", "-") for each in parts if each)

@@ -127,7 +127,6 @@ def read_json(path: Path) -> Json:
 
 
 def perplexities(summary: Json) -> dict[str, float]:
-    """Those that were measured, in the order of the stages; may be inf or nan."""
     found = {name: number(summary.perplexity[name]) for name in STAGES}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -196,7 +195,6 @@ def interval_of(share: float, n: float) -> tuple[float, float]:
 
 
 def skills(judged: Json) -> list[ProbeShare]:
-    """The probes of skills, from the figures of each capability."""
     return [
         ProbeShare(name=name, items=whole_number(judged.answers[name]), dense=finite(judged.dense_hits[name]),
               pruned=finite(judged.hits[name]), kl=kl)
@@ -220,7 +218,6 @@ def found_in_context(name: str, dense: Json, pruned: Json) -> list[ProbeShare]:
 
 
 def recall(summary: Json) -> list[ProbeShare]:
-    """Hidden keys and list values of a run."""
     keys, lists = (summary.long_context.passkey or summary.probes["keys"]), summary.probes["lists"]
     return [*found_in_context("hidden keys", keys.dense, keys.compressed),
             *found_in_context("list values", lists.dense, lists.compressed)]  # fmt: skip

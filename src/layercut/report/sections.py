@@ -91,7 +91,6 @@ def of(run: RunFacts, which: Iterable[Callable[[RunFacts], Section]]) -> list[Se
 
 
 def search(run: RunFacts) -> Section:
-    """The candidates, and those that were evaluated after a short healing."""
     found, chosen = run.search, next(iter(run.search.candidates), Json())
     note = f"KL to the dense model of each cut, unhealed, on {whole(found.calibration.tokens)} tokens."
     other = found.by_text
@@ -110,13 +109,11 @@ def search(run: RunFacts) -> Section:
 
 
 def probe_map(run: RunFacts) -> Section:
-    """Which layers hold which skill."""
     note = "How much worse each kind of probe gets without a layer, KL in nats per answer token; framed: removed."
     return Section("map", "What each layer is needed for", note, (), charts.probe_maps(run))
 
 
 def stages(run: RunFacts) -> Section:
-    """Perplexity after each stage, with the course of tuning."""
     summary, found, tuning, rows = run.summary, perplexities(run.summary), run.heal.tuning, []
     for name, value in ((name, found[name]) for name in STAGES if name in found):
         factor = final_factor(Json({"perplexity": {"dense": found.get("dense"), name: value}}))
@@ -145,7 +142,6 @@ def stages(run: RunFacts) -> Section:
 
 
 def frontier(run: RunFacts) -> Section:
-    """Size against loss, of a run with both budgets."""
     rows = [[f"{whole(p.layers)} layers, {whole(p.bits)} bits", size(p.bytes), signed(p.rise),
              "chosen" if p == run.frontier.chosen else ""] for p in run.frontier.points]  # fmt: skip
     table = Table(["state", "size", "perplexity", ""], rows)
@@ -153,7 +149,6 @@ def frontier(run: RunFacts) -> Section:
 
 
 def shares(run: RunFacts) -> Section:
-    """How layers and bits share a target size."""
     rows = [[whole(p.layers), layer_names(p.segments), figure(p.mean_bits), size(p.bytes), figure(p.folded),
              figure(p.rounded)] for p in run.shares.points]  # fmt: skip
     heads = ["removed", "layers", "bits a weight", "size", "cost of the cut", "cost of the bits"]
@@ -162,7 +157,6 @@ def shares(run: RunFacts) -> Section:
 
 
 def bits(run: RunFacts) -> Section:
-    """The bits of each matrix."""
     mixture = run.quantization.mixture
     outside = [f"{name} {width}" for name, width in charts.chosen_bits(run.quantization).items()
                if not charts.IN_LAYER.search(name)]  # fmt: skip
@@ -185,7 +179,6 @@ def probe_table(probes: Iterable[ProbeShare]) -> Table:
 
 
 def abilities(run: RunFacts) -> Section:
-    """Recall and skills."""
     lengths = [
         ProbeShare(name=f"{one.capability}, rows of {whole(one.length)} tokens", items=int(finite(one.answers) or 0),
                    dense=finite(one.dense), pruned=finite(one.compressed)) for one in run.capabilities.by_length
@@ -198,7 +191,6 @@ def abilities(run: RunFacts) -> Section:
 
 
 def task_tables(scored: Json) -> list[Table]:
-    """Tasks, and evaluations of packages."""
     rows = []
     for task, main in main_tasks(scored):
         for metric, row in [(printable(main.metric), main), *main.others.entries()]:
@@ -211,13 +203,11 @@ def task_tables(scored: Json) -> list[Table]:
 
 
 def tasks(run: RunFacts) -> Section:
-    """Task scores of both models."""
     note = "± one standard error; lost and gained: items from right to wrong and back; p: McNemar's exact test."
     return Section("tasks", "Tasks", note, task_tables(run.scored))
 
 
 def long_context(run: RunFacts) -> Section:
-    """Perplexity by position."""
     long = run.summary.long_context
     rows = [[f"{a:,}–{b - 1:,}", figure(dense), figure(pruned), times(pruned / dense) if dense and pruned else "–"]
             for a, b, dense, pruned in positions(run.summary)]  # fmt: skip
@@ -231,7 +221,6 @@ def long_context(run: RunFacts) -> Section:
 
 
 def generation(run: RunFacts) -> Section:
-    """Figures of both models' continuations and replies."""
     health = run.health
     names = {"repeated_4grams": "4-grams that repeat", "distinct_1": "distinct words", "distinct_2": "distinct pairs"}
     rows = [[words, *(dash(health[model][key], percent) for model in BOTH)] for key, words in names.items()]
@@ -246,7 +235,6 @@ def generation(run: RunFacts) -> Section:
 
 
 def speed(run: RunFacts) -> Section:
-    """Size and speed."""
     found, s = run.speed, run.summary
     rows = [[name, show(before), show(after), change(before, after)] for name, show, before, after in (
         ("layers", whole, s.layers.before, s.layers.after),
@@ -286,7 +274,6 @@ def engines(run: RunFacts) -> Section:
 
 
 def later(run: RunFacts) -> Section:
-    """What `layercut evaluate RUN` measured."""
     texts, more = [], list[Table]()
     for one in run.evaluations:
         if text := one.text:
@@ -305,7 +292,6 @@ def later(run: RunFacts) -> Section:
 
 
 def sources(run: RunFacts) -> Section:
-    """Texts, time, machine, versions, command."""
     s, env, texts, search_ = run.summary, run.env, [], run.search
     for use, text, source in (
         ("calibration", search_.calibration, search_.calibration.source),

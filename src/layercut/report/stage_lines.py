@@ -9,7 +9,6 @@ from layercut.report.formatting import figure, layer_names, percent, signed, siz
 
 
 def describe_retention(retained: dict[str, Any]) -> str:
-    """One line about the tasks."""
     if retained["mean"] is None:
         return "scored; the dense model has no score on them to retain"
     above = retained["above_chance"]
@@ -20,14 +19,12 @@ def describe_retention(retained: dict[str, Any]) -> str:
 
 
 def describe_shared(common: dict[str, Any]) -> str:
-    """One line about what the evaluation text has in common with the other texts."""
     words = f"{common['documents']:,} documents and {100 * common['passages']:.2f}% of its passages are in other text"
     left_out = common["passed_over"]
     return words + (f"; {left_out:,} documents left out, since they are in another text" if left_out else "")
 
 
 def describe_shortlist(search: dict[str, Any]) -> str:
-    """One line about the shortlist."""
     every = search["shortlist"]
     healed = [one for one in every if one.get("healed")]
     longer = ", the closest also after a longer one" if any(one.get("longer") for one in every) else ""
@@ -41,7 +38,6 @@ def describe_shortlist(search: dict[str, Any]) -> str:
 
 
 def describe_shares(found: dict[str, Any]) -> str:
-    """One line about how layers and bits share a size."""
     points = [
         f"{one['layers']} layers and {one['mean_bits']:.1f} bits {figure(one['folded'] + one['rounded'])}"
         for one in found["points"]
@@ -50,7 +46,6 @@ def describe_shares(found: dict[str, Any]) -> str:
 
 
 def describe_fold(outcome: dict[str, Any]) -> str:
-    """One line about a fold."""
     cut = f"layers {layer_names([outcome['segment']])}"
     if outcome["skipped"]:
         return f"{cut} not folded: {outcome['skipped']}"
@@ -67,14 +62,12 @@ def _losses(tuning: dict[str, Any], unchanged: str) -> str:
 
 
 def describe_tuning(tuning: dict[str, Any]) -> str:
-    """One line about tuning."""
     words = _losses(tuning, "it did not help, so the start is kept: try a lower --learning-rate")
     quartered = f"; learning rate quartered {len(tuning['setbacks'])} times" if tuning["setbacks"] else ""
     return f"layers {', '.join(map(str, tuning['trained_layers']))}, {words}{quartered}"
 
 
 def describe_quantization(artefact: dict[str, Any]) -> str:
-    """One line about quantization."""
     layers, (before, after) = artefact["layers"], (artefact["bytes"][key] for key in ("before", "after"))
     parts = [f"{len(layers)} weights, {size(before)} -> {size(after)}"]
     if mixture := artefact.get("mixture"):
@@ -92,18 +85,15 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
 
 
 def describe_quantized_tuning(tuning: dict[str, Any]) -> str:
-    """One line about what was trained after rounding."""
     return f"tuned after rounding on {_losses(tuning, 'it did not help, so the rounded weights are kept')}"
 
 
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
-    """One line about the checkpoint that was written."""
     how = exported["check"].get("how")
     return f"stock checkpoint, verified in a fresh process{f' ({how})' if how else ''}: {folder}"
 
 
 def describe_point(point: dict[str, Any]) -> str:
-    """One measured combination of layers and bits."""
     where = f"{point['layers']} layers at {point['bits']} bits"
     return f"{where}: {size(point['bytes'])}, perplexity {signed(point['rise'])}"
 

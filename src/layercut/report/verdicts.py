@@ -84,17 +84,14 @@ class Verdict:
 
     @property
     def sign(self) -> str:
-        """The mark as one character."""
         return MARKS[self.mark][0]
 
     @property
     def words(self) -> str:
-        """The mark, to be read aloud."""
         return MARKS[self.mark][1]
 
 
 def verdicts(run: RunFacts) -> list[Verdict]:
-    """All that something was measured for."""
     judges = (_size, _speed, _quality, _tasks, _probes, _text, _long_context, _gguf, _budgets)
     return [found for judge in judges if (found := judge(run))]
 
@@ -302,7 +299,6 @@ def broken(summary: Any, scored: Json | None = None) -> str | None:
 
 
 def title(summary: Json) -> str:
-    """What was removed of what."""
     before, after = whole_number(summary.layers.before), whole_number(summary.layers.after)
     name, removed = short_name(summary.model).rpartition("/")[2], layer_names(summary.segments)
     if before is None or after is None:
