@@ -15,8 +15,8 @@
     run = lc.compress("org/model", ratio=0.2, out="runs/mine")   # all of it, resumable; what the command calls
 
 `model` is any causal language model of transformers that is in memory. Nothing is written but what is asked for, and
-nothing of the process is changed: no signal handlers, no bars, no output. Messages go to the logger "layercut",
-progress to `lc.progress_to(callback)`. torch is imported when one of these is used, not before.
+nothing of the process is changed: no signal handlers, no output but a bar of tqdm in notebooks. Messages go to the
+logger "layercut", progress to `lc.progress_to(callback)`. torch is imported when one of these is used, not before.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Messages and progress of a stage: lines in the log, and a bar or a line every 30 s about how far it is.
 
 Messages go through the logger "layercut" of the standard library, so a library's user sees nothing without a handler;
-they get progress by a callback (`progress_to`). The command installs handlers (`shown`): on a terminal a bar and short
-lines, elsewhere a line with its time for each message, all on stderr. Of several processes the main one logs.
+they get progress by a callback (`progress_to`), in a notebook by a bar of tqdm. The command installs handlers
+(`shown`): on a terminal a bar and short lines, elsewhere a line with its time for each message, all on stderr. Of
+several processes the main one logs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -60,7 +62,7 @@ def _is_main() -> bool:
 
 @contextmanager
 def progress_to(callback: Callback) -> Iterator[None]:
-    """Have a function called with the progress of the work that is begun while this is open.
+    """Have a function called with the progress of the work that is begun while this is open, in place of any bar.
 
         with lc.progress_to(lambda description, done, total, words: print(description, done, total, words)):
             lc.search(model, tokens, ratio=0.2)
@@ -88,6 +90,7 @@ def bar(
     done, words, begun, over = 0.0, "", time.monotonic(), threading.Event()
     main = _is_main()
     callback, heard, drawn = _callback.get() if main else None, main and _is_heard(), main and _bars
+    cell: Any = None
     with ExitStack() as stack:
         if drawn:
             columns = [
@@ -96,12 +99,19 @@ def bar(
             ]  # fmt: skip
             rich = stack.enter_context(Progress(*columns, console=console, transient=True))
             row = rich.add_task(escape(errors.shown(description)), total=total, words="")
+        elif main and callback is None and console.is_jupyter:
+            from tqdm.auto import tqdm
+
+            cell = stack.enter_context(tqdm(desc=description, total=total, leave=False))
 
         def advance(steps: float = 1, beside: str = "") -> None:
             nonlocal done, words
             done, words = done + steps, beside
             if drawn:
                 rich.update(row, completed=done, words=escape(errors.shown(words)))
+            if cell is not None:
+                cell.set_postfix_str(words, refresh=False)
+                cell.update(steps)
             if callback is not None:
                 callback(description, done, total, words)
 
@@ -117,7 +127,7 @@ def bar(
 
         advance(0)
         watcher = threading.Thread(target=watch, name="layercut-progress", daemon=True)
-        watching = heard or (measure is not None and (callback is not None or drawn))
+        watching = heard or (measure is not None and bool(callback or drawn or cell is not None))
         if watching:
             watcher.start()
         try:

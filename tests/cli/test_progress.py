@@ -85,3 +85,18 @@ def test_a_terminal_gets_a_bar_and_no_lines_about_it(stderr, monkeypatch):
         time.sleep(0.1)
     assert all(words in stderr.getvalue() for words in ("searching", "a line above", "25%"))
     assert "so far" not in stderr.getvalue()
+
+
+def test_a_notebook_gets_a_bar_of_tqdm_or_the_callback(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "console", Console(force_jupyter=True))
+    with bar("searching", 4) as advance:
+        time.sleep(0.11)  # what tqdm waits between two drawings
+        advance(3, "loss 1.5")
+    seen = capfd.readouterr().err
+    assert "searching" in seen
+    assert "3/4" in seen
+    taken = []
+    with progress.progress_to(lambda *what: taken.append(what)), bar("searching", 4) as advance:
+        advance(4)
+    assert len(taken) == 2
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import FrozenInstanceError, replace
 
 import matplotlib as mpl
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from layercut import registries
+from layercut import layer_search, registries
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
@@ -94,6 +95,12 @@ def test_given_segments_are_spelt_as_for_a_cut(model):
     assert expected.segments == [Segment(1, 2), Segment(3, 5)]
     assert search(model, tokens, segments=[(1, 2), "3:5"]) == expected
     assert search(model, tokens, segments="3:5").segments == [Segment(3, 5)]
+
+
+@pytest.mark.parametrize("how", [{"segments": "3:5"}, {"n_layers": 2, "method": "angular"}])
+def test_the_seconds_count_real_cuts_too(how, model, monkeypatch):
+    monkeypatch.setattr(layer_search, "set_costs", lambda *a, **k: time.sleep(0.2) or set_costs(*a, **k))
+    assert search(model, tiny.some_tokens(), **how).seconds >= 0.2
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def search(
         DataError: the tokens are not [N, T] token ids of this model, or no probe fits the rows of `probes`.
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
+    begun = time.perf_counter()
     given = None if segments is None else as_segments(segments)
     with prepared(model) as (runner,):
         if probes is not None:
@@ -94,7 +95,7 @@ def search(
                     found = set_costs(runner, tokens, [cuts], cost := Cost(), advance=advance)
                 else:
                     found = CutCosts(runner, tokens, cost := Cost(), probes).candidates([cuts])
-                return SearchResult("given", found, cost)
+                return SearchResult("given", found, cost, seconds=time.perf_counter() - begun)
         limits = restriction or Restriction.none(layers, wanted_length(layers, ratio, n_layers, given is not None))
         limits.needed([0.0] * layers)  # raises where no cut is allowed
         length = limits.length
@@ -112,7 +113,7 @@ def search(
         most = most_segments(num_segments, length, compares)
 
         def picked_by(count: int) -> SearchResult:
-            cost, begun = Cost(), time.perf_counter()
+            cost = Cost()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options: dict[str, Any] = {
                     "seed": seed, "cost": cost, "advance": advance, "num_segments": count, "probes": probes,
@@ -120,7 +121,6 @@ def search(
                 }  # fmt: skip
                 taken = {key: value for key, value in options.items() if takes(criterion, key)}
                 picked = criterion(runner, tokens, length, **taken)
-            seconds = time.perf_counter() - begun
             if isinstance(picked, torch.Tensor):
                 if picked.shape != (layers,):
                     raise ConfigError(
@@ -139,14 +139,14 @@ def search(
             limits.check(cuts)
             if not isinstance(picked, SearchResult):
                 picked = SearchResult(name, set_costs(runner, tokens, [processes.from_main(cuts)], Cost()), cost)
-            return replace(picked, method=name, seconds=seconds)
+            return replace(picked, method=name)
 
         result = picked_by(most)
-        if not compares:
-            return result
-        if not any(len(each.segments) == 1 for each in result.candidates) and limits.segments():
-            result = both(result, picked_by(1))
-        return fewest_worth(result)
+        if compares:
+            if not any(len(each.segments) == 1 for each in result.candidates) and limits.segments():
+                result = both(result, picked_by(1))
+            result = fewest_worth(result)
+        return replace(result, seconds=time.perf_counter() - begun)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: bool) -> int:
@@ -194,7 +194,6 @@ def both(several: SearchResult, single: SearchResult) -> SearchResult:
         several,
         candidates=sorted([*several.candidates, *single.candidates], key=lambda each: each.merit),
         cost=several.cost + single.cost,
-        seconds=several.seconds + single.seconds,
         by_text=by_text,
     )
 

@@ -107,7 +107,7 @@ class SearchResult:
     gate: GateTrace | None = field(default=None, metadata=OPTIONAL)
     """How the concave gate was trained, where it was."""
     seconds: Any = field(default=0.0, compare=False)
-    """Wall-clock time of what `cost` counts."""
+    """Wall-clock time of the whole search, real cuts included."""
     segments: list[Segment] = field(init=False, compare=False)
     """The segments to remove, in order: those of the best candidate."""
 
