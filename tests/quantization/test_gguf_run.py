@@ -100,13 +100,27 @@ def test_gguf_in_gives_gguf_out(source, made):
 
 
 @needs_llama_cpp
-def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, monkeypatch):
+def test_a_larger_and_worse_file_is_planned_and_called_so(source, texts, tmp_path, monkeypatch, capsys):
     """Healed layers in float32 take more than what the cut saves; random models have no perplexity to speak of."""
     monkeypatch.setattr("layercut.export.formats.perplexity_by_llama_cpp", lambda *_: 10.0)
     out = tmp_path / "large.gguf"
     argv = ["compress", str(source), *SHORT, "--segment=3:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, "--gguf-type=f32", f"--out={out}"]) == 0
     assert out.stat().st_size > source.stat().st_size
+    capsys.readouterr()
+    for kind in ("f32", "same", "q8_0"):
+        plan = ["plan", str(source), "--segment=3:4", f"--gguf-type={kind}", "--window=16", "--no-calibrate", "--json"]
+        assert main(plan) == 0
+        sizes = json.loads(capsys.readouterr().out)["bytes"]
+        assert sizes["before"] == {"gguf": source.stat().st_size}
+        blocks = {name: len(data) for name, (_, data) in contents(source).items() if name.startswith("blk.3.")}
+        if kind == "same":
+            assert sizes["after"]["gguf"] == source.stat().st_size - sum(blocks.values())
+        elif kind == "f32":
+            assert sizes["after"]["gguf"] == pytest.approx(out.stat().st_size, abs=500)
+        else:  # 34 bytes for 32 weights in place of 20, in the two layers beside the cut
+            grown = sum(size * 14 // 20 for name, size in blocks.items() if "norm" not in name)
+            assert sizes["after"]["gguf"] == source.stat().st_size - sum(blocks.values()) + 2 * grown
     marks = {verdict.name: verdict.mark for verdict in verdicts(read_run(tmp_path / "large.gguf-run"))}
     assert marks["Size"] == "bad"
 
