@@ -127,8 +127,11 @@ def engines() -> str:
     return "\n".join([intro, "", markdown(["engine", *names, "date"], table, left=len(names) + 2), "", *ends])
 
 
-KINDS = {"one": "{}", "families": "random stacks of four architectures", "pairs": "the same, two segments",
-         "several": "{}, three segments", "deep": "segments planted in 80 and 126 layers"}  # fmt: skip
+KINDS = {
+    "one": "{}", "families": "random stacks of four architectures", "pairs": "the same, two segments",
+    "two": "{}, two segments", "several": "{}, three segments",
+    "planted": "one segment planted in 30, 80 and 126 layers", "deep": "three or four planted in 80 and 126 layers",
+}  # fmt: skip
 
 
 def gates() -> str:

@@ -119,7 +119,8 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     set_costs(stack, tokens, pairs(stack), Cost())
     assert len(most) == 8
     taylor_scores(stack, tokens, Cost())  # and the way down
-    search(stack, tokens, n_layers=2, method="fisher", seed=0)
+    for method in ("clp", "fisher"):
+        search(stack, tokens, n_layers=2, method=method, seed=0)
     for i in (0, 5, 2):  # and where another layer was read ahead
         disk.enter_(disk.layers[i])
     assert max(most) == 2
@@ -157,8 +158,9 @@ def test_statistics_and_losses_are_the_same(llama):
     assert disk.files.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
 
 
-def test_a_search_by_gradients_is_the_same(llama):
-    found, expected = (search(each, tiny.some_tokens(4), n_layers=2, method="fisher") for each in both(llama)[:2])
+@pytest.mark.parametrize("method", ["clp", "fisher"])
+def test_a_search_by_gradients_is_the_same(llama, method):
+    found, expected = (search(each, tiny.some_tokens(4), n_layers=2, method=method) for each in both(llama)[:2])
     assert found == expected
 
 

@@ -166,15 +166,16 @@ def layers_run(stage: Stage) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("rows", [4, 40])
-@pytest.mark.parametrize("method", ["exhaustive", "fisher", "race", "cosine", "perplexity", "taylor", "sleb"])
+@pytest.mark.parametrize("method", ["exhaustive", "clp", "fisher", "race", "cosine", "perplexity", "taylor", "sleb"])
 def test_layers_that_a_search_runs_are_near_those_that_it_counts(llama, method, rows):
     stack, shape, tokens = llama
     cost = search(stack, tokens[:rows], n_layers=3, method=method, seed=0).cost
     there, back = layers_run(stages(run_of(shape, Segment(0, 3), rows, method=method))["search"])
-    if method not in ("exhaustive", "fisher", "race"):  # the cut of what a baseline picked is not in its own cost
+    if method not in ("exhaustive", "clp", "fisher", "race"):  # the cut of what a baseline picked is not in its own cost
         there -= layers_run(stages(run_of(shape, Segment(0, 3), rows, method="random"))["search"])[0]
     assert cost.layer_forwards == pytest.approx(there, rel=0.5)
-    assert cost.layer_backwards == pytest.approx(back, rel=0.1)
+    # of wells some meet, and have moved from where they began
+    assert cost.layer_backwards == pytest.approx(back, rel=0.5 if method == "clp" else 0.1)
     if method == "exhaustive":
         assert cost.layer_forwards == there
 

@@ -200,7 +200,7 @@ class SearchConfig:
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
-    """Remove the layers as up to so many segments; for fisher, race and exhaustive. auto: as one, or as two where
+    """Remove the layers as up to so many segments; for clp, fisher, race and exhaustive. auto: as one, or as two where
     that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
     """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
@@ -211,8 +211,8 @@ class SearchConfig:
         str,
         one_of(
             criteria,
-            "clp: the concave gate of CLP, moved by gradient descent. fisher: a Fisher information estimate proposes, "
-            "real cuts decide. auto: fisher. race: real cuts alone. "
+            "clp: the concave gate of CLP, moved by gradient descent; at most four real cuts decide. fisher: a Fisher "
+            "information estimate proposes, real cuts decide. auto: fisher. race: real cuts alone. "
             "exhaustive: every segment, in one sweep. The others are the baselines they are compared with; "
             "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),

@@ -65,6 +65,18 @@ class Schedule:
         """A value that goes from one end to the other by equal factors."""
         return ends[0] * (ends[1] / ends[0]) ** (step / max(1, self.steps - 1))
 
+    def sharpness_at(self, step: int, length: int, count: int) -> float:
+        """s in a step, for K wells of n layers in all."""
+        return max(1.0, 3 * count / length) * self.at(step, self.sharpness)
+
+    def sets(self, layers: int, length: int, count: int) -> list[int]:
+        """How many sets of K wells are in each step, where none meet."""
+        found = [max(4, round((layers - length) / min(self.apart, 0.7 * length / count + 0.5))) * count]
+        for step in range(1, self.steps):
+            halved = min(found[-1], max(self.least, (found[-1] + 1) // 2))
+            found.append(found[-1] if step % (self.every * count) else halved)
+        return found
+
 
 def gates(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
     """g [L] of wells with walls [K, 2], in layers from 0 to L: 1 outside, 0 inside."""
@@ -172,15 +184,15 @@ class Wells:
 def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
     """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
     layers, draw = len(costs.stack), torch.Generator().manual_seed(seed)
-    starts = max(4, round((layers - length) / min(schedule.apart, 0.7 * length / count + 0.5))) * count
+    starts = schedule.sets(layers, length, count)[0]
     alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
     dropped: list[Wells] = []
     optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
     scale = LOSS_SCALE if costs.stack.model.dtype == torch.float16 else 1.0
-    pieces, narrow = batches(costs, schedule.piece, draw), max(1.0, 3 * count / length)
+    pieces = batches(costs, schedule.piece, draw)
     with bar("concave gate", schedule.steps) as advance:
         for step in range(schedule.steps):
-            sharpness = narrow * schedule.at(step, schedule.sharpness)
+            sharpness = schedule.sharpness_at(step, length, count)
             optimizer.param_groups[0]["lr"] = schedule.at(step, schedule.rate)
             optimizer.zero_grad()
             walls = [well.walls for well in alive]

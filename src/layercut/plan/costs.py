@@ -11,7 +11,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from layercut.config.commands import CompressConfig
+from layercut.layer_search.concave_gate import Schedule, beginnings, gates
 from layercut.layer_search.shortlist import EFFORTS
 from layercut.models.memory import Budget
 from layercut.pipeline.stages.heal import FOLD_TOKENS
@@ -197,6 +200,9 @@ def search(run: Planned) -> Stage:
 
     if asked.segments:
         return Stage(swept(2), passes(shape, rows * (layers + kept), heads=2 * rows))
+    number = asked.num_segments if asked.num_segments != "auto" else 2 if run.tests and n > 1 else 1
+    gate, gate_peak = concave_gate(run, min(n, number)) if asked.method == "clp" else (Work(), Peak())
+    gate += halved(Schedule.finalists, max(2 + 2 * bool(run.tests), rows // 8))
     some, picked = max(2, rows // 8), passes(shape, text * (layers + kept / 2), heads=2 * text)
     fisher = passes(shape, some * (2 * layers - 1), some * (layers - 1), heads=2 * some)
     fisher += halved(24 if run.tests else 10, max(4, rows // 4))
@@ -204,6 +210,7 @@ def search(run: Planned) -> Stage:
     works = {
         "exhaustive": passes(shape, rows * (layers + kept * (kept + 1) / 2), heads=rows * (kept + 2)),
         "race": halved(kept + 1, 4),
+        "clp": gate,
         **dict.fromkeys(("auto", "fisher"), fisher),
         "perplexity": picked + passes(shape, singly, heads=text * layers),
         "sleb": picked + passes(shape, text * n * kept * (layers + 2) / 2, heads=text * n * layers),
@@ -212,15 +219,36 @@ def search(run: Planned) -> Stage:
         **dict.fromkeys(("random", "reverse-order"), picked),
     }
     work, peak = works.get(asked.method), swept(kept + 2)
-    number = asked.num_segments if asked.num_segments != "auto" else 2 if run.tests and n > 1 else 1
-    if work is not None and number > 1:
+    if work is not None and number > 1 and asked.method != "clp":
         # segments are cut alone, a few rows each, until their costs are known; of every set it is not known
         work = None if asked.method == "exhaustive" else work * (1 + number / 2)
-    if asked.method in ("auto", "fisher"):
+    if asked.method == "clp":
+        peak = max(gate_peak, swept(Schedule.finalists), key=total)
+    elif asked.method in ("auto", "fisher"):
         logits = shape.window * shape.vocabulary * (2 * shape.itemsize + 8)
         step = {"streams": 2 * layers * shape.stream(1), "kept for backward": shape.most("saved"), "logits": logits}
         peak = max(step, peak, key=total)
     return Stage(peak, work)
+
+
+def concave_gate(run: Planned, count: int) -> tuple[Work, Peak]:
+    """The steps of gradient descent of K wells, by the gates of where they begin; and what the first of them holds."""
+    shape, layers, n, schedule, work = run.shape, run.shape.layers, run.length, Schedule(), Work()
+    share = 2.0 if run.tests else min(1.0, schedule.piece / shape.window)  # of a row, in a step
+    sets = schedule.sets(layers, n, count)
+    begun = beginnings(sets[0], layers, n, count, torch.Generator().manual_seed(run.config.text.seed))
+    for step, number in enumerate(sets):
+        open_ = [gates(walls, layers, schedule.sharpness_at(step, n, count)) for walls in begun]
+        # a set of wells shares the dense stream up to its first wall, and passes over what is closed
+        entered = sum(((g < 1).cumsum(0) > 0).logical_and(g > 0).sum().item() for g in open_) / len(open_)
+        back = share * number * entered
+        work += passes(shape, share * layers + back, back, heads=share * (2 * number + 1))
+    stream, most = share * shape.stream(1), sets[0]
+    kept = 40 * stream * layers * most
+    if run.on_disk or kept > 2 * run.budget.streams:
+        kept = stream * layers * most + share * shape.most("saved")
+    logits = most * share * shape.window * shape.vocabulary * (2 * shape.itemsize + 8)
+    return work, {"streams": round((most + 2) * stream), "kept for backward": round(kept), "logits": round(logits)}
 
 
 def shortlist(run: Planned) -> Stage:
