@@ -153,8 +153,18 @@ def test_probes_move_the_gate():
     assert with_probes.candidates[0].score is not None
 
 
-def test_only_cuts_that_are_allowed_are_proposed():
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_cuts_that_are_allowed_are_proposed(count):
     stack, tokens = DecoderRunner(rugged(12, range(7, 10))), tiny.some_tokens(4, 32)
     limits = limited(12, 3)
     assert not limits.allows([Segment(7, 10)])
-    assert limits.allows(search(stack, tokens, n_layers=3, method="clp", restriction=limits).segments)
+    found = search(stack, tokens, n_layers=3, method="clp", restriction=limits, num_segments=count)
+    assert limits.allows(found.segments)
+    assert found.gate
+    assert 2 <= len(found.gate.proposed) <= 4
+
+
+def test_where_no_set_beside_the_walls_is_allowed_the_nearest_is_taken_if_asked():
+    walls, limits = torch.tensor([[6.2, 7.2], [9.1, 11.1]]), limited(12, 3)
+    assert hardened(walls, limits)[0] == (Segment(3, 4), Segment(9, 11))
+    assert hardened(walls, limits, whatever=False) == []

@@ -168,7 +168,7 @@ def test_what_gains_no_more_than_chance_is_not_taken():
     def price(cuts):
         return 1.0 - 0.9 * GAIN * (cuts == (Segment(2, 4),))
 
-    assert  shortlist(result_of("1:3"), plain_prices(), price, Restriction.none(8, 2), 1).segments == [Segment(1, 3)]
+    assert shortlist(result_of("1:3"), plain_prices(), price, Restriction.none(8, 2), 1).segments == [Segment(1, 3)]
 
 
 def test_moves_stay_within_what_is_allowed_and_within_the_number_of_segments():
@@ -280,7 +280,7 @@ def test_a_cut_by_text_is_healed_that_nothing_else_would_have_healed():
 
 def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
-    assert differing(apart, HIGH.healed) == apart[:HIGH.healed]
+    assert differing(apart, HIGH.healed) == apart[: HIGH.healed]
     assert differing([apart[0], apart[0]], HIGH.healed) == [apart[0]]
     single = [(Segment(i, i + 1),) for i in range(3)]
     assert differing(single, HIGH.healed) == single, "of one layer all differ"

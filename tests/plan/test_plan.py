@@ -171,7 +171,7 @@ def test_layers_that_a_search_runs_are_near_those_that_it_counts(llama, method, 
     stack, shape, tokens = llama
     cost = search(stack, tokens[:rows], n_layers=3, method=method, seed=0).cost
     there, back = layers_run(stages(run_of(shape, Segment(0, 3), rows, method=method))["search"])
-    if method not in ("exhaustive", "clp", "fisher", "race"):  # the cut of what a baseline picked is not in its own cost
+    if method not in ("exhaustive", "clp", "fisher", "race"):  # a baseline's own cost is without the cut of its pick
         there -= layers_run(stages(run_of(shape, Segment(0, 3), rows, method="random"))["search"])[0]
     assert cost.layer_forwards == pytest.approx(there, rel=0.5)
     # of wells some meet, and have moved from where they began

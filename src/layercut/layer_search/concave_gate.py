@@ -29,8 +29,9 @@ from layercut.distributed import processes
 from layercut.layer_search.cut_costs import CutCosts, halving, row_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, GateTrace, SearchResult
+from layercut.layer_search.segment_sets import least_layers
 from layercut.layer_search.sweep import Cuts
-from layercut.models.losses import LOSS_SCALE
+from layercut.models.losses import LOSS_SCALE, as_cost
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.progress import bar
 from layercut.segments import joined_segments
@@ -44,30 +45,29 @@ class Schedule:
     """How the wells are trained."""
 
     apart: int = 3
-    """A set of K wells begins for every so many layers that stay, of narrow wells for fewer; K times as many."""
+    """K sets of K wells begin for every so many layers that stay, of narrow wells for fewer."""
     steps: int = 16
     """Steps of gradient descent."""
     piece: int = 64
     """Tokens of text in a step."""
     sharpness: tuple[float, float] = (3.0, 8.0)
-    """s in the first and the last step, of wells of three layers and more; narrower ones are sharper, or their middle
-    would be half open."""
+    """s in the first and the last step; higher for wells of fewer than three layers, or their middle were half open."""
     rate: tuple[float, float] = (1.0, 0.25)
     """Learning rate of Adam, in layers, in the first and the last step."""
     every: int = 2
-    """After so many steps, K times as many, wells that met become one, and the worse half is dropped."""
+    """After so many steps, K times as many, of wells that met one stays, and the worse half is dropped."""
     least: int = 2
     """Wells that are trained to the end, at least."""
     finalists: int = 4
     """Sets of whole layers that are cut for real."""
 
-    def at(self, step: int, ends: tuple[float, float]) -> float:
-        """A value that goes from one end to the other by equal factors."""
-        return ends[0] * (ends[1] / ends[0]) ** (step / max(1, self.steps - 1))
+    def at(self, step: int, first: float, last: float) -> float:
+        """A value that goes from one to the other by equal factors."""
+        return first * (last / first) ** (step / max(1, self.steps - 1))
 
     def sharpness_at(self, step: int, length: int, count: int) -> float:
         """s in a step, for K wells of n layers in all."""
-        return max(1.0, 3 * count / length) * self.at(step, self.sharpness)
+        return max(1.0, 3 * count / length) * self.at(step, *self.sharpness)
 
     def sets(self, layers: int, length: int, count: int) -> list[int]:
         """How many sets of K wells are in each step, where none meet."""
@@ -87,10 +87,7 @@ def gates(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
 
 
 def gated_losses(costs: CutCosts, rows: slice, part: slice, wells: Sequence[torch.Tensor], s: float) -> torch.Tensor:
-    """The loss with each set of wells, differentiable in their walls, on some positions of some rows.
-
-    Layers are outermost: each is entered once, for the dense stream and those of all wells.
-    """
+    """The loss with each set of wells, differentiable in their walls; each layer is entered once, for all of them."""
     stack, cost = costs.stack, costs.cost
     tokens = stack.place(costs.tokens[rows, part])
     with torch.no_grad():
@@ -118,8 +115,7 @@ def gated_losses(costs: CutCosts, rows: slice, part: slice, wells: Sequence[torc
     cost.layer_forwards += math.ceil((entered + len(stack)) * share)
     cost.layer_backwards += math.ceil(backwards * share)
     cost.dense_tokens += tokens.numel()
-    weights = None if costs.weights is None else costs.weights[rows, part]
-    kl = row_kl(stack, dense, tokens, weights)
+    kl = row_kl(stack, dense, tokens, None if costs.weights is None else costs.weights[rows, part])
     return torch.stack([kl(dense if h is None else h).mean().cpu() for h in streams])
 
 
@@ -144,8 +140,7 @@ def beginnings(starts: int, layers: int, length: int, count: int, draw: torch.Ge
     """Where sets of K wells begin: one well at even distances, several at random places."""
     free = layers - length
     if count == 1:
-        firsts = [free * (start + 0.5) / starts for start in range(starts)]
-        return [torch.tensor([[a, a + length]]) for a in firsts]
+        return [torch.tensor([[a, a + length]]) for a in (free * (start + 0.5) / starts for start in range(starts))]
     gaps = torch.rand(starts, count + 1, generator=draw).log().neg()
     a = (gaps / gaps.sum(-1, keepdim=True) * free)[:, :count].cumsum(-1) + torch.arange(count) * length / count
     return [*torch.stack([a, a + length / count], -1)]
@@ -175,25 +170,22 @@ class Wells:
 
     walls: torch.Tensor
     """[K, 2], in layers."""
-    level: float = 0.0
-    """Running mean of its loss."""
     losses: list[float] = field(default_factory=list)
     gates: list[list[float]] = field(default_factory=list)
 
 
 def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Schedule) -> list[Wells]:
     """Sets of wells after gradient descent, from the least loss; then those that were dropped on the way."""
-    layers, draw = len(costs.stack), torch.Generator().manual_seed(seed)
-    starts = schedule.sets(layers, length, count)[0]
-    alive = [Wells(w.requires_grad_()) for w in beginnings(starts, layers, length, count, draw)]
-    dropped: list[Wells] = []
+    layers, draw, dropped = len(costs.stack), torch.Generator().manual_seed(seed), list[Wells]()
+    begun = beginnings(schedule.sets(layers, length, count)[0], layers, length, count, draw)
+    alive = [Wells(walls.requires_grad_()) for walls in begun]
     optimizer = torch.optim.Adam([well.walls for well in alive], lr=schedule.rate[0], betas=(0.5, 0.9))
     scale = LOSS_SCALE if costs.stack.model.dtype == torch.float16 else 1.0
     pieces = batches(costs, schedule.piece, draw)
     with bar("concave gate", schedule.steps) as advance:
         for step in range(schedule.steps):
             sharpness = schedule.sharpness_at(step, length, count)
-            optimizer.param_groups[0]["lr"] = schedule.at(step, schedule.rate)
+            optimizer.param_groups[0]["lr"] = schedule.at(step, *schedule.rate)
             optimizer.zero_grad()
             walls = [well.walls for well in alive]
             with torch.enable_grad():
@@ -201,25 +193,22 @@ def trained(costs: CutCosts, length: int, count: int, seed: int, schedule: Sched
                 found = slopes(losses, walls, scale)
             for well, loss, slope in zip(alive, losses.tolist(), found, strict=True):
                 well.gates.append(gates(well.walls.detach(), layers, sharpness).tolist())
-                well.level = (well.level + loss) / 2 if well.losses else loss
-                well.losses.append(loss)
+                well.losses.append(as_cost(loss))
                 well.walls.grad = slope.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
             with torch.no_grad():
                 for well in alive:
                     settle_(well.walls, length, layers)
-            alive.sort(key=lambda well: well.level)
+            alive.sort(key=lambda well: well.losses[-1])  # of one text; earlier ones are of places that it has left
             if (step + 1) % (schedule.every * count) == 0 and step < schedule.steps - 1:
                 kept = apart(alive, schedule.least)
                 alive, dropped = kept, [w for w in alive if w not in kept] + dropped
             advance(1)
-    for well in (*alive, *dropped):
-        well.walls = well.walls.detach()
     return alive + dropped
 
 
 def apart(ranked: Sequence[Wells], least: int) -> list[Wells]:
-    """Of wells from the best those that are a layer apart from better ones, the better half of them."""
+    """Of wells from the best the better half of those that are a layer apart from better ones."""
     kept: list[Wells] = []
     for well in ranked:
         if all((well.walls - other.walls).abs().max() > 1 for other in kept):
@@ -227,18 +216,20 @@ def apart(ranked: Sequence[Wells], least: int) -> list[Wells]:
     return kept[: max(least, (len(kept) + 1) // 2)]
 
 
-def hardened(walls: torch.Tensor, limits: Restriction) -> list[Cuts]:
-    """The sets of whole layers nearest to a set of wells that are allowed, nearest first."""
+def hardened(walls: torch.Tensor, limits: Restriction, whatever: bool = True) -> list[Cuts]:
+    """Walls rounded to whole layers, the nearest first; where no such set is allowed, if asked, others nearest."""
     layers, near = len(limits.may), dict[Cuts, float]()
     low = [math.floor(x) for x in walls.flatten().tolist()]
-    for bits in range(2 ** len(low)):
+    for bits in range(2 ** len(low)):  # each wall down or up
         ends = [min(layers, x + (bits >> k & 1)) for k, x in enumerate(low)]
         gone = sorted({i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)})
         if len(gone) == limits.length and limits.allows(cuts := joined_segments(gone)):
             near[cuts] = (torch.tensor(ends) - walls.flatten()).abs().sum().item()
-    if not near and walls.numel() == 2:
-        near = {(one,): abs(one.start - walls[0, 0].item()) for one in limits.needed_segments()}
-    return sorted(near, key=near.__getitem__)
+    if near:
+        return sorted(near, key=near.__getitem__)
+    middle = torch.arange(layers) + 0.5
+    outside = torch.maximum(walls[:, :1] - middle, middle - walls[:, 1:]).clamp_min(0).amin(0)
+    return least_layers(outside.tolist(), limits, len(walls)) if whatever else []
 
 
 def clp(
@@ -248,10 +239,10 @@ def clp(
     """The concave gate of CLP: its own proposals, of which a few real cuts decide."""
     costs = CutCosts(runner, tokens, cost, probes)
     wells = processes.from_main(trained(costs, length, num_segments, seed, schedule))
-    ways = [hardened(well.walls, restriction) for well in wells]
+    ways = [hardened(well.walls, restriction, w < schedule.least) for w, well in enumerate(wells)]
     last, before = ways[: schedule.least], ways[schedule.least :]
     proposed = [way[k] for some in (last, before) for k in range(2) for way in some if k < len(way)]
-    sets = [*dict.fromkeys(proposed)][: schedule.finalists] or [(one,) for one in restriction.needed_segments()]
+    sets = [*dict.fromkeys(proposed)][: schedule.finalists]
     found = halving(costs, sets, "finalists of the concave gate", finalists=2)
     first = next((w for w, way in enumerate(ways) if found[0].segments in way), 0)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]

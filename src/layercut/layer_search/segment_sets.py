@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 from itertools import product
 from math import comb
 
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.sweep import Cuts
+from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.segments import Segment, joined_segments, layers_of
 
 Sums = list[tuple[float, Cuts]]
@@ -46,6 +46,12 @@ def cheapest_sums(costs: Mapping[Segment, float], limits: Restriction, count: in
         for sums in (sums for (m, _), sums in ending.items() if m == length):
             found |= {cuts: total for total, cuts in nsmallest(BEAM, sums)}
     return sorted(filter(limits.allows, found), key=lambda cuts: (found[cuts], cuts))
+
+
+def least_layers(costs: Sequence[float], limits: Restriction, count: int) -> list[Cuts]:
+    """The same, by the sum of what each layer costs; where the beam has none, the single segments."""
+    alone = {one: sum(costs[one.start : one.stop]) for one in all_lengths(limits.length, len(costs))}
+    return cheapest_sums(alone, limits, count) or [(one,) for one in limits.needed_segments()]
 
 
 def neighbours(cuts: Cuts, layers: int, count: int) -> list[Cuts]:
