@@ -50,7 +50,7 @@ def _verified_by_forked_processes() -> Iterator[None]:
     """What verifies an export on a CPU finds the libraries loaded, but in test_journey.py."""
 
     def popen(command: list[str], **how: Any) -> Any:
-        on_cpu = command[1:3] == ["-P", str(checkpoint.CHECKER)] and command[5] == "cpu"
+        on_cpu = command[2] in (str(checkpoint.CHECKER), "-c") and "cpu" in command[5:7]
         return (Forked if on_cpu else subprocess.Popen)(command, **how)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """A verifier that is forked off the tests instead of started anew: it need not load torch and transformers, 4 s each.
 
-It runs its script as `python -P SCRIPT …` would, which test_journey.py does.
+It runs its script or code as `python -P SCRIPT …` and `python -P -c CODE …` would, which test_journey.py and
+test_from_disk.py do.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class Forked:
 
     @staticmethod
     def _run(argv: list[str]) -> int:
-        sys.argv = argv
+        sys.argv = ["-c", *argv[2:]] if argv[0] == "-c" else argv
         try:
-            runpy.run_path(argv[0], run_name="__main__")
+            if argv[0] == "-c":
+                exec(argv[1])
+            else:
+                runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as error:
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)

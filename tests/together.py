@@ -1,32 +1,37 @@
-"""What two processes do in test_processes.py: started by torchrun, with a folder that says what is asked.
+"""What two processes do in test_processes.py, forked off the tests, which have the libraries loaded.
 
-    torchrun --nproc-per-node 2 tests/together.py FOLDER
-
-FOLDER/commands.json holds command lines of layercut. One launch does it all, since loading the libraries takes most
-of the time. Each process leaves FOLDER/RANK.json.
+`launched` starts two as torchrun does: it holds their store, and where one of them dies the other is told to stop.
+`main` does all that is asked of them at once, and `tune` tunes with an end by a signal.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
-import sys
-from collections.abc import Sequence
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  loaded once, before anything is timed out
+import torch.distributed as dist
 
 import tiny
-from layercut import cli
+from layercut import cli, evaluation
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning, tune_
+from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
+from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
@@ -130,8 +135,11 @@ def command(argv: list[str], folder: Path, name: str) -> int:
 
 
 def main(folder: Path) -> int:
-    torch.set_num_threads(1)
+    """Searches, healings and the command lines of FOLDER/commands.json; each process leaves FOLDER/RANK.json."""
     gc.freeze()  # see conftest.py
+    checkpoint.verify_reload = lambda *_: {}  # type: ignore[assignment]
+    for name in ("generations", "generation_health"):
+        setattr(evaluation, name, partial(getattr(evaluation, name), tokens=4))
     processes.start()
     processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
     commands = json.loads((folder / "commands.json").read_text())
@@ -145,7 +153,6 @@ def main(folder: Path) -> int:
     last = commands.pop("last")
     for name, argv in commands.items():
         found["codes"][name] = command(argv, folder, name)
-        checkpoint.verify_reload = lambda *_: {}  # type: ignore[assignment]  # once is enough
         processes.barrier()
         if found["codes"][name] and processes.is_main():  # the next one may fail as well
             for key in ("failed", "said"):
@@ -161,5 +168,79 @@ def main(folder: Path) -> int:
     return command(last, folder, "last")
 
 
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+KINDS = ("whole", "spread")
+PHASES: dict[str, tuple[int, int, int] | None] = {
+    "straight": None,
+    "killed": (signal.SIGKILL, 1, 1),
+    "terminated": (signal.SIGTERM, 0, 3),
+    "resumed": None,
+}
+"""A signal to one process of the pair, its rank, and the steps done by then."""
+
+
+def tune(kind: str, phase: str, folder: Path) -> int:
+    """A phase of tuning that is killed, terminated and resumed; at its end FOLDER/KIND-PHASE.RANK.json."""
+    processes.start()
+    ending, step, steps = PHASES[phase], endpoint_tuning._Training.step_, []
+
+    def step_or_die(training: Any) -> int:
+        steps.append(training)
+        if ending and ending[1:] == (processes.rank(), training.report.step):
+            os.kill(os.getpid(), ending[0])
+        return step(training)
+
+    endpoint_tuning._Training.step_ = step_or_die  # type: ignore[method-assign]
+    StateFile.due = lambda _: True  # type: ignore[method-assign]
+    model = tiny.llama() if kind == "whole" else spread_llama(**ODD)
+    dense, student = DecoderRunner(model), DecoderRunner(student_of(model))
+    state = StateFile(folder / f"{kind}-{'straight' if phase == 'straight' else 'broken'}")
+    report = tune_(
+        student, dense, tiny.some_tokens(11, seed=1), heldout=tiny.some_tokens(3, seed=2), learning_rate=3e-3,
+        batch_tokens=32, files=TuningFiles(state=state, stopping=asked_to_stop),
+    )  # fmt: skip
+    weights = hashlib.sha256()
+    for p in student.model.parameters():
+        weights.update(sharding.local(p.detach()).contiguous().numpy().tobytes())
+    found = {
+        "steps": len(steps),
+        "weights": weights.hexdigest(),
+        "losses": [point["loss"] for point in report.curve],
+        "heldout": [point["loss"] for point in report.heldout],
+    }
+    (folder / f"{kind}-{phase}.{processes.rank()}.json").write_text(json.dumps(found))
+    processes.stop()
+    return 0
+
+
+def launched(work: Callable[[], int], errors: Path) -> list[int]:
+    """The exit codes of two processes that do some work."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            code = 1
+            try:
+                code = work()
+            except BaseException:
+                with errors.open("a") as file:
+                    traceback.print_exc(file=file)
+            finally:
+                os._exit(code)
+        children.append(child)
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    codes: dict[int, int] = {}
+    while len(codes) < 2:
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child]:
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGTERM)
+    del store
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        del os.environ[name]
+    return [codes[child] for child in children]

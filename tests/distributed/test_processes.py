@@ -6,10 +6,7 @@ Tolerances: the models are float32, and another number of processes adds the sam
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import quick
 import tiny
 import together
 from layercut.cli.command_line import main
@@ -25,7 +23,6 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, memory, placement
 
-HERE = Path(__file__).parents[1]
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
 RUN += ["--no-speed", "--ratio=0.25", "--batch-tokens=80", "--learning-rate=0.0003"]
 COSTS, LOSSES, WEIGHTS = 1e-6, 1e-5, 1e-5
@@ -41,20 +38,14 @@ def alone(tiny_model, texts, tmp_path_factory):
     """The run folder of one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+        quick.leave_out(patch)
         assert main(compress(tiny_model, texts, run)) == 0
     return run
 
 
-def started(*argv: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_model, texts, tmp_path_factory):
-    """Where two processes left their results; see together.py."""
+    """Where two processes left their results."""
     folder = tmp_path_factory.mktemp("two")
     command = compress(tiny_model, texts, folder / "run")
     commands = {
@@ -68,9 +59,8 @@ def folder(tiny_model, texts, tmp_path_factory):
         "cut": ["cut", str(tiny_model), "--segment=3:5", f"--out={folder / 'cut'}"],
     }  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = started("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "together.py", folder)
-    (folder / "launcher.err").write_text(done.stderr)
-    (folder / "launcher.code").write_text(str(done.returncode))
+    codes = together.launched(lambda: together.main(folder), folder / "errors")
+    (folder / "exit_codes.json").write_text(json.dumps(codes))
     return folder
 
 
@@ -78,7 +68,7 @@ def of(folder: Path, rank: int) -> dict[str, Any]:
     try:
         return json.loads((folder / f"{rank}.json").read_text())
     except OSError:
-        pytest.fail((folder / "launcher.err").read_text()[-5000:])
+        pytest.fail((folder / "errors").read_text()[-5000:])
 
 
 def artefact(run: Path, stage: str) -> dict[str, Any]:
@@ -101,15 +91,6 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
         assert found == expected
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Where pairs of processes that were killed left their results; see pairs.py."""
-    folder = tmp_path_factory.mktemp("pairs")
-    done = started(HERE / "pairs.py", folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
-
-
 def test_searches_folds_and_tunings_go_the_same_way(folder):
     first, second = (of(folder, rank) for rank in (0, 1))
     assert [(found["world"], found["rank"]) for found in (first, second)] == [(2, 0), (2, 1)]
@@ -119,15 +100,18 @@ def test_searches_folds_and_tunings_go_the_same_way(folder):
     assert len(first["healings"]["kl"][0]) == 5
 
 
-@pytest.mark.parametrize("kind", ["whole", "spread"])
-def test_tuning_that_was_killed_and_terminated_ends_in_the_same_bits(killed, kind):
+@pytest.mark.parametrize("kind", together.KINDS)
+def test_tuning_that_was_killed_and_terminated_ends_in_the_same_bits(kind, tmp_path):
     """Killed in one process within step 2, told to stop in the other within step 4, each time with the state kept."""
-    endings = artefact(killed, "endings")[kind]
+    endings = {
+        phase: together.launched(lambda phase=phase: together.tune(kind, phase, tmp_path), tmp_path / "errors")
+        for phase in together.PHASES
+    }
     assert endings["killed"][1] == -signal.SIGKILL
     assert endings["killed"][0] != 0
     assert endings["terminated"] == [-signal.SIGTERM] * 2
     for rank in (0, 1):
-        straight, resumed = (artefact(killed, f"{kind}-{phase}.{rank}") for phase in ("straight", "resumed"))
+        straight, resumed = (artefact(tmp_path, f"{kind}-{phase}.{rank}") for phase in ("straight", "resumed"))
         assert (straight.pop("steps"), resumed.pop("steps")) == (6, 2)
         assert straight == resumed
 
@@ -212,8 +196,9 @@ def test_an_error_in_one_process_ends_all_with_its_code(folder):
     assert "error: this process alone fails" in said[1]
     assert "error:" not in said[0]
     assert "Traceback" not in said[0]
-    assert (folder / "launcher.code").read_text() != "0"
-    assert "exitcode  : 2" in (folder / "launcher.err").read_text()
+    codes = artefact(folder, "exit_codes")
+    assert codes[1] == 2
+    assert codes[0] != 0
 
 
 def test_rows_are_shared_out(monkeypatch):
