@@ -54,8 +54,7 @@ from layercut.pipeline.resolve_options import LONG_ROW
 from layercut.pipeline.stages.quantize import FIRST_TEST, ROWS, TOWARDS
 from layercut.pipeline.stages.text import Treatment
 from layercut.progress import say
-from layercut.quantization import quantize_
-from layercut.quantization.quantized import Quantized
+from layercut.quantization import Quantized, quantize_
 from layercut.quantization.trainable import Trainable
 from layercut.segments import Segment
 from layercut.surgery import cut

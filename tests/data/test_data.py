@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bytes_tokenizer import CHAT, make_tokenizer
-from layercut.data import blocks, chat_templates, documents, sources, text_overlap
+from layercut.data import blocks, chat_templates, documents, text_overlap
 from layercut.data.blocks import Reader, TextStream, fingerprint, load_blocks
 from layercut.data.documents import HubSet, as_document, python_docs, python_docstrings
 from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
@@ -108,28 +108,6 @@ def test_skip_and_seed_decide_the_stream_and_nothing_else_does(text, tmp_path, t
     for skip in range(4):
         part = load_blocks(mix.replace("+", ","), tokenizer, tokens=32, window=8, seed=0, skip=skip)
         assert torch.equal(part.tokens, whole.tokens[skip : skip + 4])
-
-
-def test_text_is_tokenised_as_far_as_needed(tokenizer, monkeypatch):
-    """Otherwise one line of 16 MB takes gigabytes and a minute."""
-
-    def endless(source, seed):
-        while True:
-            yield "some text"
-
-    monkeypatch.setattr(sources.Source, "documents", endless)
-    assert load_blocks("c4", tokenizer, tokens=64, window=8, seed=0).facts.documents == 7
-    assert blocks.PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
-    monkeypatch.setattr(blocks, "PIECE", 20_000)
-    stream = TextStream("text", iter(()), tokenizer, False)
-    assert len(next(stream.encoded(iter(["some words " * 1_500_000])))[-1]) <= 20_001
-    for longest in (3, 4, 5, 6):
-        monkeypatch.setattr(blocks, "PIECE", longest)
-        for text in ("ab cd ef gh", "abcdefgh", "a\nb c"):
-            parts = [*blocks.pieces(text)]
-            assert "".join(parts) == text
-            assert max(map(len, parts)) <= longest
-    assert [*blocks.pieces("ab cd ef gh")] == ["ab cd", " ef gh"], "parted before white space"
 
 
 # --- text that serves two uses ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections import Counter
 from fractions import Fraction
 from itertools import combinations
 from types import SimpleNamespace
@@ -13,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin
-from layercut.data.chat_templates import prompt_ids
-from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, TUNING, Family, Item
-from layercut.data.probes import SHORT_ROW, _Writer, capability_names, judging_rows, probe_rows
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, TUNING, Family, Item
+from layercut.data.probes import SHORT_ROW, _Writer, judging_rows, probe_rows
 from layercut.data.sources import find, split_mix
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import probe_scores
@@ -82,57 +80,6 @@ def test_two_families_share_no_noun_and_no_passage_of_their_forms(pair):
     assert not {*a.brackets} & {*b.brackets}
 
 
-def test_keys_of_the_three_families_differ_in_their_length():
-    digits = {}
-    for name, family in FAMILIES.items():
-        draw = random.Random(0)
-        digits[name] = {len(key) for key in (family.key(draw) for _ in range(300)) if key.isdigit()}
-    assert not set.intersection(*digits.values())
-    assert digits["judging"] == {5}
-    assert not digits["tuning"] & (digits["judging"] | digits["searching"])
-
-
-def test_what_judges_lists_is_of_the_judging_family_alone(tokenizer):
-    ids, value = probe_scores.key_value(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
-    text = tokenizer.decode(ids)
-    assert len(ids) <= 1500
-    assert re.search(f"under number {value}\\.", text)
-    own = passages([re.sub(r"\d|" + "|".join((*JUDGING.people, *JUDGING.things)), "", text)])
-    told = {word for sentence in probe_scores.FILLER for word in re.findall(r"\w+", sentence.lower())}
-    for name in ("searching", "tuning"):
-        assert not own & passages(forms(FAMILIES[name]))
-        assert not {noun.lower() + ending for noun in nouns(FAMILIES[name]) for ending in ("", "s", "es")} & told
-    rows = judging_rows(tokenizer, rows=8, window=1500, capability="lists")
-    for row, answers in zip(rows.tokens, rows.answers, strict=True):
-        text = tokenizer.decode(row)
-        owned = re.findall(rf"({'|'.join(JUDGING.things)}) of ({'|'.join(JUDGING.people)})", text)
-        assert len({*owned}) > len(JUDGING.things), "more entries than things"
-        assert not re.search(rf"({'|'.join(JUDGING.people)}) ?' ?s ", text), "no key of a form that was taught"
-        assert (answers >= 0).nonzero().max() > 0.7 * 1500, "as long as the row"
-
-
-def test_parts_of_a_pair_are_in_other_keys_too_and_the_ends_of_a_long_list_are_asked_for():
-    pairs = singles = 0
-    for seed in range(100):
-        item = probe_families.lists(TUNING, random.Random(seed), 30)
-        if "{name}" in random.Random(seed).choice(TUNING.lists)[1]:
-            lines, pairs = re.split(r"\n|; ", item.told), pairs + 1
-            for _, begins in item.turns:
-                parts = [word for word in (*TUNING.people, *TUNING.things) if word in begins]
-                assert len(parts) == 2
-                assert all(sum(part in line for line in lines) > 1 for part in parts), "neither alone tells the value"
-                assert sum(all(part in line for part in parts) for line in lines) == 1
-            continue
-        item, singles = probe_families.lists(TUNING, random.Random(seed), 12), singles + 1
-        things = [thing for thing in TUNING.things if thing in item.told]
-        asked = [begins for _, begins in item.turns]
-        assert 6 <= len(asked) <= 8
-        for end in (min(things, key=item.told.index), max(things, key=item.told.index)):
-            assert any(end in begins for begins in asked)
-        assert len(probe_families.lists(TUNING, random.Random(seed), 7).turns) == 1, "one in four of few"
-    assert min(pairs, singles) > 10
-
-
 # ---- rows ----------------------------------------------------------------------------------------------------
 
 
@@ -184,45 +131,6 @@ def test_long_rows_to_tune_on_are_long_probes_or_short_ones_end_to_end(tokenizer
     assert (found.answers >= 0).any(1).all(), "probes in each of them"
 
 
-@pytest.mark.parametrize("pieces", [1, 3, 4])
-@pytest.mark.parametrize("template", ["", CHAT])
-def test_every_capability_is_in_short_rows_that_are_chats_and_in_others(tokenizer, pieces, template, monkeypatch):
-    """What a row holds goes by its number, and so does whether it is a chat: neither may decide the other."""
-    short = 4 * SHORT_ROW  # of letters, as these tokens are, it takes more
-    monkeypatch.setattr(probes_module, "SHORT_ROW", short)
-    found = probe_rows(able(tokenizer, template), rows=48, window=pieces * short, family="tuning")
-    seen: dict[bool, set[int]] = {}
-    for row, of in zip(found.tokens[found.lengths == short], found.of()[found.lengths == short], strict=True):
-        for piece, capability in zip(row.split(short), of.split(short), strict=True):
-            seen.setdefault("<user>" in tokenizer.decode(piece), set()).update(capability.unique().tolist())
-    everything = {*range(-1, len(CAPABILITIES))}
-    assert seen == ({False: everything, True: everything} if template else {False: everything})
-
-
-@pytest.mark.parametrize("rows", [range(4), range(5, 9), range(8, 12)])
-def test_four_rows_have_short_and_long_chats_and_others(tokenizer, rows):
-    kept = {"rows": 4, "first": rows.start, "window": 4 * SHORT_ROW, "family": "tuning"}
-    found = probe_rows(able(tokenizer, CHAT), **kept)
-    pieces = zip(found.tokens, found.lengths.tolist(), strict=True)
-    kinds = [(n, "<user>" in tokenizer.decode(piece)) for row, n in pieces for piece in row.split(n)]
-    assert Counter(kinds) == {
-        (n, chat): 4 if n == SHORT_ROW else 1 for n in (SHORT_ROW, 4 * SHORT_ROW) for chat in (True, False)
-    }
-    plain = probe_rows(tokenizer, **kept).tokens
-    assert not any("<user>" in tokenizer.decode(row) for row in plain), "without a template none"
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_long_probes_hold_more_keys_than_short_ones(tokenizer, chat):
-    writer = _Writer(able(tokenizer, CHAT), "tuning", chat=chat)
-    found = [writer.grown("lists", 4096, one_form=True) for _ in range(24)]
-    filled = [each for each in found if each and len(each.ids) > 3072]
-    assert len(filled) > 5, "lists of pairs grow as the room does"
-    assert max(each.answers for each in found if each) > len(TUNING.things)
-    anew = [writer.grown("lists", 4096) for _ in range(24)]
-    assert sum(len(each.ids) > 3072 for each in anew if each) < len(filled), "drawn anew, short forms are first to fit"
-
-
 def test_what_does_not_fit_is_left_out_and_what_is_preserved_alone_fills_the_row(tokenizer, probes):
     short = probe_rows(tokenizer, rows=4, window=128)
     assert "recall" in short.left_out
@@ -237,14 +145,6 @@ def test_what_does_not_fit_is_left_out_and_what_is_preserved_alone_fills_the_row
         for count, window in ((0, 64), (2, 0), (-1, 64)):
             with pytest.raises(ConfigError, match=f"{count} rows of {window} tokens"):
                 made(tokenizer, rows=count, window=window)
-
-
-def test_names_of_capabilities():
-    assert capability_names("all") == tuple(CAPABILITIES)
-    assert capability_names("none") == ()
-    assert capability_names("copy, recall") == ("recall", "copy")
-    with pytest.raises(ConfigError, match="no capability is called 'memory'"):
-        capability_names("memory")
 
 
 def test_a_quarter_of_a_mix_is_probes_and_no_two_uses_have_the_same(tokenizer, texts, tmp_path):
@@ -281,21 +181,6 @@ def test_a_quarter_of_a_mix_is_probes_and_no_two_uses_have_the_same(tokenizer, t
 
 def chat_of(tokenizer: Any, template: str, item: Item) -> Item | None:
     return _Writer(able(tokenizer, template), "tuning", chat=True).as_chat(item)
-
-
-def test_a_row_of_chats_begins_once(tokenizer):
-    """Templates as Gemma's and Llama's begin with BOS, which the tokenizer puts before a text as well."""
-    beginning = able(tokenizer, "{{ bos_token }}" + CHAT)
-    beginning.add_special_tokens({"bos_token": "<s>"})
-    begin = beginning.bos_token_id
-    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", begin)]
-    )
-    made = probe_rows(beginning, rows=8, window=SHORT_ROW, family="tuning").tokens.tolist()
-    chats = [row for row in made if "<user>" in beginning.decode(row)]
-    assert chats
-    assert [row.count(begin) for row in made] == [1] * 8
-    assert all(row[0] == begin for row in chats)
 
 
 @pytest.mark.parametrize("template", [CHAT, TRIMMED, THOUGHTFUL], ids=["plain", "trimmed", "thoughtful"])
@@ -375,16 +260,6 @@ class Merging:
         return "".join(chr(i & 255) + (chr(i >> 8) if i >> 8 else "") for i in ids)
 
 
-class Beginning(Merging):
-    """The same, with BOS before a text and EOS behind it."""
-
-    bos_token_id, eos_token_id = 1, 7
-
-    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
-        ids = super().__call__(text).input_ids
-        return SimpleNamespace(input_ids=[1, *ids, 7] if add_special_tokens else ids)
-
-
 @pytest.mark.parametrize("capability", ["structure", "format"])
 def test_a_token_of_an_answers_end_and_a_line_break_is_the_answers(capability):
     writer, ends = _Writer(Merging(), "judging"), set()
@@ -431,11 +306,3 @@ def test_a_tokenizer_without_the_words_or_digits_has_no_probes():
         assert judging_rows(proteins, rows=2, window=64, capability=capability).names == ()
     assert probe_scores.passkey(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
 
-
-def test_rows_that_judge_begin_as_text_does_and_a_prompt_is_not_closed(tokenizer):
-    for capability in ("recall", "sums"):
-        rows = judging_rows(Beginning(), rows=2, window=512, capability=capability)
-        assert rows.names == (capability,)
-        assert rows.tokens[:, 0].tolist() == [1, 1]
-    assert prompt_ids(Beginning(), "ab", "c") == [1, *Merging()("ab c").input_ids]
-    assert prompt_ids(able(tokenizer, ""), "ab") == tokenizer("ab").input_ids

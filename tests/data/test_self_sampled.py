@@ -63,21 +63,6 @@ def test_self_samples_the_plain_distribution_past_eos_and_chats_a_cooler_one(lla
     assert (row[row.tolist().index(1) + 1 :] != 1).any()
 
 
-def test_self_begins_as_text_does(llama, texts):
-    tokenizer = make_tokenizer(bos=False)
-    begins = load_blocks("self", tokenizer, tokens=64 * 4, window=4, seed=0, model=llama).tokens[:, 0].tolist()
-    assert len({*begins}) > 20
-    assert tokenizer.eos_token_id not in begins
-    chat = make_tokenizer(CHAT)
-    how = {"seed": 0, "model": llama, "chat_template": True, "tokens": 60}
-    opening = chat("<|user|>", add_special_tokens=False).input_ids
-    assert load_blocks("self", chat, window=20, **how).tokens[:, : len(opening)].tolist() == [opening] * 3
-    with pytest.raises(DataError, match="opens with 8 tokens; the window has 8"):
-        load_blocks("self", chat, window=8, **how)
-    mixed = load_blocks(f"self+{texts[0]}", make_tokenizer(), tokens=64, window=16, seed=0, model=llama).tokens
-    assert mixed[0, 0] == mixed[2, 0] == 0
-
-
 def test_chats_are_seeded_written_from_the_users_first_word_and_laid_end_to_end(llama, monkeypatch):
     tokenizer = make_tokenizer(CHAT)
     opening = tokenizer("<|user|>", add_special_tokens=False).input_ids

@@ -10,27 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import BloomConfig
 
 import folders
 import tiny
 from layercut import evaluation
-from layercut.cli.command_line import main
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.config.commands import CompressConfig
-from layercut.data.blocks import Blocks, Marks, TextFacts, by_origin, load_blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, TextFacts, by_origin, load_blocks, stored_blocks
 from layercut.errors import ConfigError, DataError
-from layercut.evaluation import likelihood
-from layercut.healing import tune_
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedText
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import Run
-from layercut.pipeline.stages import heal
 from layercut.pipeline.stages import text as text_stage
-from layercut.pipeline.stages.text import check_held_out, check_unseen, draw_all, row_lengths, uses
+from layercut.pipeline.stages.text import check_held_out, check_unseen, draw_all, uses
 
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
@@ -88,18 +83,6 @@ def test_what_is_reported_on_is_refused_for_search_by_what_it_is(several, monkey
         check_sources(asking(data, tune_data, eval_data))
 
 
-def test_the_artefact_says_what_is_shared_and_what_was_drawn(tiny_model, several, tmp_path):
-    text = draw(tiny_model, tmp_path, asking(f"{several}/a.txt", None, f"{several}/other.txt"))
-    assert text["shared"] == {"documents": 0, "passages": 0.0, "passed_over": 0}
-    assert text["calibration"]["source"] == "a.txt", "no path of this machine"
-    assert text["evaluation"]["window"] == 64
-    for use in ("calibration", "heldout", "tuning", "evaluation"):
-        documents = load_file(tmp_path / f"documents-{use}.safetensors")[use].tolist()
-        assert len(documents) == text[use]["documents"]
-        assert documents == sorted(documents)
-        assert load_file(tmp_path / f"tokens-{use}.safetensors")[use].numel() == text[use]["tokens"]
-
-
 def test_the_same_text_in_another_file_is_passed_over_or_refused(tiny_model, several, tmp_path):
     """A document that is reported on is left out elsewhere; parted otherwise, its passages tell."""
     lines = asking(f"{several}/half.txt", None, f"{several}/lines.jsonl")
@@ -144,43 +127,6 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
         tokens=sum(tokens.numel() for tokens in rows.values()),
     ).tokens.flatten()  # fmt: skip
     assert torch.equal(stream, torch.cat([tokens.flatten() for tokens in rows.values()])), "no token twice, none left"
-
-
-def test_every_second_row_of_text_is_done_as_short_rows_and_tests_as_they_are_made():
-    rows, mix = torch.zeros(8, 1024, dtype=torch.int64), ("a.txt", "a.txt", "probes", "a.txt")
-    marks = Marks.none(8, 1024)
-    marks.lengths[[2, 6]] = torch.tensor([256, 1024])
-    assert row_lengths(rows, mix, 64, marks).tolist() == [1024, 64, 256, 1024, 64, 1024, 1024, 64]
-    assert row_lengths(rows, ("a.txt", "b.txt"), 64).tolist() == [1024, 1024, 64, 64] * 2, "of each text"
-    assert row_lengths(rows[:, :256], ("a.txt",), 256) is None
-    assert row_lengths(rows[:, :1000], ("a.txt",), 256) is None, "no multiple"
-    assert row_lengths(rows, mix, 1024, marks).tolist() == [1024, 1024, 256, *[1024] * 5], "of text all whole"
-    marks.lengths[2] = 1024
-    assert row_lengths(rows, mix, 1024, marks) is None
-
-
-@pytest.mark.parametrize("way", ["--stream=off", "--stream=on"])
-def test_a_run_tunes_on_its_tests_as_they_are_made(way, several, tmp_path, monkeypatch):
-    seen = []
-
-    def noted(student, dense, tokens, *, row_lengths, **how):
-        seen.append((tokens, row_lengths))
-        return tune_(student, dense, tokens, row_lengths=row_lengths, **how)
-
-    monkeypatch.setattr(heal, "tune_", noted)
-    longer = tmp_path / "longer"
-    tiny.llama(4, vocab_size=folders.VOCABULARY, max_position_embeddings=512).save_pretrained(longer)
-    folders.tokenizer().save_pretrained(longer)
-    flags = [f"--data={several}/a.txt", "--tokens=512", "--window=128", "--tune-window=512", "--probe-share=0.5", way]
-    assert main(["tune", str(longer), *flags, "--tune-tokens=4096", "--ratio=0.25", f"--out={tmp_path / 'run'}"]) == 0
-    ((tokens, lengths),) = seen
-    marks = stored_marks(tmp_path / "run", "tuning")
-    assert marks
-    tests = marks.lengths > 0
-    assert torch.equal(tokens, stored_blocks(tmp_path / "run", "tuning"))
-    assert torch.equal(lengths[tests], marks.lengths[tests])
-    assert {*lengths[tests].tolist()} == {256, 512}
-    assert {*lengths[~tests].tolist()} == {128, 512}
 
 
 def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
@@ -284,25 +230,6 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
     )
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypatch):
-    model, tokens = make(), tiny.some_tokens(3, 100)
-    whole = evaluation.window_losses(model, tokens)
-    sizes = []
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
-
-    def few(model, tokens_per_row: int) -> int:
-        return max(1, 30 // tokens_per_row)
-
-    for name in ("rows_per_chunk", "positions_at_once"):
-        monkeypatch.setattr(likelihood, name, few)
-    parts = evaluation.window_losses(model, tokens)
-    torch.testing.assert_close(parts, whole)
-    measured = [size for size in sizes if size != 8]  # 8: the check that the model can be opened up
-    assert max(measured) <= 30
-
-
 def test_a_text_too_short_for_a_window_is_told():
     tokenizer = folders.tokenizer()
     with pytest.raises(DataError, match="are needed") as caught:
@@ -357,20 +284,6 @@ def test_no_chats_are_written_where_the_model_cannot(chat_model, several, tmp_pa
     }
 
 
-def test_cuts_are_judged_as_text_by_text_alone(chat_model, several, tmp_path):
-    config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
-    config = replace(config, heal=replace(config.heal, chat_share=0.5))
-    draw(chat_model, tmp_path / "run", config)
-    with Run(tmp_path / "run") as run:
-        work = RunContext(checkpoints.resolve(str(chat_model)), config, run)
-        draw_all(work, uses(config, "report"))
-        rows, text = work.blocks["heldout"], work.held_out_text
-    assert len(text) == len(rows) // 2
-    assert not {*map(tuple, text.tolist())} & {
-        *map(tuple, by_origin(rows, work.text["heldout"].origins)["chats"].tolist())
-    }
-
-
 def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
     opening, draw = torch.arange(100), torch.Generator().manual_seed(0)
 
@@ -387,23 +300,3 @@ def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
     with pytest.raises(DataError, match="of the passages of the held-out text"):
         check_held_out(blocks("a.txt"), [blocks("b.txt")], folders.tokenizer())
 
-
-@pytest.mark.parametrize(
-    ("changed", "template", "why"),
-    [
-        ({}, "nothing that is said", "leaves out what the user says"),
-        ({"tune_data": "a.txt+probes:0.95"}, None, "leave no room"),
-        ({"chat_share": 0.0}, "nothing that is said", ""),
-        ({}, None, ""),
-    ],
-)
-def test_a_chat_model_without_chats_is_told_why(changed, template, why, chat_model, several, tmp_path, monkeypatch):
-    monkeypatch.chdir(several)
-    said: list[str] = []
-    monkeypatch.setattr(text_stage, "say", lambda *words: said.append(" ".join(words)))
-    if template:
-        (chat_model / "chat_template.jinja").write_text(template)
-    config = asking("a.txt", None, "other.txt")
-    draw(chat_model, tmp_path / "run", replace(config, heal=replace(config.heal, **changed)))
-    notes = [line for line in said if "no chats are tuned on" in line]
-    assert [why in line for line in notes] == [True] * bool(why)

@@ -19,10 +19,10 @@ import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
-from layercut.export.formats import NEXT_FINER, healed_type, refuse_jump, write_requantized
+from layercut.export.formats import refuse_jump, write_requantized
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, importance, quantized_rows, tensor_types
+from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, quantized_rows, tensor_types
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import Header
 from layercut.report.verdicts import broken
@@ -175,25 +175,6 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main(["export", str(gguf_run), f"--out={out}", "--gguf-type=same", "--force"]) == 0
     assert tensor_types(out) == {"Q4_1": left, "F32": 9}
-
-
-def test_the_next_finer_format_has_more_bits_and_fits_the_same_rows():
-    sizes = {kind.name.lower(): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    for came, becomes in NEXT_FINER.items():
-        (columns, size), (others, finer) = sizes[came], sizes[becomes]
-        assert columns % others == 0, came
-        assert 0.4 < 8 * finer / others - 8 * size / columns <= 3, came
-    cases = {("finer", "q4_k"): "q5_k", ("finer", "q8_0"): "q8_0", ("same", "q4_k"): "q4_k", ("q4_0", "q5_k"): "q4_0"}
-    assert {case: healed_type(*case) for case in cases} == cases
-
-
-def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.formats.llama_cpp_installed", lambda: False)
-    assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "transformers: every weight read back" in said
-    assert "llama.cpp itself has not read it: pip install 'layercut[gguf]'" in said
-    assert json.loads((gguf_run / "gguf.json").read_text())["again"]["llama_cpp"] is None
 
 
 @pytest.fixture
@@ -366,15 +347,6 @@ def test_importance_rounds_what_matters_less_coarsely(name):
     if name == "IQ2_XS":
         with pytest.raises(ModelError, match="IQ2_XS needs an importance matrix"):
             error(None)
-
-
-def test_importance_is_the_mean_square_of_what_goes_in():
-    model, tokens = a_model(2), tiny.some_tokens(3, 8)
-    found = importance(model, tokens)
-    assert set(found) == {name for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
-    with torch.no_grad():
-        states = model.model(tokens).last_hidden_state.flatten(0, 1)
-    assert torch.allclose(found["lm_head.weight"], states.square().mean(0), rtol=1e-4)
 
 
 @needs_llama_cpp

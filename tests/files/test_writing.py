@@ -22,13 +22,11 @@ from layercut.errors import RunError
 from layercut.files import (
     Damaged,
     appearing,
-    check_seal,
     decode,
     disk_refusal,
     jsonable,
     partial_of,
     remove_written,
-    seal,
     write_atomically,
 )
 from layercut.segments import Segment
@@ -163,10 +161,3 @@ def test_a_dataclass_is_its_json_and_damage_is_named():
     with pytest.raises(Damaged):
         decode(Loss, {"segments": [[2, 1]], "loss": 0})
 
-
-def test_what_a_seal_finds():
-    sealed = seal({"a": 1, "b": [1.5]})
-    check_seal(json.loads(json.dumps(sealed)))
-    for damaged in (sealed | {"a": 2}, {"a": 1}):
-        with pytest.raises(Damaged):
-            check_seal(damaged)

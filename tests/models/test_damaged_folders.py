@@ -5,12 +5,10 @@ The first test is a small part of `python -m tests.fuzz`, by fixed seeds; the ot
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from layercut.cli import single_stage
 from layercut.cli.command_line import main
 from layercut.config.commands import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError
-from layercut.export import checkpoint
 from layercut.models import checkpoints, config_files, decoder_stack, layer_reader, loading
 from layercut.models.checkpoints import resolve
 from layercut.pipeline.run_folder import Run
@@ -299,31 +296,3 @@ def test_a_record_tells_damage(tmp_path):
     assert files.differing(tmp_path, recorded | {"model/gone": [0, ""]})
     (model / "config.json").write_text("[]")
     assert files.differing(tmp_path, recorded)
-
-
-def test_the_fresh_process_sees_what_this_one_sees_but_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("sys.path", ["", str(tmp_path / "here"), str(tmp_path / "mine")])
-    assert checkpoint._environment()["PYTHONPATH"] == str(tmp_path / "mine")
-
-
-def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, monkeypatch):
-    """The first is gone when the second is loaded."""
-    run, alive, load = tmp_path / "run", list[Any](), single_stage.placement.load
-    shutil.copytree(tiny_model, run / "model")
-    (run / "config.yaml").touch()
-    (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
-    (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
-
-    def watched(*args: Any, **how: Any) -> Any:
-        gc.collect()
-        assert not [model for model in alive if model() is not None]
-        loaded = load(*args, **how)
-        alive.append(weakref.ref(loaded.model))
-        return loaded
-
-    monkeypatch.setattr(single_stage.placement, "load", watched)
-    asked = PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
-    assert single_stage.evaluate_only(str(run), asked)["ratio"]["value"] == 1.0
-    assert len(alive) == 2

@@ -22,7 +22,7 @@ from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning as room
-from layercut.healing import fold_, tune_
+from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Batch, Rows
 from layercut.healing.least_squares import fold_cut_
@@ -173,20 +173,6 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
     expected = students[1].state_dict()
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
-
-
-def test_a_fold_that_does_not_help_is_undone(llama, monkeypatch):
-    """The layer is read from disk again, and nothing of it stays in memory."""
-    dense, student = opened(llama, CUT, "on")
-    disk, tokens, kls = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(24), iter([1.0, 1.0])
-    logits = student.model(input_ids=tokens[:2]).logits
-    monkeypatch.setattr("layercut.healing.least_squares.mean_kl", lambda *_: next(kls))
-    found = fold_(student, dense, tokens)
-    assert [cut.layer for cut in found.cuts] == [2]
-    assert not found.kept
-    assert torch.equal(student.model(input_ids=tokens[:2]).logits, logits)
-    disk.files.leave_()
-    assert [n for n, p in student.model.named_parameters() if "layers" in n and not p.is_meta] == []
 
 
 def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path):

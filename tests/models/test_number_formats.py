@@ -14,13 +14,10 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig
 from layercut.data.blocks import stored_blocks
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning, tune_
 from layercut.models import checkpoints, decoder_stack, loading
-from layercut.quantization import quantize_
-from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -97,32 +94,6 @@ def test_a_run_measures_in_float32_what_it_saves_in_bfloat16(checkpoint, texts, 
     assert perplexity(again, stored_blocks(run, "evaluation")) == summary["perplexity"][last]
     stock = AutoModelForCausalLM.from_pretrained(run / "model")
     assert stock.dtype == torch.bfloat16
-
-
-def test_a_grid_is_of_the_format_that_is_saved(checkpoint, monkeypatch):
-    """Codes times a scale rounded to bfloat16, and the product rounded too, as a loader has it."""
-    lacking(monkeypatch)
-    model = load(checkpoint).model
-    name = "model.layers.0.self_attn.q_proj"
-    weight = model.get_submodule(name).weight.clone()
-    quantize_(model, torch.zeros(1, 8, dtype=torch.long), QuantizeConfig(bits=4, quantizer="rtn"))
-    grid = fit_grid(weight, 4, 32, asymmetric=False, dtype=torch.bfloat16)
-    assert torch.equal(model.get_submodule(name).weight, decode(encode(weight, grid), grid).float())
-
-
-def test_a_plan_knows_both_formats(checkpoint, monkeypatch, capsys):
-    """In float32 the weights take twice the memory, and the saved file does not."""
-    plans = {}
-    for name, features in {"narrow": ["avx512_bf16"], "wide": []}.items():
-        lacking(monkeypatch, *features)
-        flags = ["--segment=2:4", "--window=32", "--no-calibrate", "--json", "--device=cpu"]
-        assert main(["plan", str(checkpoint), *flags]) == 0
-        plans[name] = json.loads(capsys.readouterr().out)
-    found = {name: (plan["dtype"], plan["computed_in"]) for name, plan in plans.items()}
-    assert found == {"narrow": ("bfloat16", "bfloat16"), "wide": ("bfloat16", "float32")}
-    assert plans["wide"]["bytes"] == plans["narrow"]["bytes"]
-    narrow, wide = (plan["stages"]["tune"]["parts"]["weights"] for plan in plans.values())
-    assert wide == 2 * narrow
 
 
 def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):

@@ -22,7 +22,6 @@ import folders
 import tiny
 from layercut.cli.chat import Speaker
 from layercut.errors import ModelError
-from layercut.evaluation.speed import DECODE, PROMPT, speed
 from layercut.export.checkpoint import verify_reload
 from layercut.healing.fold_prices import FoldPrices
 from layercut.models.decoder_stack import BEHIND_PADDING, positions, share
@@ -30,7 +29,7 @@ from layercut.models.losses import Teacher, kl_divergence, mean_kl, next_token_l
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.pipeline.stages.text import check_prompt
 from layercut.segments import Segment
-from layercut.surgery import cut, cut_segment_
+from layercut.surgery import cut_segment_
 
 SIZES = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
@@ -150,13 +149,6 @@ def test_rows_that_are_put_together_are_longer_than_the_positions():
     fit, judged = (torch.randint(40, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (8, 3))
     together, alone = FoldPrices(stack, fit, judged), [FoldPrices(stack, fit, judged[i : i + 1]) for i in range(3)]
     assert together(segments) == pytest.approx(math.fsum(cost(segments) for cost in alone) / 3, rel=1e-4)
-
-
-def test_speed_is_measured_within_the_positions():
-    model = gpt2(64)
-    found = speed(model, cut(model, [Segment(1, 2)]), repeats=1)
-    assert (found["prompt_tokens"], found["decode_tokens"]) == (64 - 16 - 1, 16)
-    assert positions(gpt2(PROMPT + DECODE + 1).config) == PROMPT + DECODE + 1, "of so many all are measured"
 
 
 def test_a_chat_with_tokens_that_the_model_lacks_is_refused_before_any_work():

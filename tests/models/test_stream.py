@@ -13,13 +13,11 @@ import folders
 import tiny
 from layercut.errors import ModelError
 from layercut.layer_search import search
-from layercut.layer_search.baselines import cosines, taylor_scores
+from layercut.layer_search.baselines import taylor_scores
 from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import DENSE, all_lengths, all_segments, set_costs, set_losses, streams_held
-from layercut.layer_search.sweep import sweep as carry
+from layercut.layer_search.sweep import DENSE, all_segments, set_costs, streams_held
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement, runner
 from layercut.models.runner import DecoderRunner, recomputed_layer
-from layercut.segments import Segment
 
 SMALL = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -145,19 +143,6 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     assert disk.files.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
 
 
-def test_statistics_and_losses_are_the_same(llama):
-    memory, stack, disk = both(llama)
-    tokens = tiny.some_tokens(6)
-    sets = [(Segment(i, i + 1),) for i in range(8)] + [(Segment(1, 3), Segment(5, 6))]
-    assert set_losses(stack, tokens, sets, Cost(), rows=4) == set_losses(memory, tokens, sets, Cost(), rows=4)
-    assert disk.files.layers_read == [1] * 8
-    ours, theirs = cosines(stack, tokens, Cost()), cosines(memory, tokens, Cost())
-    assert all(map(torch.equal, ours, theirs))
-    assert disk.files.layers_read == [2] * 8
-    torch.testing.assert_close(taylor_scores(stack, tokens, Cost()), taylor_scores(memory, tokens, Cost()))
-    assert disk.files.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
-
-
 @pytest.mark.parametrize("method", ["clp", "fisher"])
 def test_a_search_by_gradients_is_the_same(llama, method):
     found, expected = (search(each, tiny.some_tokens(4), n_layers=2, method=method) for each in both(llama)[:2])
@@ -175,37 +160,6 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
     monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):
         taylor_scores(stack, tokens.repeat(4, 1), Cost())
-
-
-class Watched(DecoderRunner):
-    """Counts the hidden states that are alive when a layer has just made another one."""
-
-    most, states = 0, ()
-
-    def watch(self, state):
-        self.states = [ref for ref in self.states if ref() is not None] + [weakref.ref(state)]
-        self.most = max(self.most, len(self.states))
-        return state
-
-    def enter(self, tokens):
-        hidden, calls = super().enter(tokens)
-        return self.watch(hidden), calls
-
-    def layer(self, i, hidden, calls):
-        return self.watch(super().layer(i, hidden, calls))
-
-
-@pytest.mark.parametrize("sets", [
-    [DENSE], [(s,) for s in all_segments(3, 8)], [DENSE, *((segment,) for segment in all_lengths(4, 8))],
-    [(Segment(1, 3), Segment(5, 6)), (Segment(1, 3), Segment(3, 4)), (Segment(2, 3),)],
-])  # fmt: skip
-def test_the_streams_held_are_those_that_were_promised(sets):
-    stack = Watched(tiny.llama())
-    stack.most, stack.states = 0, ()
-    with torch.no_grad():
-        carry(stack, [tiny.some_tokens(2)], sets, Cost())
-    promised = streams_held(sets, 8)
-    assert promised - 1 <= stack.most <= promised  # one less where streams that land together are replaced last
 
 
 # --- gradients ---

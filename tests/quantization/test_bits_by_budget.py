@@ -24,11 +24,10 @@ from layercut.errors import ConfigError
 from layercut.export import checkpoint, engines
 from layercut.models import decoder_stack
 from layercut.models.losses import kl_divergence
-from layercut.quantization import bit_choice, quantize_, sensitivity
-from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment
+from layercut.quantization import bit_choice, calibration, quantize_
 from layercut.quantization.bit_choice import cheapest
 from layercut.quantization.grid import decode, encode, fit_grid
-from layercut.quantization.packing import pack, stored_bytes
+from layercut.quantization.packing import PACKED, WHOLE_BYTES, Assignment, pack, stored_bytes
 
 TOKENS, OTHERS = tiny.some_tokens(32, 32), tiny.some_tokens(8, 32, seed=1)
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
@@ -95,7 +94,7 @@ def test_costs_are_the_kl_of_rounding_one_weight():
     model = tiny.llama(4, tie_word_embeddings=True, **SIZES)
     names = [name for name, module in model.named_modules() if name.endswith("_proj")] + ["model.embed_tokens"]
     widths = [(3, 32, True), (4, 64, False)]
-    found = sensitivity.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
+    found = calibration.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
     pairs = []
     for name, width in itertools.product(names[::3], widths):
         copy = decoder_stack.share(model)
@@ -107,7 +106,7 @@ def test_costs_are_the_kl_of_rounding_one_weight():
     ranks = [torch.tensor(column).argsort().argsort().float() for column in zip(*pairs, strict=True)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9, pairs
     assert 0.5 < sum(told for _, told in pairs) / sum(true for true, _ in pairs) < 2
-    again = sensitivity.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
+    again = calibration.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
     assert again == found, "the same seed, the same costs"
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
@@ -121,19 +120,6 @@ def test_a_mixture_costs_less_than_one_width_of_its_size():
     assert kl(model, mixed.model) < 0.7 * kl(model, uniform.model)
     assert len({row.bits for row in mixed.weights}) > 1
     assert mixed.mixture["predicted_kl"] == pytest.approx(kl(model, mixed.model), rel=0.6)
-
-
-def test_zero_points_are_taken_where_they_are_worth_their_bytes(monkeypatch):
-    model = half(tiny.llama(3, tie_word_embeddings=True, vocab_size=folders.VOCABULARY, **SIZES))
-    fixed, found = {"bits": 3, "group_size": 64, "quantizer": "rtn", "embedding_bits": 3}, []
-    for zeros in (True, False):
-        monkeypatch.setattr(QuantizeConfig, "zero_points", zeros)
-        like = quantize(model, **fixed)
-        budget = like.bytes_after + bit_choice.TENSOR_HEADER * 2 * len(like.packed)
-        found.append(quantize(model, TOKENS, bits="auto", bits_allowed="3", quantizer="rtn", target_size=str(budget)))
-        assert found[-1].mixture["bytes"] <= budget
-        assert found[-1].settings["zero_points"] == zeros
-    assert kl(model, found[0].model) < 0.8 * kl(model, found[1].model)
 
 
 # --- what is written ---

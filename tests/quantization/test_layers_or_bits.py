@@ -87,12 +87,6 @@ def test_a_number_that_no_cut_can_have_is_passed_over_and_a_stopped_one_goes_on(
     assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
 
 
-def test_numbers_are_a_tenth_of_the_stack_apart_and_half_of_it_at_most():
-    assert size_budgets.numbers_measured(range(30), 30) == [0, 3, 6, 9, 12, 15]
-    assert size_budgets.numbers_measured(range(5, 8), 8) == [5, 6, 7]
-    assert size_budgets.numbers_measured(range(2, 80), 80) == [2, 10, 18, 26, 34, 42]
-
-
 def test_numbers_left_open_are_those_that_a_choice_of_bits_is_not_refused_for():
     model = model_whose_layers(1.0)
     for target in (70_000, 110_000, 300_000):

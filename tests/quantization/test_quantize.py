@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, OlmoConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 import folders
 import quick
@@ -25,13 +25,10 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, decoder_stack, loading
-from layercut.models.memory import Budget, memory_limit
-from layercut.models.runner import DecoderRunner
-from layercut.quantization import bit_choice, gptq, quantize_, quantized_weights, recipe, sensitivity
-from layercut.quantization.calibration import each_with_hessian, hessian_of_head
-from layercut.quantization.gptq import gram, output_errors
+from layercut.quantization import bit_choice, quantize_, quantized_weights, quantizers, recipe
+from layercut.quantization.calibration import token_weights
 from layercut.quantization.packing import saved_bytes
-from layercut.quantization.sensitivity import token_weights
+from layercut.quantization.quantizers import gram, output_errors
 
 TOKENS = tiny.some_tokens(32)
 SIZES = {
@@ -107,48 +104,6 @@ def test_weights_are_the_slopes_of_what_is_predicted():
     assert torch.allclose(found, expected / expected.mean(), rtol=1e-3)
 
 
-def test_slopes_are_the_same_where_memory_runs_out_on_the_way(monkeypatch):
-    """And where the model writes into what a projection gives, as OLMo does that clips its queries."""
-    dense = tiny.tiny(OlmoConfig(**SIZES, clip_qkv=0.5))
-    names = list(linears(dense))
-    monkeypatch.setattr(sensitivity, "_drawn_log_likelihood_", lambda logits, _: logits.sum().backward())
-    whole = token_weights(dense, TOKENS, names)
-    assert set(whole) == set(names)
-    forward, batches = type(dense).forward, list[int]()
-
-    def failing(self, *args, **kwargs):
-        found = forward(self, *args, **kwargs)
-        batches.extend([len(args[0])] if torch.is_grad_enabled() else [])
-        if len(batches) == 1:
-            raise MemoryError
-        return found
-
-    monkeypatch.setattr(type(dense), "forward", failing)
-    with memory_limit():
-        halves = token_weights(dense, TOKENS, names)
-    assert batches[0] > batches[1]
-    assert sum(batches[1:]) == len(TOKENS)
-    assert all(torch.allclose(halves[name], whole[name], rtol=1e-4) for name in names)
-
-
-@pytest.mark.parametrize("rows", [1, 4, 64])
-def test_tokens_that_count_twice_are_as_two(rows, monkeypatch):
-    monkeypatch.setattr(Budget, "recorded_rows", lambda *_: rows)
-    dense = tiny.llama(3)
-    names = list(linears(dense))[:7]
-    doubled = torch.ones(TOKENS.shape)
-    doubled[2:] = 2
-
-    def hessians(tokens: torch.Tensor, **more) -> dict:
-        stack = DecoderRunner(dense)
-        return {n: h for _, n, h in each_with_hessian(stack, tokens, {0: names}, names, lambda _: None, **more)}
-
-    twice = hessians(torch.cat([TOKENS, TOKENS[2:]]))
-    found = hessians(TOKENS, weights=dict.fromkeys(names[1:], doubled))
-    assert all(torch.allclose(found[name], twice[name], rtol=1e-5, atol=1e-2) for name in names[1:])
-    assert torch.equal(found[names[0]], hessians(TOKENS)[names[0]]), "without weights each counts once"
-
-
 def test_a_module_that_does_not_see_every_token_has_no_weights():
     dense = tiny.llama(3)
     mlp = dense.model.layers[1].mlp
@@ -173,8 +128,8 @@ def test_rounding_needs_no_mode_of_its_own_and_eight_bits_no_text():
     assert {row.method for row in found[0].weights} == {"rtn"}
     assert all(torch.equal(found[0].packed[name], found[1].packed[name]) for name in found[0].packed)
     assert recipe(QuantizeConfig(bits=8)) == []
-    assert recipe(QuantizeConfig(bits=4)) == gptq.RECIPE, "an input of the stages that round"
-    assert recipe(QuantizeConfig(bits="auto")) == gptq.RECIPE + bit_choice.CHOSEN_AMONG
+    assert recipe(QuantizeConfig(bits=4)) == quantizers.RECIPE, "an input of the stages that round"
+    assert recipe(QuantizeConfig(bits="auto")) == quantizers.RECIPE + bit_choice.CHOSEN_AMONG
 
 
 # --- embeddings and head ---
@@ -200,27 +155,6 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied):
     assert row.output_error < 0.9 * row.rtn_output_error
     if not tied:
         assert rows["model.embed_tokens"].method == "rtn", "what rows are read as they are is not calibrated"
-
-
-def test_a_head_is_read_in_parts_the_second_of_which_runs_out_of_memory(monkeypatch):
-    dense, calls, exits = tiny.llama(2), list[int](), DecoderRunner.exit
-    weights = torch.linspace(0.1, 1.9, len(TOKENS)).unsqueeze(1).expand(TOKENS.shape)
-    expected = gram(read_by(dense, "lm_head") * weights.sqrt().unsqueeze(-1)).double()
-
-    def failing(self, *args):
-        found = exits(self, *args)
-        calls.append(len(args[0]))
-        if len(calls) == 2:
-            raise MemoryError
-        return found
-
-    stack = DecoderRunner(dense)
-    monkeypatch.setattr(DecoderRunner, "exit", failing)
-    monkeypatch.setattr(Budget, "logit_rows", lambda *_: 2)
-    with memory_limit():
-        found = hessian_of_head(stack, TOKENS, weights)
-    assert sum(calls) > len(TOKENS), "one part came again"
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-2)
 
 
 # --- what is written ---

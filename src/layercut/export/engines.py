@@ -19,7 +19,7 @@ from layercut.models import llama_cpp_rules
 from layercut.models.config_files import period_of, unsaid
 from layercut.models.decoder_stack import count_layers
 from layercut.progress import warn
-from layercut.quantization.assignment import WHOLE_BYTES
+from layercut.quantization.packing import WHOLE_BYTES
 from layercut.segments import Segment, kept_layers
 
 Written = Literal["float", "int8", "int4", "few bits", "int8 embeddings", "packed embeddings", "gguf"]

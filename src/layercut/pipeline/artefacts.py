@@ -16,7 +16,7 @@ from layercut.export.engines import Reading
 from layercut.healing import TuningResult
 from layercut.healing.least_squares import Fold
 from layercut.layer_search import SearchResult
-from layercut.quantization.quantized import QuantizedWeight
+from layercut.quantization.packing import QuantizedWeight
 from layercut.segments import Segment
 
 

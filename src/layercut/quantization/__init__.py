@@ -6,8 +6,8 @@
 `found.packed` are the tensors for the checkpoint. Weights only: activations stay in the model's dtype.
 
 One decoder layer after another, each calibrated on what the quantized layers before it compute: `calibration.py`.
-Which weights: `assignment.py`, for a size `bit_choice.py`; the points a weight may take: `grid.py`; which point:
-`quantizers.py`; the file format: `packing.py`. What can be trained afterwards: `trainable.py`.
+Which weights and in what format: `packing.py`, for a size `bit_choice.py`; the points a weight may take: `grid.py`;
+which point: `quantizers.py`. What can be trained afterwards: `trainable.py`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from layercut.models.decoder_stack import replace_parameters_, stored_dtype
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner, model_of
 from layercut.progress import bar
-from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
 from layercut.quantization.bit_choice import CHOSEN_AMONG, choose
-from layercut.quantization.calibration import each_with_hessian, hessian_of_head
-from layercut.quantization.gptq import RECIPE, output_errors, with_ridge
+from layercut.quantization.calibration import each_with_hessian, hessian_of_head, token_weights
 from layercut.quantization.grid import decode, encode, fit_grid
-from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
-from layercut.quantization.quantized import Quantized, QuantizedWeight
-from layercut.quantization.quantizers import Quantizer, quantized, resolve
-from layercut.quantization.sensitivity import token_weights
+from layercut.quantization.packing import (
+    WHOLE_BYTES,
+    Assignment,
+    Quantized,
+    QuantizedWeight,
+    pack,
+    plan,
+    quantization_config,
+    quantized_weights,
+    require_library,
+)
+from layercut.quantization.quantizers import RECIPE, Quantizer, output_errors, quantized, resolve, with_ridge
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "quantize", "quantize_", "quantized_weights"]
 

@@ -4,7 +4,7 @@
 
 What can be loaded decides what can be mixed: in the linear modules any widths beside each other, embeddings then in 16
 bits or as whole bytes; or all in one width with embeddings packed as well, with zero points or without, and what is
-left out of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of `sensitivity.py`; the
+left out of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of `calibration.py`; the
 cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
 """
 
@@ -23,9 +23,16 @@ from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.files import size, size_flag
 from layercut.models import decoder_stack
-from layercut.quantization import sensitivity
-from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, Width, plan
-from layercut.quantization.packing import stored_bytes, unpacks_while_loading
+from layercut.quantization import calibration
+from layercut.quantization.packing import (
+    PACKED,
+    WHOLE_BYTES,
+    Assignment,
+    Width,
+    plan,
+    stored_bytes,
+    unpacks_while_loading,
+)
 
 SEARCHED_GROUPS = 4
 """Bits up to which several group sizes are tried, and zero points: above it both are little of the size, and errors
@@ -207,7 +214,7 @@ def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
         for i, weight in enumerate(choice.weights)
         for part in weight.targets
     }
-    return sensitivity.measure(model, tokens, widths, dtype=choice.dtype)
+    return calibration.measure(model, tokens, widths, dtype=choice.dtype)
 
 
 def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> Mixture | None:

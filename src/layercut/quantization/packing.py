@@ -1,24 +1,134 @@
-"""Codes and grids as compressed-tensors stores them, so that stock transformers (and vLLM) can read them.
+"""What is stored: which weights in how many bits, their tensors in the checkpoint, and what rounding made of them.
 
-Linear weights are packed into int32 words ("pack-quantized"), which transformers refuses for embeddings beside weights
-of other bits: those are stored as plain int8 ("naive-quantized"). What is computed here and what a loader will compute
-are the same bits: `decode` does the loader's arithmetic.
+Decided before anything is computed (`plan`). Tensors are as compressed-tensors stores them, so that stock transformers
+and vLLM read them: linear weights packed into int32 words ("pack-quantized"), which transformers refuses for embeddings
+beside weights of other bits: those are plain int8 ("naive-quantized"). What is computed here and what a loader will
+compute are the same bits: `decode` does the loader's arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import nn
 
-from layercut.config import QuantizeConfig
-from layercut.errors import ConfigError
-from layercut.models.decoder_stack import find_decoder, parameter_bytes
-from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, plan
+from layercut.config import GROUP_SIZES, QuantizeConfig
+from layercut.errors import ConfigError, ModelError
+from layercut.models.decoder_stack import find_decoder, parameter_bytes, replace_parameters_
 from layercut.quantization.grid import Grid, decode
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""
+PACKED, WHOLE_BYTES = "pack-quantized", "naive-quantized"
+"""compressed-tensors' names: codes in words of 32 bits, or each in a byte of its own."""
+Width = tuple[int, int, bool]
+"""Bits, columns that share a scale, and whether they share a zero point."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One weight to quantize."""
+
+    name: str  # of its module
+    layer: int | None
+    """Decoder layer it is in; None: embeddings or head."""
+    bits: int
+    group_size: int
+    form: str = PACKED
+    zero_points: bool = False
+    """Whether each group has one."""
+
+    @property
+    def width(self) -> Width:
+        """On which grids it may be."""
+        return self.bits, self.group_size, self.zero_points
+
+
+def plan(model: Any, config: QuantizeConfig) -> list[Assignment]:
+    """Every weight that `config` asks to quantize, in the order the model uses them."""
+    decoder = find_decoder(model)
+    merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
+    if merged:  # seen with transformers 5.24: its loader then looks for packed experts, and fails
+        raise ModelError(
+            f"the experts of {type(model).__name__} are merged into one tensor ({merged[0]}), beside which "
+            "transformers cannot load weights that compressed-tensors packed",
+            "leave out --bits; layercut export RUN quantizes mixtures of experts for llama.cpp",
+        )
+    ends = [] if config.embedding_bits in (None, 16) else _ends(model)
+    linear = [module for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
+    columns = [module.in_features for module in linear] + [width for _, width in ends]
+    if config.one_width and config.group_size is None:
+        common = next((size for size in GROUP_SIZES if not any(width % size for width in columns)), None)
+        config = replace(config, group_size=common)
+    elif config.group_size is not None and any(width % config.group_size for width in columns):
+        sizes = _dividing(math.gcd(*columns))
+        raise ConfigError(
+            f"groups of {config.group_size} do not divide the columns of all weights, "
+            f"{', '.join(map(str, sorted({*columns})))}",
+            f"give --group-size {sizes[-1]}" if sizes else "leave out --group-size",
+        )
+    inside = [
+        Assignment(
+            full := f"{decoder.path}.{i}.{name}", i, int(config.bits), group_size(full, module.in_features, config),
+            zero_points=config.zero_points,
+        )
+        for i, layer in enumerate(decoder.layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+    ]  # fmt: skip
+    if not inside:
+        raise ModelError(
+            f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",
+            "leave out --bits; for llama.cpp, layercut export RUN --format gguf quantizes other architectures too",
+        )
+    if not ends:
+        return inside
+    form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedding_bits or 8
+    first, last = (
+        Assignment(name, None, bits, group_size(name, width, config), form, config.zero_points) for name, width in ends
+    )
+    return [first, *inside, last]
+
+
+def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
+    """The size asked for, or else the largest usual one that divides the columns."""
+    for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
+        if columns % size == 0:
+            return size
+    fitting = _dividing(columns)
+    raise ConfigError(
+        f"{name} has {columns} columns, which groups of {config.group_size or GROUP_SIZES[-1]} do not divide",
+        f"give --group-size {fitting[-1]}" if fitting else "this model cannot be quantized in groups",
+    )
+
+
+def _dividing(columns: int) -> list[int]:
+    """Group sizes that divide so many columns."""
+    return [size for size in range(8, min(columns, 256) + 1, 8) if columns % size == 0]
+
+
+def _ends(model: Any) -> list[tuple[str, int]]:
+    """Names and columns of the embeddings and the head."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = []
+    for module, kind in ((first, nn.Embedding), (last, nn.Linear)):
+        if type(module) is not kind:
+            raise ModelError(
+                f"{type(model).__name__} computes its embeddings or logits in a {type(module).__name__}, "
+                "which cannot be quantized",
+                "leave out --embedding-bits; with --bits auto: --embedding-bits 16",
+            )
+        name = next(name for name, found in model.named_modules() if found is module)
+        ends.append((name, module.weight.shape[1]))
+    return ends
+
+
+# --- tensors of a checkpoint ---
 
 
 def require_library(*, one_width: bool = False) -> None:
@@ -117,8 +227,6 @@ def quantization_config(
     return described | {"dequantize": True} if one_width else described
 
 
-# --- bytes, from shapes alone ---
-
 
 def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each tensor that `pack` will make of a weight."""
@@ -134,12 +242,10 @@ def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype)
     return {f"{target.name}.{name}": count for name, count in parts.items()}
 
 
-@dataclass(frozen=True)
-class SavedBytes:
+class SavedBytes(NamedTuple):
     """Of the weights in a checkpoint, its file's header aside."""
 
-    layers: tuple[int, ...]
-    """Of each decoder layer."""
+    layers: list[int]
     total: int
 
 
@@ -159,4 +265,73 @@ def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> Saved
         total += change
         if target.layer is not None:
             layers[target.layer] += change
-    return SavedBytes(tuple(layers), total)
+    return SavedBytes(layers, total)
+
+
+# --- what was made ---
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """What became of one weight W [O, I], Q after rounding."""
+
+    name: str
+    """Dotted name of its module."""
+    method: str
+    """The quantizer: "gptq", "rtn" or another's name."""
+    bits: int
+    group_size: int
+    """Columns that share a scale."""
+    bytes: int
+    """Codes, scales and zero points, as stored."""
+    weight_error: float
+    """||W - Q||² / ||W||²"""
+    output_error: float | None
+    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated."""
+    rtn_output_error: float | None
+    """The same of rounding to nearest."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model with rounded weights, and the tensors that a checkpoint stores in their place."""
+
+    model: Any = field(repr=False)
+    """A plain causal LM whose weights are the rounded ones, to the bit those that a loader computes."""
+    packed: Mapping[str, torch.Tensor] = field(repr=False)
+    """The stored tensors by name, as compressed-tensors packs them; on the CPU."""
+    config: Mapping[str, Any] = field(repr=False)
+    """`quantization_config` for config.json."""
+    weights: tuple[QuantizedWeight, ...] = field(repr=False)
+    """In the order in which they were rounded."""
+    left: tuple[str, ...]
+    """Matrices in the decoder layers that stay as they were, such as routers."""
+    bytes_before: int
+    """All weights as saved, tied ones counted once."""
+    bytes_after: int
+    settings: Mapping[str, Any]
+    """What was asked: bits, quantizer, group_size, embedding_bits, bits_allowed; and whether there are zero_points."""
+    mixture: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model and its tensors, fit for JSON; what a run keeps as quantize.json."""
+        return {
+            **self.settings,
+            "mixture": self.mixture and dict(self.mixture),
+            "layers": [asdict(row) for row in self.weights],
+            "left": list(self.left),
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "quantization_config": dict(self.config),
+        }
+
+    @classmethod
+    def restored(cls, model: Any, packed: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Quantized:
+        """From packed tensors and `to_dict`; `model`, as it was before it was rounded, is changed in place."""
+        own = dict(facts)
+        mixture, weights, left, size, config = (
+            own.pop(name) for name in ("mixture", "layers", "left", "bytes", "quantization_config")
+        )
+        replace_parameters_(model, quantized_weights(packed, config))
+        rows = tuple(QuantizedWeight(**row) for row in weights)
+        return cls(model, packed, config, rows, tuple(left), size["before"], size["after"], own, mixture)

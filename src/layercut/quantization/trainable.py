@@ -27,8 +27,7 @@ from torch import nn
 from layercut.models.decoder_stack import find_decoder, replace_parameters_, stored_dtype, weight_as_stored
 from layercut.models.memory import slices
 from layercut.quantization.grid import Grid, decode, encode
-from layercut.quantization.packing import grids, pack
-from layercut.quantization.quantized import Quantized
+from layercut.quantization.packing import Quantized, grids, pack
 
 RATE, ROUNDING_RATE = 5e-3, 2e-3
 """Peak rate of AdamW as a share of each unit, the mean scale or the mean entry of a norm: where codes are frozen, and
