@@ -26,6 +26,8 @@ from layercut.models.checkpoints import Checkpoint
 from layercut.pipeline import gguf_run
 from layercut.pipeline.gguf_run import check_names
 from layercut.pipeline.journey import compress
+from layercut.report.run_facts import read_run
+from layercut.report.verdicts import verdicts
 
 gguf = pytest.importorskip("gguf")
 from gguf_writer import as_converter, write_gguf  # noqa: E402 - it needs gguf
