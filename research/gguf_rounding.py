@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         plain, file = unrounded(model, Path(name)), Path(name) / "rounded.gguf"
         named = llama_cpp_names([*columns], model.model.config, architecture_of(plain))
-        matrices = {named[parameter]: values.numpy() for parameter, values in columns.items()}
+        matrices = {name: columns[parameter].numpy() for parameter, name in named.items() if name}
         if {"kind": "f32"} not in done:
             add("f32", FLOAT, plain, time.process_time())
         for kind in args.kinds:

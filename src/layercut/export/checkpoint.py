@@ -183,16 +183,13 @@ def _put_in_place(partial: Path, folder: Path, check: dict[str, Any] | None) -> 
 def copy_beside(source: Path, folder: Path) -> None:
     """Copy what belongs to a model and is neither weights nor tokenizer, as far as it is not there."""
     there = {file.name for file in folder.iterdir()}
-    if "chat_template.jinja" in there:
-        there.add("chat_template.json")  # an older name of the same
+    there |= {"chat_template.json"} if "chat_template.jinja" in there else set()  # an older name of the same
     try:
-        found, _ = companions(source, BESIDE)
+        for path in companions(source, BESIDE)[0]:
+            if path.name not in there:
+                shutil.copyfile(source / path, folder / path.name)
     except ModelError as error:  # a link out of the checkpoint
         say("export", f"not copied: {error.message}")
-        return
-    for path in found:
-        if path.name not in there:
-            shutil.copyfile(source / path, folder / path.name)
 
 
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:

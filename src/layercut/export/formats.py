@@ -312,7 +312,11 @@ def write_converted(
     plain = file if kind in CONVERTED else file.with_name("unrounded.gguf")
     with bar("converting", None):
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
-        _write_sliding_layers_(plain, loaded.model.config)
+        if (full := unlike_the_folder(plain, loaded.model.config)) is not None:  # which layers slide is written into it
+            cut_gguf(plain, [], spelled := file.with_name("spelled.gguf"), full=full)
+            spelled.replace(plain)
+            note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
+            say("note", f"{note} from {rules.NEEDS_BUILD} on")
     if not rules.known(architecture := architecture_of(plain)) and not llama_cpp_installed():
         raise ModelError(
             f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
@@ -349,16 +353,6 @@ def _some_text(loaded: Any) -> torch.Tensor:
     return load_blocks(
         "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
     ).tokens
-
-
-def _write_sliding_layers_(file: Path, config: Any) -> None:
-    """Write into a converted file which layers slide, where llama.cpp would take others."""
-    if (full := unlike_the_folder(file, config)) is None:
-        return
-    spelled = file.with_name("spelled.gguf")
-    cut_gguf(file, [], spelled, full=full)
-    spelled.replace(file)
-    say("note", f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads from {rules.NEEDS_BUILD} on")
 
 
 # --- measured again ---

@@ -69,6 +69,9 @@ def gguf_tensors(
 
     found = {}
     for parameter, name in llama_cpp_names(weights, config, architecture).items():
+        if name is None:
+            words = f"llama.cpp has no name for {parameter} in the architecture {architecture!r}"
+            raise ModelError(words, "take the checkpoint in the run's model folder instead")
         data = weights[parameter].detach().float().cpu()
         if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
             text = config.get_text_config()
@@ -86,25 +89,14 @@ def gguf_tensors(
     return found
 
 
-def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
-    """llama.cpp's name of each parameter."""
-    found: dict[str, str] = {}
-    for parameter, name in _names(parameters, config, architecture).items():
-        if name is None:
-            raise ModelError(
-                f"llama.cpp has no name for {parameter} in the architecture {architecture!r}",
-                "take the checkpoint in the run's model folder instead",
-            )
-        found[parameter] = name
-    return found
-
-
 def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
     """llama.cpp's name of each parameter of a model, as far as it has one."""
-    return _names([name for name, _ in model.named_parameters()], model.config, architecture)
+    return llama_cpp_names([name for name, _ in model.named_parameters()], model.config, architecture)
 
 
-def _names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str | None]:
+def llama_cpp_names(
+    parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str
+) -> dict[str, str | None]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)

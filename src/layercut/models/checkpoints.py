@@ -296,8 +296,12 @@ class Stored:
     """A tensor in a safetensors file, known from the header; transformers' loader takes it for one without data."""
 
     file: Path
-    shape: tuple[int, ...]
+    name: str
     dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, counted from the start of the file."""
+    size: int
 
     def __getitem__(self, key: Any) -> Stored:
         return self
@@ -314,11 +318,15 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
         try:
-            # not mapped: a mapping of the whole file would count against a limit on the process's memory
-            with safe_open(file, framework="pt", backend="pread") as shard:
-                for name in shard.keys():  # noqa: SIM118, no dict
-                    tensor = shard.get_slice(name)
-                    found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+            # a sound header; not mapped: a mapping of the whole file would count against a limit on the memory
+            with safe_open(file, framework="pt", backend="pread"), file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for name, facts in header.items():
+                start, stop = facts["data_offsets"]
+                shape = tuple(facts["shape"])
+                found[name] = Stored(file, name, facts["dtype"], shape, 8 + length + start, stop - start)
         except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
             size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
             words = f"{file} is corrupt or truncated ({size}): {first_line(error)}"

@@ -16,6 +16,7 @@ same objects (`shared_layers` asks). What healing puts into a clone stays in mem
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -116,24 +117,61 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
 
 
 def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Stored]], dict[str, Stored]]:
-    """The stored tensors that make up each layer, and the rest; names as transformers' loader maps them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    weights, decoder = model.state_dict(), find_decoder(model)
+    """The stored tensors that make up each layer, and the rest."""
+    names, decoder = DiskNames(model), find_decoder(model)
     by_layer: list[dict[str, Stored]] = [{} for _ in range(len(decoder))]
     rest: dict[str, Stored] = {}
     for key, tensor in stored.items():
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
-        if name not in weights and key in weights:
-            name = key
+        name = names.to_memory(key)
         i, dot, _ = name.removeprefix(decoder.path + ".").partition(".")
         inside = name.startswith(decoder.path + ".") and dot and i.isdigit()
         (by_layer[int(i)] if inside else rest)[key] = tensor
     return by_layer, rest
+
+
+class DiskNames:
+    """How one model class reads the names in a checkpoint."""
+
+    def __init__(self, model: Any) -> None:
+        """model: on the meta device."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._read: dict[str, str] = {}  # some renamings depend on what was read before: the first answer counts
+        self.prefix = model.base_model_prefix
+        self._optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        self.known = dict(model.state_dict(keep_vars=True))
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        self.tied = {name: names for names in owners.values() for name in names}
+        """All names of the parameter that has this name."""
+
+    def to_memory(self, key: str) -> str:
+        """The name in memory that a tensor of this name on disk is loaded into (of several, the first)."""
+        from transformers.core_model_loading import rename_source_key
+
+        if key not in self._read:
+            name = rename_source_key(key, self._renamings, self._converters, self.prefix, self.known)[0]
+            keeps = name not in self.known and key in self.known  # then a loader takes the name as it is
+            self._read[key] = key if keeps else name
+        return self._read[key]
+
+    def lacking(self, keys: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
+        """What the class calls for and these tensors on disk do not fill."""
+        have = {*besides}
+        for key in keys:
+            have.add(name := self.to_memory(key))
+            for converter in self._converters:
+                first, *others = converter.target_patterns
+                if others and first in name:
+                    have.update(name.replace(first, other) for other in others)
+                    break
+        have = have.union(*(self.tied.get(name, ()) for name in have))
+        return [n for n in sorted(self.known.keys() - have) if not any(re.search(each, n) for each in self._optional)]
 
 
 def refuse_sharing(model: Any) -> None:

@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 import stat
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 
 from layercut.errors import ModelError, SurgeryError
 from layercut.files import appearing, read_json
-from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, used_index, weight_files
+from layercut.models.checkpoints import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Stored,
+    check_folder,
+    stored_tensors,
+    used_index,
+    weight_files,
+)
 from layercut.models.config_files import add_older_names_
+from layercut.models.layer_reader import DiskNames
 from layercut.models.loading import load_config
+from layercut.models.memory import slices
 from layercut.segments import Segment
 from layercut.surgery.config_cut import config_json
 from layercut.surgery.cut_plan import CutPlan, plan_cut
@@ -124,17 +134,6 @@ def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list
 # --- what is written in place of each shard ---
 
 
-class Entry(NamedTuple):
-    """One tensor in a safetensors file; start: its first byte, counted from the start of the file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
 class Output(NamedTuple):
     """A tensor to write: the bytes of one in a file, or bytes made when they are written."""
 
@@ -142,7 +141,7 @@ class Output(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     size: int
-    content: Entry | Callable[[], bytes]
+    content: Stored | Callable[[], bytes]
 
 
 Jobs = list[tuple[dict[str, str], list[Output]]]
@@ -156,32 +155,30 @@ def _planned(
     check_folder(folder)
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
-    shards = [(file, *read_shard(file)) for file in weight_files(folder)]
+    stored = stored_tensors(folder)
     if index := used_index(folder):  # it must list exactly what its shards hold
         listed: dict[str, str] = read_json(index)["weight_map"]
-        held = {name: file.name for file, entries, _ in shards for name in entries}
+        held = {name: entry.file.name for name, entry in stored.items()}
         for name in sorted(held.keys() - listed.keys()):
-            raise ModelError(
-                f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again"
-            )
+            words = f"{folder / INDEX} does not list {name}, which {held[name]} holds"
+            raise ModelError(words, "fetch the index again")
         for name, stated in sorted(listed.items()):
             if held.get(name) != stated:
                 raise ModelError(f"{stated} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
-    every = [entry for _, entries, _ in shards for entry in entries.values()]
-    names = new_names([entry.name for entry in every], plan)
+    names = new_names(list(stored), plan)
     raw = config_json(read_json(folder / "config.json"), config, plan)
     raw.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
-    stored = str(getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None))
-    if dtype is not None and str(dtype).removeprefix("torch.") == stored.removeprefix("torch."):
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    wanted = str(dtype).removeprefix("torch.")
+    if wanted == str(own).removeprefix("torch."):
         dtype = None
     if dtype is not None:
         for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-            for key in {"dtype", "torch_dtype"} & part.keys():
-                part[key] = str(dtype).removeprefix("torch.")
+            part.update(dict.fromkeys({"dtype", "torch_dtype"} & part.keys(), wanted))
         raw.pop("torch_dtype", None)
-        raw["dtype"] = str(dtype).removeprefix("torch.")
-    before, homes = DiskNames(plan.before), dict[str, list[Entry]]()
-    for entry in every if plan.edits else ():
+        raw["dtype"] = wanted
+    before, homes = DiskNames(plan.before), dict[str, list[Stored]]()
+    for entry in stored.values() if plan.edits else ():
         homes.setdefault(before.to_memory(entry.name), []).append(entry)
 
     def read(name: str) -> torch.Tensor:
@@ -193,7 +190,7 @@ def _planned(
 
     placed = set[str]()
 
-    def output(entry: Entry) -> Output:
+    def output(entry: Stored) -> Output:
         """The entry's bytes; or a healed weight, an edited or a converted one, made when its turn comes."""
         name, in_memory = names[entry.name]
         for one in (name, in_memory):
@@ -207,22 +204,21 @@ def _planned(
         return Output(name, entry.dtype, entry.shape, entry.size, entry)
 
     jobs: Jobs = []
-    for _, entries, metadata in shards:
-        kept = (entry for entry in entries.values() if entry.name in names)
+    for file in weight_files(folder):
+        kept = (entry for entry in stored.values() if entry.file == file and entry.name in names)
+        with safe_open(file, framework="pt", backend="pread") as shard:
+            metadata = shard.metadata() or {}
         jobs.append((metadata, [output(entry) for entry in sorted(kept, key=lambda entry: entry.start)]))
     if unplaced := sorted(healed.keys() - placed):
-        raise SurgeryError(
-            f"the checkpoint stores {len(unplaced)} healed weights in another way than its class saves them "
-            f"(first: {unplaced[0]})",
-            IN_MEMORY,
-        )
+        words = f"the checkpoint stores {len(unplaced)} healed weights in another way than its class saves them"
+        raise SurgeryError(f"{words} (first: {unplaced[0]})", IN_MEMORY)
     for name, shape in plan.added.items():
         _add_zeros_(jobs, dict(names.values()), name, shape)
     return jobs, raw
 
 
 def _made(
-    name: str, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype | None, make: Callable[[], torch.Tensor]
+    name: str, entry: Stored, shape: tuple[int, ...], dtype: torch.dtype | None, make: Callable[[], torch.Tensor]
 ) -> Output:
     """A tensor in the dtype of the entry whose place it takes, or in the one wanted."""
     found = FLOATS.get(entry.dtype)
@@ -237,9 +233,7 @@ def _made(
     return Output(name, code, shape, width * prod(shape), content)
 
 
-def _tensor(entry: Entry) -> torch.Tensor:
-    from safetensors import safe_open
-
+def _tensor(entry: Stored) -> torch.Tensor:
     with safe_open(entry.file, framework="pt", backend="pread") as stream:
         return stream.get_tensor(entry.name)
 
@@ -284,51 +278,6 @@ def model_class(config: Any) -> type:
 # Many checkpoints name their weights otherwise than the model does (`transformer.h.3` for `model.layers.3`, one tensor
 # per expert for a fused one, two blocks for one layer). transformers maps disk names to memory; the inverse is found by
 # trying: of the numbers in a disk name, the right ones to change are those that make it read as the wanted name.
-
-
-class DiskNames:
-    """How one model class reads the names in a checkpoint."""
-
-    def __init__(self, model: Any) -> None:
-        """model: on the meta device."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._read: dict[str, str] = {}  # some renamings depend on what was read before: the first answer counts
-        self.prefix = model.base_model_prefix
-        self._optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-        self.known = dict(model.state_dict(keep_vars=True))
-        owners: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        self.tied = {name: names for names in owners.values() for name in names}
-        """All names of the parameter that has this name."""
-
-    def to_memory(self, key: str) -> str:
-        """The name in memory that a tensor of this name on disk is loaded into (of several, the first)."""
-        from transformers.core_model_loading import rename_source_key
-
-        if key not in self._read:
-            name = rename_source_key(key, self._renamings, self._converters, self.prefix, self.known)[0]
-            keeps = name not in self.known and key in self.known  # then a loader takes the name as it is
-            self._read[key] = key if keeps else name
-        return self._read[key]
-
-    def lacking(self, keys: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
-        """What the class calls for and these tensors on disk do not fill."""
-        have = {*besides}
-        for key in keys:
-            have.add(name := self.to_memory(key))
-            for converter in self._converters:
-                first, *others = converter.target_patterns
-                if others and first in name:
-                    have.update(name.replace(first, other) for other in others)
-                    break
-        have = have.union(*(self.tied.get(name, ()) for name in have))
-        return [n for n in sorted(self.known.keys() - have) if not any(re.search(each, n) for each in self._optional)]
 
 
 def new_names(keys: Sequence[str], plan: CutPlan) -> dict[str, tuple[str, str]]:
@@ -397,36 +346,8 @@ def _renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> s
     raise SurgeryError(what, IN_MEMORY)
 
 
-# --- safetensors files: 8 bytes little-endian length of the header, the header in JSON, the data ---
-
-
-def read_shard(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """A safetensors file's tensors and metadata, read from its header alone."""
-    entries = {}
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            for name, facts in header.items():
-                start, end = facts["data_offsets"]
-                if not 0 <= start <= end:
-                    raise ValueError(f"the byte range of {name} is {start} to {end}")
-                shape = tuple(facts["shape"])
-                entries[name] = Entry(file, name, facts["dtype"], shape, 8 + length + start, end - start)
-            end = max((e.start + e.size for e in entries.values()), default=8 + length)
-            if end > size:
-                raise ValueError(f"it ends before byte {end:,}")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise ModelError(f"{file} is corrupt or truncated: {error}", "fetch this file again") from None
-    return entries, metadata
-
-
 def write_shard(file: Path, outputs: Sequence[Output], metadata: dict[str, str]) -> None:
-    """Write a safetensors file of tensors in the order given."""
+    """Write a safetensors file, with tensors in the order given: the header's length, the header in JSON, the data."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for out in outputs:
@@ -435,36 +356,13 @@ def write_shard(file: Path, outputs: Sequence[Output], metadata: dict[str, str])
         offset += out.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("xb", buffering=0) as target:
-        _write_all(target, struct.pack("<Q", len(text)) + text)
+    with file.open("xb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
         for out in outputs:
-            if not isinstance(out.content, Entry):
-                _write_all(target, out.content())
+            if not isinstance(out.content, Stored):
+                target.write(out.content())
                 continue
-            with out.content.file.open("rb", buffering=0) as source:
-                _copy(source, target, out.content.start, out.size)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
-    """Copy a range to the end of `target`, inside the kernel where the file system allows it."""
-    end, in_kernel = start + size, hasattr(os, "copy_file_range")
-    while start < end:
-        want, done = min(CHUNK, end - start), 0
-        if in_kernel:
-            try:
-                done = os.copy_file_range(source.fileno(), target.fileno(), want, offset_src=start)
-            except OSError:  # another disk, or a file system without it; what else is wrong, writing says too
-                in_kernel = False
-        if not done:
-            data = os.pread(source.fileno(), min(want, 1 << 22), start)
-            if not data:
-                raise OSError(f"the source ends at byte {start:,}")
-            _write_all(target, data)
-            done = len(data)
-        start += done
-
-
-def _write_all(target: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
+            with out.content.file.open("rb") as source:
+                source.seek(out.content.start)
+                for part in slices(out.size, CHUNK):
+                    target.write(source.read(part.stop - part.start))

@@ -6,7 +6,7 @@ two, layer by kept layer, is exactly what a loader would do differently after th
     an integer that moved as the layer did     a layer index (`layer_idx`, a shared layer's source): to be set
     a count                                     to be set
     anything else                               a fact the cut config does not carry over: the cut is refused, unless
-                                                `special_layers.py` can explain it
+                                                `config_cut.explain_` can explain it
 
 So a per-layer fact that is not listed anywhere is not missed: it shows as a difference, and is named in the refusal.
 """
@@ -30,7 +30,7 @@ from layercut.models.decoder_stack import Decoder, find_decoder, share
 from layercut.models.loading import quiet_transformers
 from layercut.models.runner import model_of
 from layercut.segments import Segment, as_segments, checked_segments, kept_layers
-from layercut.surgery import config_cut, special_layers
+from layercut.surgery import config_cut
 
 Read = Callable[[str], torch.Tensor]
 """A weight by its name in memory before the cut."""
@@ -114,7 +114,7 @@ def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
 
 def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]) -> CutPlan:
     layers = len(decoder)
-    special_layers.refuse(decoder.config, kept, layers)
+    config_cut.refuse(decoder.config, kept, layers)
     # the part of the caller's config that decoder.config (of a copy) stands for
     named = (vars(config)[name] for name, value in vars(before.config).items() if value is decoder.config)
     own = config if decoder.config is before.config else next(named, None) or config.get_text_config(decoder=True)
@@ -144,7 +144,7 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
             module = after.get_submodule(plan.rename(difference.module) or "")
             value = copy.copy(vars(module).get(difference.what))
             plan.attributes.append((difference.module, difference.what, value))
-        elif not special_layers.explain_(difference, plan, own):
+        elif not config_cut.explain_(difference, plan, own):
             unexplained.append(difference)
     if unexplained:
         more = f" (and {len(unexplained) - 2} more such facts)" if len(unexplained) > 2 else ""
@@ -196,7 +196,10 @@ def _differences(plan: CutPlan) -> Iterator[Difference]:
         if other is None or type(module) is not type(other):
             yield Difference(name, "", type(module).__name__, None if other is None else type(other).__name__)
             continue
-        left, right = _tensors(module), _tensors(other)
+        left, right = (
+            {key: tensor.shape for key, tensor in {**one._parameters, **one._buffers}.items() if tensor is not None}
+            for one in (module, other)
+        )
         for key in sorted(left.keys() | right.keys()):
             if left.get(key) != right.get(key):
                 yield Difference(name, key, left.get(key), right.get(key))
@@ -204,11 +207,6 @@ def _differences(plan: CutPlan) -> Iterator[Difference]:
             a, b = _plain(vars(module).get(key)), _plain(vars(other).get(key))
             if not _same(a, b):
                 yield Difference(name, key, a, b)
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Size]:
-    own = {**module._parameters, **module._buffers}
-    return {name: tensor.shape for name, tensor in own.items() if tensor is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -334,15 +332,16 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     """
     plan = plan_cut(model.config, type(model), segments)
     weights = model.state_dict(keep_vars=True)
-    real = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
+    real, plain = (
+        {name: tuple(tensor.shape) for name, tensor in held.items()} for held in (weights, plan.before.state_dict())
+    )
     if odd := sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name)):
         raise SurgeryError(  # the plan was made on a fresh model of the class
             f"this {type(model).__name__} is not what its class makes of its config "
             f"({len(odd)} tensors differ, first: {odd[0]})",
             "take off adapters, wrappers and quantization before cutting",
         )
-    edits = plan.edits | special_layers.rescaled(model, plan)
+    edits = plan.edits | config_cut.rescaled(model, plan)
     if (edits or plan.added) and is_spread(model):
         raise SurgeryError(
             f"cutting a {type(model).__name__} changes weights, and they are sharded over several processes",

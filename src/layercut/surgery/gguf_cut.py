@@ -74,7 +74,14 @@ def cut_gguf(
             raise SurgeryError(
                 f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint
             ) from None
-        changes = _made_explicit(name, facts, kept, layers)
+        # what llama.cpp would derive otherwise from the number of layers that is left
+        defaults = rules.DEFAULTS.get(name, {}).items()
+        changes = {key: value(layers) for key, value in defaults if key not in facts}
+        period = rules.full_layers(name, facts, layers)
+        if period and _pattern_can_say(name, facts) and not isinstance(facts.get(rules.PATTERN), list):
+            left = [period[i] for i in kept]
+            if left != rules.full_layers(name, facts, len(kept)):
+                changes[rules.PATTERN] = [not each for each in left]
     if full is not None:
         changes[rules.PATTERN] = [not each for each in full]
     need = sum(t.n_bytes for t in reader.tensors if block_of(t.name) in {None, *kept})
@@ -121,18 +128,6 @@ def _pattern_can_say(name: str, facts: dict[str, Any]) -> bool:
     return name in rules.PERIODS and rules.PERIODS[name].array and not any(key in facts for key in rules.PERIOD_KEYS)
 
 
-def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> dict[str, Any]:
-    """Metadata that the cut file needs where llama.cpp would derive something else from it."""
-    defaults = rules.DEFAULTS.get(name, {}).items()
-    changes: dict[str, Any] = {key: value(layers) for key, value in defaults if key not in facts}
-    full = rules.full_layers(name, facts, layers)
-    if full and _pattern_can_say(name, facts) and not isinstance(facts.get(rules.PATTERN), list):
-        left = [full[i] for i in kept]
-        if left != rules.full_layers(name, facts, len(kept)):
-            changes[rules.PATTERN] = [not each for each in left]
-    return changes
-
-
 # --- the file ---
 
 
@@ -172,12 +167,23 @@ def _write(
             general["general.parameter_count"] = (total, GGUFValueType.UINT64, None)
     if replaced:
         general |= _number_formats(fields, writer)
+    kept_blocks = [*kept, *range(layers, header.blocks)]
     for key, field in fields.items():
         own = key.removeprefix(f"{name}.")
         skipped = key.startswith("GGUF.") or key in ("general.architecture", INDEX) or key in general
         if skipped or (own != key and own in changes):
             continue
-        value = raw_value(field) if own == key else _cut_value(own, raw_value(field), kept, layers, header.blocks)
+        value = raw_value(field)
+        if own == key:
+            pass
+        elif own == "block_count":
+            value = len(kept_blocks)
+        elif own in COUNTED_FROM_FRONT and isinstance(value, int):
+            value = sum(i < value for i in kept)
+        elif own in COUNTED_FROM_BACK and isinstance(value, int):
+            value = sum(i >= layers - value for i in kept)
+        elif isinstance(value, list) and own not in NOT_BY_LAYER and len(value) in (header.blocks, layers):
+            value = [value[i] for i in (kept_blocks if len(value) == header.blocks else kept)]
         kind = field.types[0]
         item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(key, value, kind, sub_type=item)
@@ -197,19 +203,6 @@ def _write(
     for new, (data, _) in contents.items():
         writer.write_tensor_data(data, tensor_endianess=None if new in replaced else reader.endianess)
     writer.close()
-
-
-def _cut_value(key: str, value: Any, kept: list[int], layers: int, blocks: int) -> Any:
-    kept_blocks = [*kept, *range(layers, blocks)]
-    if key == "block_count":
-        return len(kept_blocks)
-    if key in COUNTED_FROM_FRONT and isinstance(value, int):
-        return sum(i < value for i in kept)
-    if key in COUNTED_FROM_BACK and isinstance(value, int):
-        return sum(i >= layers - value for i in kept)
-    if isinstance(value, list) and key not in NOT_BY_LAYER and len(value) in (blocks, layers):
-        return [value[i] for i in (kept_blocks if len(value) == blocks else kept)]
-    return value
 
 
 # --- what it says of itself under `general.` ---
