@@ -14,7 +14,7 @@ from bytes_tokenizer import CHAT, make_tokenizer
 from layercut.data import blocks, chat_templates, documents, text_overlap
 from layercut.data.blocks import Reader, TextStream, fingerprint, load_blocks
 from layercut.data.documents import HubSet, as_document, python_docs, python_docstrings
-from layercut.data.sources import find, public_name, split_mix, turns, what_is_read
+from layercut.data.sources import find, public_name, split_mix, turns
 from layercut.errors import DataError, ModelError
 
 HI = [{"role": "user", "content": "hi"}]
@@ -147,25 +147,6 @@ def test_uses_of_one_text_never_share_a_row_however_it_is_named(tmp_path, tokeni
     rest = reader.draw("calibration", twice, tokens=160, window=16)
     assert not first.keys & rest.keys, "a repeated document serves one use"
     assert rest.facts.passed_over > 0
-
-
-def test_what_is_read_has_one_name(tmp_path, monkeypatch):
-    def reads(source, **more):
-        return {*what_is_read(source, **more)}
-
-    assert reads("wikitext2:test") == reads("wikitext2", reported=True)
-    assert reads("wikitext2") == reads("Salesforce/wikitext@wikitext-2-raw-v1:train")
-    assert reads("c4") == reads("c4:train") == reads("allenai/C4@en") == reads("allenai/c4@en:train:text")
-    assert not reads("c4") & reads("c4", reported=True)
-    assert reads("owner/name") == reads("owner/name@default:train:body")
-    for name, content in {"a.txt": "some text", "b.txt": "some text", "c.txt": "some more"}.items():
-        (tmp_path / name).write_text(content)
-    monkeypatch.chdir(tmp_path)
-    assert reads("a.txt") == reads("./a.txt") == reads(str(tmp_path / "b.txt"))
-    assert reads("*.txt") == reads("a.txt+c.txt") != reads("a.txt")
-    before = reads("a.txt")
-    (tmp_path / "a.txt").write_text("same size")
-    assert reads("a.txt") != before, "an edited file is other text"
 
 
 def test_names_that_are_published_hold_no_path_and_a_file_with_a_comma_has_shares(tmp_path, monkeypatch):

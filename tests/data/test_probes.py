@@ -7,7 +7,6 @@ import random
 import re
 from fractions import Fraction
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from layercut.data import probe_families
-from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, TUNING, Family, Item
 from layercut.data.probes import SHORT_ROW, _Writer, judging_rows, probe_rows
@@ -116,21 +114,6 @@ def test_rows_are_those_of_their_edition(tokenizer):
     assert (whole.tokens != probe_rows(tokenizer, rows=4, window=300, seed=4).tokens).any()
 
 
-@pytest.mark.parametrize(
-    ("window", "family", "asked", "lengths"),
-    [
-        (1024, "tuning", "recall lists sums", [256, 1024]), (1279, "tuning", "recall lists sums", [319, 1279]),
-        (513, "tuning", "recall lists sums", [256, 513]), (511, "tuning", "recall lists sums", [511, 511]),
-        (1024, "tuning", "sums", [256, 256]), (1024, "searching", "recall lists sums", [1024, 1024]),
-    ],
-)  # fmt: skip
-def test_long_rows_to_tune_on_are_long_probes_or_short_ones_end_to_end(tokenizer, window, family, asked, lengths):
-    found = probe_rows(tokenizer, window=window, family=family, rows=6, capabilities=asked.split())
-    assert found.tokens.shape == (6, window)
-    assert found.lengths.tolist() == lengths * 3, "by turns, so that few rows have both"
-    assert (found.answers >= 0).any(1).all(), "probes in each of them"
-
-
 def test_what_does_not_fit_is_left_out_and_what_is_preserved_alone_fills_the_row(tokenizer, probes):
     short = probe_rows(tokenizer, rows=4, window=128)
     assert "recall" in short.left_out
@@ -183,42 +166,6 @@ def chat_of(tokenizer: Any, template: str, item: Item) -> Item | None:
     return _Writer(able(tokenizer, template), "tuning", chat=True).as_chat(item)
 
 
-@pytest.mark.parametrize("template", [CHAT, TRIMMED, THOUGHTFUL], ids=["plain", "trimmed", "thoughtful"])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_answer_of_a_chat_has_its_question(tokenizer, capability, template):
-    several, family = 0, TUNING
-    for seed in range(8):
-        item = CAPABILITIES[capability](family, random.Random(seed), 12)
-        chat = chat_of(tokenizer, template, item)
-        assert chat
-        assert [said.strip() for said in chat.parts[1::2]] == [said.strip() for said in item.parts[1::2]]
-        assert chat.text.endswith("</>"), "the reply is closed"
-        assert chat.text.count("<think></think>") == (template == THOUGHTFUL)
-        text = chat.text.replace("<think></think>", "")
-        if not item.turns:
-            assert text.count("<user>") == text.count("<assistant>") == 1
-            assert chat.parts[0].endswith(("<assistant>", "</think>")), "its first words are an answer"
-            assert chat.parts[1] == chat.parts[1].lstrip(), "no reply begins with a space"
-            continue
-        several += len(item.turns) > 1
-        said = re.findall(r"<user>(.*?)</><assistant>(.*?)</>", text, re.DOTALL)
-        told = said[0][0]
-        nouns_of = (*family.people, *family.things)
-        if capability == "labels":
-            nouns_of = tuple(word for _, own in family.classes for word in own)
-        for (asked, reply), (question, begins), answer in zip(said, item.turns, item.parts[1::2], strict=True):
-            assert asked.endswith(question.strip())
-            assert reply == begins + answer + item.closes
-            words = sorted((word for word in nouns_of if word in question), key=question.index)
-            assert words, "the question says what is asked for"
-            assert {word for word in nouns_of if word in begins} <= {*words}, "and the reply tells no other"
-            if capability != "labels":
-                pair = ".{0,16}".join(words), re.escape(answer.strip())
-                beside = "{0}.{{0,32}}{1}|{1}.{{0,16}}{0}".format(*pair)
-                assert re.search(beside, told), "the answer stands beside its key"
-    assert several > 1 or capability not in ("recall", "lists", "labels")
-
-
 def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_several(tokenizer):
     for capability in ("recall", "lists", "sums"):
         item = CAPABILITIES[capability](TUNING, random.Random(0), 12)
@@ -233,43 +180,7 @@ def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_seve
     assert chat_of(tokenizer, CHAT.replace("m.content", "m.content | upper"), item) is None, "replies as they are"
 
 
-def test_chats_that_leave_no_room_for_a_probe_are_written_plain(tokenizer, monkeypatch):
-    """Templates that begin with a long text of their own."""
-    short = 4 * SHORT_ROW  # of letters, as these tokens are, it takes more
-    monkeypatch.setattr(probes_module, "SHORT_ROW", short)
-    begun = able(tokenizer, "{{ 'You are a careful assistant. ' * 34 }}" + CHAT)
-    rows = probe_rows(begun, rows=8, window=2 * short, family="tuning", capabilities=("recall", "sums"))
-    asked = rows.answers >= 0
-    assert all(piece.any() for row in asked[rows.lengths == short] for piece in row.split(short))
-    assert "careful" in tokenizer.decode(rows.tokens.flatten()), "where there is room they are chats"
-
-
 # ---- tokenizers ----------------------------------------------------------------------------------------------
-
-
-class Merging:
-    """A tokenizer of characters, that makes one token of a sign and the line break behind it, as Qwen's does."""
-
-    bos_token_id = unk_token_id = chat_template = None
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        pieces = re.findall(r"[^\w\s]\n|.|\n", text)
-        return SimpleNamespace(input_ids=[sum(ord(c) << 8 * i for i, c in enumerate(piece)) for piece in pieces])
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(i & 255) + (chr(i >> 8) if i >> 8 else "") for i in ids)
-
-
-@pytest.mark.parametrize("capability", ["structure", "format"])
-def test_a_token_of_an_answers_end_and_a_line_break_is_the_answers(capability):
-    writer, ends = _Writer(Merging(), "judging"), set()
-    for _ in range(40):
-        marked = writer.item(capability)
-        last = max(i for i, mark in enumerate(marked.of) if mark)
-        assert not any(marked.of[last + 1 :])
-        assert marked.ids[last + 1 :] in ([], [ord("\n")]), "all of the answer's signs are marked"
-        ends.add(marked.ids[last] >= 256)
-    assert True in ends, "some ends are one token with the line break"
 
 
 def bpe(vocabulary: list[str], merges: list[tuple[str, str]], **special: Any) -> Any:

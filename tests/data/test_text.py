@@ -154,20 +154,6 @@ def test_what_is_drawn_after_an_edited_file_leaves_out_its_documents(tiny_model,
     assert again["tuning"]["fingerprint"] != first["tuning"]["fingerprint"], "documents that calibration has now"
 
 
-def test_tests_of_another_edition_are_drawn_anew_and_text_is_not(tiny_model, several, tmp_path, monkeypatch):
-    config = asking(f"{several}/a.txt", f"{several}/a.txt+probes:0.5", f"{several}/other.txt")
-    config = replace(config, text=replace(config.text, window=128))
-    draw(tiny_model, tmp_path, config)
-    files = {use: tmp_path / f"text-{use}.json" for use in ("calibration", "tuning")}
-    made = {use: file.stat().st_mtime_ns for use, file in files.items()}
-    draw(tiny_model, tmp_path, config)
-    assert {use: file.stat().st_mtime_ns for use, file in files.items()} == made
-    monkeypatch.setattr(text_stage, "EDITION", text_stage.EDITION + 1)
-    draw(tiny_model, tmp_path, config)
-    anew = {use: file.stat().st_mtime_ns > made[use] for use, file in files.items()}
-    assert anew == {"calibration": False, "tuning": True}
-
-
 def test_text_that_is_split_into_shuffled_records_is_found(tiny_model, several, tmp_path):
     """Records of some 40 tokens, 43 % of them tuned on as prose: no run of 64 tokens goes across two of them."""
     pages = (several / "a.txt").read_text().split("\n\n\n")

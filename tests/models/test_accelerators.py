@@ -17,15 +17,11 @@ import quick
 import stand_in_device
 import tiny
 from layercut import surgery
-from layercut.config import DataConfig, SearchConfig
-from layercut.config.commands import PlanConfig
 from layercut.errors import ConfigError
 from layercut.evaluation import speed
 from layercut.healing import endpoint_tuning, tuning_state
 from layercut.models import checkpoints, placement
 from layercut.models.runner import DecoderRunner
-from layercut.plan import plan_run
-from layercut.quantization import quantize
 from stand_in_device import Counts, CrossedDevicesError
 
 KIND = torch.accelerator.current_accelerator(check_available=True)
@@ -183,23 +179,6 @@ def test_layers_on_disk_are_read_onto_it(counts, tiny_model):
 # --- what is told beforehand, and measured ---
 
 
-def test_the_plan_knows_the_accelerators_that_are_there(counts, tiny_model, monkeypatch):
-    plan = plan_run(str(tiny_model), PlanConfig(search=SearchConfig(ratio=0.25), text=DataConfig(tokens=64, window=16)))
-    assert plan["device"] == "standin"
-    assert counts.launches > 100, "the rates are measured there"
-    here = next(fit for fit in plan["fits"] if fit["target"] == "this machine's 2 x stand-in accelerator")
-    assert here["bytes_per_device"] == stand_in_device.MEMORY
-    assert (here["devices"], here["devices_used"], here["fits"]) == (2, 1, True)
-
-
-def test_peak_memory_is_the_devices(counts, tiny_model):
-    model = placement.load(checkpoints.resolve(str(tiny_model)), device="standin:1").model
-    held = torch.accelerator.memory_allocated(1)
-    model(torch.zeros(1, 16, dtype=torch.long, device="standin:1"))
-    assert speed.peak_device_bytes(torch.device("standin:1")) > held
-    assert speed.peak_device_bytes(torch.device("cpu")) is None
-
-
 # --- wherever layers are ---
 
 
@@ -218,22 +197,3 @@ def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(
     folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in both]
     assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
 
-
-@pytest.mark.parametrize("head", [{}, {"embedding_bits": 4}])
-def test_a_model_over_two_devices_is_rounded_as_on_one(counts, head):
-    model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
-    one, two = (quantize(each, tokens, bits=4, **head) for each in (model, placed(model)))
-    errors = [[row.output_error or row.weight_error for row in found.weights] for found in (one, two)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.1)
-    assert {row.method for row in two.weights if ".layers." in row.name} == {"gptq"}
-
-
-def test_what_layers_hold_is_told_wherever_they_are(counts):
-    """A stream that jumps over the last layers ends on another device than the dense one."""
-    probes = lc.probe_rows(folders.tokenizer(), rows=4, window=128)
-    model = tiny.llama(3, vocab_size=folders.VOCABULARY)
-    there = copy.deepcopy(model)
-    placement.dispatch_(there, {torch.device("standin", place): 10**6 for place in (0, 1)})
-    maps = [lc.capability_map(each, probes=probes, lengths=(2,)) for each in (model, there)]
-    for one, other in zip(*(each.matrix(2) for each in maps), strict=True):
-        assert other == pytest.approx(one, rel=1e-3)

@@ -12,7 +12,6 @@ from layercut.evaluation import likelihood
 from layercut.healing import fold_, tune_, tuning_pass
 from layercut.layer_search import sweep
 from layercut.layer_search.cut_costs import CutCosts
-from layercut.layer_search.fisher import estimate
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, set_costs, set_losses
 from layercut.models import memory
@@ -36,16 +35,6 @@ def test_a_cpu_does_as_much_at_once_whatever_is_free():
     assert memory.budget(CPU) == Budget.of_cpu() == Budget.of_cpu(torch.get_num_threads())
     with memory_limit("1TB"):
         assert replace(memory.budget(CPU), swept_tokens=Budget.of_cpu().swept_tokens) == Budget.of_cpu()
-
-
-def test_what_torch_keeps_for_reuse_is_free(monkeypatch):
-    gpu, counted = torch.device("cuda", 0), {"memory_reserved": 18 * GIB, "memory_allocated": 3 * GIB}
-    for name, value in (counted | {"get_memory_info": (5 * GIB, 24 * GIB)}).items():
-        monkeypatch.setattr(torch.accelerator, name, lambda device, value=value: value)
-    assert memory.available_bytes(gpu) == 20 * GIB
-    assert memory.budget(gpu) == Budget.of_accelerator(20 * GIB)
-    with memory_limit("8GiB"), memory_limit():
-        assert memory.available_bytes(gpu) == 5 * GIB, "the limit holds for what is there already too"
 
 
 def test_a_limit_is_a_size_and_ends(monkeypatch):
@@ -135,18 +124,6 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeyp
     assert halved.heldout[-1]["loss"] == pytest.approx(plain.heldout[-1]["loss"], rel=1e-4)
     assert asked == [4, 2, 2, 2, 1], "the first step twice; the second has three rows"
     assert "out of memory on cpu" in caplog.text
-
-
-def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch):
-    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(2)
-    wanted, cost = estimate(CutCosts(stack, tokens, Cost()), 2, 0).table, Cost()
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
-    short_of_memory(monkeypatch, DecoderRunner, "exit", 5, rows=lambda hidden, *_: hidden.shape[1])
-    with memory_limit():
-        found = estimate(CutCosts(stack, tokens, cost), 2, 0).table
-        assert memory.budget(CPU).logit_tokens(tiny.VOCABULARY) == 4
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
-    assert cost.dense_tokens == tokens.numel(), "what failed is not counted"
 
 
 def test_what_no_halving_helps_ends_with_a_hint_and_other_errors_are_not_taken_for_it(monkeypatch):

@@ -109,17 +109,6 @@ def test_llama_cpp_takes_the_head_from_the_embeddings_that_are_left(plain, tmp_p
     assert found["logit_error"] < 0.02
 
 
-def test_a_size_is_counted_without_the_coarser(texts, tmp_path, capsys):
-    """What is as small already by keeping one matrix is no cut, though the file is larger."""
-    plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")
-    file = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0")
-    once = file.stat().st_size - exact(EMBEDDING, file).numel() * 18 // 32
-    argv = ["search", str(file), "--tokens=128", "--window=16", f"--data={texts[0]}", f"--out={tmp_path / 'run'}"]
-    assert main([*argv, f"--target-size={once + 100}B"]) == 2
-    assert "is no cut" in capsys.readouterr().err
-    assert main([*argv, f"--target-size={once - 9000}B"]) == 0
-
-
 @needs_llama_cpp
 def test_every_command_writes_them_once(texts, tmp_path, quick_runs):
     plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -20,7 +19,6 @@ from transformers import (
 import families
 import folders
 import tiny
-from layercut.cli.chat import Speaker
 from layercut.errors import ModelError
 from layercut.export.checkpoint import verify_reload
 from layercut.healing.fold_prices import FoldPrices
@@ -162,16 +160,6 @@ def test_a_chat_with_tokens_that_the_model_lacks_is_refused_before_any_work():
         check_prompt(work)
     config.vocab_size += 1
     check_prompt(work)
-
-
-def test_a_chat_is_not_asked_behind_the_end_that_a_tokenizer_writes_by_itself():
-    tokenizer = folders.tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    assert tokenizer("ba").input_ids[-1] == tokenizer.eos_token_id
-    loaded = SimpleNamespace(tokenizer=tokenizer, model=tiny.llama(2))
-    (asked,) = Speaker("dense", loaded, [{"role": "user", "content": "ba ko"}]).prompt(4).tolist()
-    assert tokenizer.eos_token_id not in asked
-    assert tokenizer.decode(asked, skip_special_tokens=True) == "ba ko\n"
 
 
 def test_a_model_that_generates_at_other_positions_than_it_reads_at_is_verified(tmp_path):

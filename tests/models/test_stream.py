@@ -130,19 +130,6 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
 # --- what it is for ---
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
-    checkpoint, tokens = saved(MODELS[name](), tmp_path), tiny.some_tokens(6)
-    memory, stack, disk = both(checkpoint)
-    costs = Cost(), Cost()
-    expected = set_costs(memory, tokens, pairs(stack), costs[0], rows=2)
-    assert set_costs(stack, tokens, pairs(stack), costs[1], rows=2) == expected  # to the bit
-    assert costs[0] == costs[1]
-    assert disk.files.layers_read == [1] * len(stack)
-    stored = checkpoints.stored_tensors(checkpoint.folder)
-    assert disk.files.bytes_read == sum(math.prod(tensor.shape) * 4 for tensor in stored.values())
-
-
 @pytest.mark.parametrize("method", ["clp", "fisher"])
 def test_a_search_by_gradients_is_the_same(llama, method):
     found, expected = (search(each, tiny.some_tokens(4), n_layers=2, method=method) for each in both(llama)[:2])
