@@ -26,12 +26,9 @@ Kind = TypeVar("Kind")
 
 # --- reading what comes from elsewhere ---
 
-LARGEST_JSON = 256 * 2**20
-"""Bytes. The largest tokenizer.json seen has 33 MB, the largest index 8 MB."""
-DEEPEST = 64
-"""Levels of lists and objects in each other. Real configs have five; `copy.deepcopy` fails at some 300."""
-MOST_DIGITS = 64
-"""Of a whole number. tokenizer_config.json writes "no limit" with 31."""
+LARGEST_JSON = 256 * 2**20  # bytes. The largest tokenizer.json seen has 33 MB, the largest index 8 MB
+DEEPEST = 64  # levels of lists and objects in each other. Real configs have five; `copy.deepcopy` fails at some 300
+MOST_DIGITS = 64  # of a whole number. tokenizer_config.json writes "no limit" with 31
 REFETCH = "fetch this file again"
 
 
@@ -125,7 +122,6 @@ def _outline(path: Path) -> list[Any]:
 
 
 def record(paths: Iterable[Path], base: Path) -> dict[str, list[Any]]:
-    """Size and digest of each file, and of every file in each folder."""
     files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     return {str(file.relative_to(base)): _outline(file) for file in files}
 
@@ -143,8 +139,7 @@ def differing(folder: Path, recorded: Mapping[str, Any]) -> str | None:
 
 # --- the JSON of a run ---
 
-OPTIONAL = {"optional": True}
-"""Metadata of a dataclass's field that JSON leaves out where it has its default."""
+OPTIONAL = {"optional": True}  # metadata of a dataclass's field that JSON leaves out where it has its default
 NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 SEAL = "content_hash"
 
@@ -213,7 +208,6 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write text so that the file is there whole or not at all."""
     with write_atomically(path) as partial:
         partial.write_text(content, encoding="utf-8")
 

@@ -71,7 +71,6 @@ class Marks:
 
     @classmethod
     def none(cls, rows: int, window: int) -> Marks:
-        """Of rows of text."""
         return cls(torch.zeros(rows, window, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64))
 
 
@@ -101,12 +100,10 @@ def by_origin(rows: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Ten
 
 
 def stored_blocks(folder: Path, use: str) -> torch.Tensor:
-    """The blocks that a run drew for a use."""
     return load_file(folder / f"tokens-{use}.safetensors")[use]
 
 
 def stored_marks(folder: Path, use: str) -> Marks | None:
-    """What is known of the probes and chats among these blocks."""
     found = load_file(folder / f"tokens-{use}.safetensors")
     return Marks(found["answers"], found["lengths"]) if "lengths" in found else None
 
@@ -120,7 +117,6 @@ def in_rows(blocks: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def fingerprint(blocks: torch.Tensor) -> str:
-    """16 hex digits that change with any token id."""
     return hashlib.sha256(blocks.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
@@ -170,7 +166,6 @@ def token_blocks(
 def load_blocks(
     source: str, tokenizer: Any, *, seed: int, chat_template: bool = False, model: Any = None, **how: Any
 ) -> Blocks:
-    """The blocks of a source for one use alone; `how` as of `Reader.draw`."""
     return Reader(tokenizer, seed=seed, model=model, chat_template=chat_template).draw("", source, **how)
 
 
@@ -180,14 +175,11 @@ class Reader:
 
     tokenizer: Any
     seed: int
-    model: Any = None
-    """For "self" and "chats" only."""
+    model: Any = None  # for "self" and "chats" only
     chat_template: bool = False
     """Whether shuffled chats are rendered by the tokenizer's template. Text that is reported on never is."""
-    capabilities: Sequence[str] = tuple(CAPABILITIES)
-    """Of probes to tune on. Those that are reported on are of all."""
-    drawn: dict[str, set[int]] = field(default_factory=dict)
-    """The keys of the documents that each use has."""
+    capabilities: Sequence[str] = tuple(CAPABILITIES)  # of probes to tune on. Those that are reported on are of all
+    drawn: dict[str, set[int]] = field(default_factory=dict)  # the keys of the documents that each use has
     _streams: dict[tuple[str, Order], TextStream | MadeStream] = field(default_factory=dict)
 
     def draw(
@@ -308,7 +300,6 @@ class MadeStream:
         self._make, self.given = make, 0
 
     def take(self, span: range, window: int, refused: Callable[[int], bool]) -> Taken:
-        """Rows `span` of those to come."""
         wanted = range(self.given + span.start, self.given + span.stop)
         self.given = wanted.stop
         rows, marks = self._make(window, wanted)

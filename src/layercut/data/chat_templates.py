@@ -77,7 +77,6 @@ class _Renderer:
         return bytes(found)
 
     def end(self) -> None:
-        """End the process, if there is one."""
         if self._process:
             self._process.kill()
             self._process.communicate()
@@ -88,7 +87,6 @@ _renderer = _Renderer()
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False, today: bool = False) -> str:
-    """A chat by the tokenizer's template."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # none, or several of which none is the default
@@ -105,7 +103,6 @@ def render_template(
     prompt: bool = False,
     today: bool = False,
 ) -> str:
-    """A chat by a template."""
     roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
     asked = {"template": template, "messages": messages, "special": dict(special), "prompt": prompt, "today": today}
     found = _renderer.ask(asked)
@@ -140,12 +137,10 @@ class Clock:
 
     @classmethod
     def now(cls) -> datetime:
-        """The time, or the beginning of that day."""
         return datetime.now() if cls.real else datetime(2024, 7, 26)
 
 
 def _rendered(asked: dict[str, Any]) -> dict[str, str]:
-    """One chat, as `apply_chat_template` would render it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     Clock.real, how = asked["today"], {"chat_template": asked["template"], "add_generation_prompt": asked["prompt"]}

@@ -25,14 +25,12 @@ from layercut.errors import DataError, first_line
 
 T = TypeVar("T")
 Message = dict[str, str]
-Document = str | list[Message]
-"""A text, or the messages of a chat."""
+Document = str | list[Message]  # a text, or the messages of a chat
 
 CHAT, TEXTS = ("instruction", "output"), ("messages", "text", "page")
 """Fields that are read where no column is named; "input" of the first, too."""
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-SHUFFLED_TOGETHER = 2**30
-"""Bytes of text, unpacked, of a .parquet source that are held and shuffled at once. A guess."""
+SHUFFLED_TOGETHER = 2**30  # bytes of text, unpacked, of a .parquet source that are held and shuffled at once. A guess
 SHUFFLE_BUFFER = 2_000
 """Records held to shuffle a stream; the files of a Hub set are shuffled too (the size is a guess)."""
 SHORTEST = 200
@@ -44,7 +42,6 @@ SKIPPED = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|pydoc_
 
 
 def as_document(record: Any, column: str | None, where: str) -> Document:
-    """Read a record by its fields: the column asked for, else instruction, messages, text or page."""
     if not isinstance(record, dict):
         raise DataError(f"{where} holds a {type(record).__name__}, not an object with fields", 'write {"text": "…"}')
     if column is None and all(key in record for key in CHAT):
@@ -110,7 +107,6 @@ def _content(file: Path, *_: int) -> str:
 
 
 def in_order(items: Iterable[T], seed: int | None) -> list[T]:
-    """A list of the items, shuffled by the seed if there is one."""
     items = list(items)
     if seed is not None:
         random.Random(seed).shuffle(items)
@@ -118,7 +114,6 @@ def in_order(items: Iterable[T], seed: int | None) -> list[T]:
 
 
 def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    """Documents of .txt, .json and .jsonl files, or of .parquet files."""
     tables = [file for file in files if file.suffix == ".parquet"]
     if len(tables) not in (0, len(files)):
         raise DataError("the pattern matches .parquet and other files", "give one pattern each: --data A+B")
@@ -204,7 +199,6 @@ def _read(file: Path, start: int, stop: int, line: int) -> tuple[Any, str]:
 
 
 def _parsed(text: str, where: str, hint: str = "each line must hold one object") -> Any:
-    """A JSON value."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -224,12 +218,10 @@ class HubSet:
     path: str
     config: str | None = None
     split: str = "train"
-    column: str | None = None
-    """Field to read; None looks for the fields that `as_document` knows."""
+    column: str | None = None  # field to read; None looks for the fields that `as_document` knows
     streamed: bool = True
     """Read over the network as far as needed; a small set is fetched whole and kept for the next run."""
-    lines: bool = False
-    """The records are the lines of a running text with wiki headings."""
+    lines: bool = False  # the records are the lines of a running text with wiki headings
 
 
 def from_hub(dataset: HubSet, seed: int | None) -> Iterator[Document]:

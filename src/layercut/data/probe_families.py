@@ -15,10 +15,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-EDITION = 6
-"""Of what is written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
-MANY = 8
-"""Entries of a list that is asked about thoroughly."""
+EDITION = 6  # of what is written here and in `data/probes.py`: a run's rows of another one are drawn anew
+MANY = 8  # entries of a list that is asked about thoroughly
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,10 @@ class Item:
     """Where a chat asks for each answer in a turn of its own: what its user tells before the first question."""
     turns: tuple[tuple[str, str], ...] = ()
     """Of each answer in such a chat: what the user asks, and what the reply begins with ("The code is")."""
-    closes: str = ""
-    """What stands behind each answer in such a reply."""
+    closes: str = ""  # what stands behind each answer in such a reply
 
     @property
     def text(self) -> str:
-        """All of it."""
         return "".join(self.parts)
 
 
@@ -46,31 +42,22 @@ class Family:
     name: str
     people: tuple[str, ...]
     things: tuple[str, ...]
-    filler: tuple[str, ...]
-    """Sentences that keys are hidden in."""
+    filler: tuple[str, ...]  # sentences that keys are hidden in
     key: Callable[[random.Random], str]
     needles: tuple[tuple[str, str, str], ...]
     """What is told, what is asked, and how the reply begins; with {name} and {key}."""
     lists: tuple[tuple[str, str, str, str, str, str], ...]
     """Head of a list, its line, its end, what is asked, how the reply begins and closes; with {thing} and {key}, and
     {name} where a key is a person and a thing, each of which other keys have too."""
-    owned: str = ""
-    """Of a family without such lists: the {thing} of a list that is longer than there are things."""
-    syllables: tuple[str, ...]
-    """Of made-up words."""
-    repeats: tuple[tuple[str, str], ...]
-    """What stands before a sequence and before its repetition."""
-    classes: tuple[tuple[str, tuple[str, ...]], ...]
-    """Two labels, each with the words that carry it."""
-    labelled: tuple[str, ...]
-    """A line with {word}; the label follows."""
-    sums: tuple[tuple[str, str], ...]
-    """A sum with {a} and {b}, and what comes before its result."""
-    adds: Callable[[int, int], bool]
-    """Whether a sum of these two numbers is of this family, in whichever order."""
+    owned: str = ""  # of a family without such lists: the {thing} of a list that is longer than there are things
+    syllables: tuple[str, ...]  # of made-up words
+    repeats: tuple[tuple[str, str], ...]  # what stands before a sequence and before its repetition
+    classes: tuple[tuple[str, tuple[str, ...]], ...]  # two labels, each with the words that carry it
+    labelled: tuple[str, ...]  # a line with {word}; the label follows
+    sums: tuple[tuple[str, str], ...]  # a sum with {a} and {b}, and what comes before its result
+    adds: Callable[[int, int], bool]  # whether a sum of these two numbers is of this family, in whichever order
     brackets: tuple[tuple[str, str], ...]
-    code: tuple[tuple[str, str], ...]
-    """Text and the answer that its structure demands; with {x}, {y} and {z}."""
+    code: tuple[tuple[str, str], ...]  # text and the answer that its structure demands; with {x}, {y} and {z}
     formats: tuple[tuple[str, str, str], ...]
     """What is told, the demanded form, both with {x} and {y}, and a line that states the demand."""
     thorough: bool = False
@@ -410,5 +397,4 @@ CAPABILITIES: dict[str, Writer] = {
     "format": formats,
 }  # fmt: skip
 """What is probed, in the order of tables."""
-GROWING: Sequence[str] = ("recall", "lists", "copy")
-"""Those that may be of any length."""
+GROWING: Sequence[str] = ("recall", "lists", "copy")  # those that may be of any length

@@ -24,22 +24,16 @@ from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item
 from layercut.errors import ConfigError, DataError
 
-FOCUS_SHARE = 0.6
-"""Share of a row that one or two growing capabilities have; the short ones share the rest."""
-SHORT_ROW = 256
-"""Tokens of the rows for tuning that a longer one may be made of."""
+FOCUS_SHARE = 0.6  # share of a row that one or two growing capabilities have; the short ones share the rest
+SHORT_ROW = 256  # tokens of the rows for tuning that a longer one may be made of
 LONG = ("recall", "lists", "lists")
 """Of what long probes are: what is found again by its key is harder the more other keys there are."""
-LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
-"""The smallest items of the growing capabilities."""
+LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}  # the smallest items of the growing capabilities
 KEPT = 0.9
 """Of an item's signs, blanks aside, the share that a tokenizer has to give back: others drop what they do not know."""
-PLACE = "[reply {}]"
-"""What a template is given instead of a reply, to find out where it puts it."""
-DEFAULT_WEIGHT = 1.0
-"""A nat per answer token, mean over capabilities, counts as one nat per token of text."""
-Mark = tuple[str, int] | None
-"""The answer that a token belongs to: (capability, number)."""
+PLACE = "[reply {}]"  # what a template is given instead of a reply, to find out where it puts it
+DEFAULT_WEIGHT = 1.0  # a nat per answer token, mean over capabilities, counts as one nat per token of text
+Mark = tuple[str, int] | None  # the answer that a token belongs to: (capability, number)
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,6 @@ class ProbeRows:
     """Of tokens that end an answer, those that end it as well: "!" with one line end, with two, or with none."""
 
     def check(self) -> None:
-        """Refuse rows that hold no probe."""
         if not self.names:
             window = self.tokens.shape[1]
             raise DataError(f"no probe fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
@@ -112,7 +105,6 @@ class ProbeRows:
         return self.tokens[(self.answers >= 0).any(1)]
 
     def facts(self) -> dict[str, Any]:
-        """For the run's provenance."""
         return {"rows": len(self.tokens), "window": self.tokens.shape[1], "capabilities": list(self.names)}
 
 
@@ -231,7 +223,6 @@ class _Marked:
     answers: int = 0
 
     def extend(self, other: _Marked) -> None:
-        """Append other tokens; their answers are numbered on."""
         self.ids += other.ids
         self.of += [mark and (mark[0], mark[1] + self.answers) for mark in other.of]
         self.answers += other.answers
@@ -260,11 +251,9 @@ class _Writer:
         return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
     def begun(self) -> _Marked:
-        """What a row begins with: BOS, where the tokenizer puts one before a text."""
         return _Marked([*self.head], [None] * len(self.head))
 
     def item(self, capability: str) -> _Marked:
-        """A fresh item and what parts it from the next."""
         return self.marked(capability, self.written(capability))
 
     def written(self, capability: str, size: int = 0) -> Item:

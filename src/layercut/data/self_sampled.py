@@ -16,10 +16,8 @@ from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ran_out
 from layercut.progress import bar
 
-ROWS = 32
-"""Rows sampled from the model in one batch."""
-CHAT_HEAT = 0.7
-"""Temperature of chats: at 1 a small model loses the thread, and nobody asks it so (measured)."""
+ROWS = 32  # rows sampled from the model in one batch
+CHAT_HEAT = 0.7  # temperature of chats: at 1 a small model loses the thread, and nobody asks it so (measured)
 
 
 def sample(
@@ -94,7 +92,6 @@ def writes_chats(tokenizer: Any, window: int) -> bool:
 
 
 def plain_distribution(length: int, pad: int = 0, heat: float = 1.0) -> Any:
-    """Generation by the model's own distribution, past EOS."""
     from transformers import GenerationConfig
 
     return GenerationConfig(do_sample=True, temperature=heat, top_k=0, top_p=1.0, max_length=length, pad_token_id=pad)

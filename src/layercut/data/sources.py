@@ -29,14 +29,10 @@ REPORTED = {"wikitext2": "test", "c4": "validation"}
 """The split that figures are reported on where the name says none, as the field does; else, and for all other use, it
 is train."""
 PYTHON = {"python-docs": documents.python_docs, "python-docstrings": documents.python_docstrings}
-SELF = "self"
-"""Text that the model writes itself: see `data/self_sampled.py`."""
-CHATS = "chats"
-"""The same of chats, its own words and the user's; "chats:0.1" for a tenth of a mix's rows."""
-TESTS = "probes"
-"""Probes of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows."""
-SHARED = (CHATS, TESTS)
-"""What a mix has a share of, told behind a colon."""
+SELF = "self"  # text that the model writes itself: see `data/self_sampled.py`
+CHATS = "chats"  # the same of chats, its own words and the user's; "chats:0.1" for a tenth of a mix's rows
+TESTS = "probes"  # probes of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows
+SHARED = (CHATS, TESTS)  # what a mix has a share of, told behind a colon
 MADE_ANEW = frozenset((SELF, CHATS, TESTS))
 """Where these are reported on they are of another seed, and probes of the judging family: no text that was tuned on."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
@@ -46,13 +42,11 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.
 class Source:
     """One source of text: a set of the Hub, files, or, where it has neither, one of Python's or the model itself."""
 
-    name: str
-    """As the user gave it."""
+    name: str  # as the user gave it
     hub: HubSet | None = None
     files: tuple[Path, ...] = ()
     column: str | None = None
-    share: Fraction | None = None
-    """Of a mix's rows; None: what others leave, in equal parts."""
+    share: Fraction | None = None  # of a mix's rows; None: what others leave, in equal parts
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -63,11 +57,9 @@ class Source:
 
     @property
     def stream(self) -> str:
-        """What is read, and which field of it."""
         return " ".join([*self.reads, self.column or ""]).strip()
 
     def documents(self, seed: int | None) -> Iterator[Document]:
-        """The documents, in written order where `seed` is None."""
         if self.hub:
             return documents.from_hub(self.hub, seed)
         if self.files:
@@ -76,7 +68,6 @@ class Source:
 
 
 def find(name: str, *, reported: bool = False) -> Source:
-    """What a source's name means."""
     head, _, split = name.partition(":")
     if name in (*PYTHON, *MADE_ANEW):
         return Source(name)
@@ -187,7 +178,6 @@ def turns(parts: Sequence[Source]) -> tuple[int, ...]:
 
 
 def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
-    """What a source or a mix reads, and how the user named it."""
     return {read: part for part in split_mix(source) for read in find(part, reported=reported).reads}
 
 

@@ -33,12 +33,9 @@ once, by its closed connections and by the launcher."""
 
 @dataclass
 class _Started:
-    store: Any
-    """Keys and values that all processes see, and that outlast a process."""
-    control: Any
-    """The group in which decisions go round, on the CPU."""
-    alone: int = 0
-    """While above 0 this process works by itself."""
+    store: Any  # keys and values that all processes see, and that outlast a process
+    control: Any  # the group in which decisions go round, on the CPU
+    alone: int = 0  # while above 0 this process works by itself
 
 
 _started: _Started | None = None
@@ -74,7 +71,6 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the other processes."""
     global _started
     if _started:
         _started = None
@@ -82,7 +78,6 @@ def stop() -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device that several processes on this machine would share."""
     here = on_this_machine()
     if device.type == "cpu" or here == 1:
         return
@@ -102,7 +97,6 @@ def _several() -> _Started | None:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return dist.get_rank() if _several() else 0
 
 
@@ -157,7 +151,6 @@ def most(value: int) -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
     if several := _several():
         dist.all_reduce(torch.zeros(1), group=several.control)
 

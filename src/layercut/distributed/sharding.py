@@ -32,14 +32,12 @@ from torch.distributed.tensor import DTensor, Shard
 from layercut.distributed import processes
 
 Part = TypeVar("Part")
-UNIT = "gathered_as_one"
-"""Attribute of a module that is gathered by itself: the decoder layers."""
+UNIT = "gathered_as_one"  # attribute of a module that is gathered by itself: the decoder layers
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 """Where a module keeps what is done around its forward; FSDP2 gathers and drops its weights there."""
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether the model's weights are sharded over the processes."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
@@ -77,7 +75,6 @@ def like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
 
 
 def bytes_held(model: nn.Module) -> int:
-    """Bytes of the weights that this process holds."""
     return sum(local(p).nbytes for p in model.parameters())
 
 
@@ -197,7 +194,6 @@ def _attach_(module: nn.Module) -> None:
 
 
 def gather_ahead(layer: nn.Module) -> None:
-    """Begin to gather a layer that runs next."""
     if isinstance(layer, FSDPModule):
         layer.unshard(async_op=True)
 

@@ -35,10 +35,8 @@ from layercut.quantization import Quantized
 from layercut.surgery.checkpoint_cut import BESIDE, companions
 
 CHECKER = Path(__file__).with_name("reload_process.py")
-STEP = "step: "
-"""How a line of a checker begins that says what it does next."""
-CHECK_TOKENS, CHECK_WINDOW = 4096, 256
-"""Tokens of text, at most, that what was exported is measured on again."""
+STEP = "step: "  # how a line of a checker begins that says what it does next
+CHECK_TOKENS, CHECK_WINDOW = 4096, 256  # tokens of text, at most, that what was exported is measured on again
 
 
 class ReloadError(Exception):
@@ -57,7 +55,6 @@ class Exported:
     `text`; None: not verified."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
         return {"folder": str(self.folder), "bytes": self.bytes, "check": dict(self.check) if self.check else None}
 
 

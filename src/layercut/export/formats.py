@@ -64,10 +64,8 @@ from layercut.progress import bar, say
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf, cut_segment_
 
-WINDOW = 256
-"""Tokens a row of the text that a GGUF file is measured on where no run brings its own."""
-IMPORTANCE_TOKENS = 16384
-"""Tokens that importance is measured on, at most."""
+WINDOW = 256  # tokens a row of the text that a GGUF file is measured on where no run brings its own
+IMPORTANCE_TOKENS = 16384  # tokens that importance is measured on, at most
 FLOATS = {"F32", "F16", "BF16"}
 FINE = (*CONVERTED, "q8_0")
 """GGML types that are so fine that the importance of columns changes nothing worth measuring."""

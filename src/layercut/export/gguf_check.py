@@ -41,8 +41,7 @@ ROUNDED_PRODUCTS = 0.12
 """Relative error of llama.cpp's logits against transformers on the same weights, by the file's type. Beside quantized
 weights llama.cpp rounds what goes into its products to 8 bits, which costs a few hundredths; float32 was 2e-6 to 5e-4
 off in tiny models of eight architectures. A window of layers in the wrong place is 0.26 and more."""
-BEYOND = 64
-"""Tokens past the sliding window that are compared, and as many before its end."""
+BEYOND = 64  # tokens past the sliding window that are compared, and as many before its end
 CHECKER = Path(__file__).with_name("llama_cpp_process.py")
 _TAKE_FOLDER = "use the checkpoint folder instead, and convert it with llama.cpp's own tools"
 

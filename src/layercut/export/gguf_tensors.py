@@ -39,12 +39,10 @@ CONVERTED = ("f32", "f16", "bf16")
 """GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms multiply by 1 + weight in transformers, and by weight in llama.cpp."""
-TRANSPOSED = ("gpt2",)
-"""Architectures whose matrices in layers are [I, O] in transformers, as Conv1D has them."""
+TRANSPOSED = ("gpt2",)  # architectures whose matrices in layers are [I, O] in transformers, as Conv1D has them
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
-LEAST = 1e-12
-"""Importance of columns that no token touches, or llama.cpp would round them to anything."""
+LEAST = 1e-12  # importance of columns that no token touches, or llama.cpp would round them to anything
 DECLARED = """
 size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
                            const float * imatrix);

@@ -22,13 +22,10 @@ from llama_cpp_py_sync import __version__
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
 PROMPT, NEW_TOKENS = 8, 24
-TIMED, ROUNDS = 32, 8
-"""Tokens that are decoded in a round of timing, after one round that warms up."""
-AT_ONCE = 512
-"""Tokens computed at once, which bounds the memory that attention takes."""
+TIMED, ROUNDS = 32, 8  # tokens that are decoded in a round of timing, after one round that warms up
+AT_ONCE = 512  # tokens computed at once, which bounds the memory that attention takes
 FLOAT32 = 0
-ERROR = 4
-"""llama.cpp's level of messages that are errors."""
+ERROR = 4  # llama.cpp's level of messages that are errors
 
 
 class Model:

@@ -22,13 +22,11 @@ from layercut.errors import DataError, LayercutError
 from layercut.models.gguf_header import read_header
 
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
-CONTROL = 3
-"""Type of a token that no text is tokenized to."""
+CONTROL = 3  # type of a token that no text is tokenized to
 ENDS = ("eos", "eot", "eom")
 MARK = "QxZ{}ZxQ"
 Message = dict[str, str]
-Render = Callable[[list[Message]], str]
-"""A chat as the template writes it, up to where the model is to answer."""
+Render = Callable[[list[Message]], str]  # a chat as the template writes it, up to where the model is to answer
 
 
 def modelfile(file: Path) -> str:
@@ -70,7 +68,6 @@ class ChatFormat:
     answering: str  # between the user's last message and the answer that the model is to give
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The chat, up to where the model is to answer."""
         text = self.opening
         if messages[0]["role"] == "system":
             assert self.system
@@ -80,7 +77,6 @@ class ChatFormat:
         return text + "".join(between[m["role"]] + m["content"] for m in messages[1:]) + self.answering
 
     def without_first(self, token: str) -> ChatFormat:
-        """Without a token at the very beginning."""
         system = (self.system[0].removeprefix(token), self.system[1]) if self.system else None
         return replace(self, opening=self.opening.removeprefix(token), system=system)
 

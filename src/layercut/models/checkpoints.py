@@ -27,15 +27,13 @@ from layercut.files import content_digest, open_regular, read_json, write_json
 from layercut.models import config_files
 from layercut.models.gguf_header import read_header
 
-DIGESTS = ".digests.json"
-"""In a run folder: the hashes of the files that its model was read from."""
+DIGESTS = ".digests.json"  # in a run folder: the hashes of the files that its model was read from
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken"]
-CARD = "README.md"
-"""Fetched along, for the card of what is made of the model; no part of the model."""
+CARD = "README.md"  # fetched along, for the card of what is made of the model; no part of the model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_FILE = re.compile(rf"({HUB_ID.pattern}):(.+\.gguf)", re.ASCII)
 """A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
@@ -53,7 +51,6 @@ class Checkpoint:
 
     @property
     def file(self) -> Path:
-        """The path a user would recognise."""
         return self.folder / self.gguf if self.gguf else self.folder
 
     @property
@@ -164,7 +161,6 @@ def names_a_gguf(name: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    """A few names, and how many more there are."""
     more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
     return ", ".join(names[:SHOWN_FILES]) + more
 
@@ -299,15 +295,13 @@ class Stored:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    """Its first byte, counted from the start of the file."""
+    start: int  # its first byte, counted from the start of the file
     size: int
 
     def __getitem__(self, key: Any) -> Stored:
         return self
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of this shape without data."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
@@ -335,7 +329,6 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def stored_elements(folder: Path) -> int:
-    """How many numbers a folder's safetensors files hold."""
     return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())
 
 
@@ -344,8 +337,7 @@ def stored_elements(folder: Path) -> int:
 # For the card of what is made of it: from the README.md of a folder or of the Hub's copy on this machine, or from the
 # metadata of a GGUF file. What is not said there is None, and nothing is guessed.
 
-CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-"""The folder of a model in huggingface_hub's cache."""
+CACHED = re.compile(r"models--([^/]+?)--([^/]+)")  # the folder of a model in huggingface_hub's cache
 LICENCE = ("license", "license_name", "license_link")
 GGUF_ADDRESSES = ("general.repo_url", "general.source.repo_url", "general.source.huggingface.repository")
 QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|TQ\d\w*|B?F16|F32|MXFP4\w*)$", re.IGNORECASE)
@@ -357,18 +349,14 @@ LONGEST_CARD, LONGEST_VALUE = 4 * 2**20, 200
 class SourceCard:
     """Who a model is, as far as that is known."""
 
-    name: str
-    """Of the model, of its folder or of its file; never a path."""
-    hub_id: str | None = None
-    """owner/name on the Hub."""
+    name: str  # of the model, of its folder or of its file; never a path
+    hub_id: str | None = None  # owner/name on the Hub
     license: str | None = None
     """As the Hub names it, such as apache-2.0; with "other", `license_name` and `license_link` say which."""
     license_name: str | None = None
     license_link: str | None = None
-    languages: tuple[str, ...] = ()
-    """Codes such as en."""
-    is_first: bool = False
-    """Whether it is the model that a folder was once made from by layercut, and not that folder."""
+    languages: tuple[str, ...] = ()  # codes such as en
+    is_first: bool = False  # whether it is the model that a folder was once made from by layercut, and not that folder
 
     @property
     def base_model(self) -> str | None:
@@ -381,7 +369,6 @@ class SourceCard:
 
 
 def source_card(model: str) -> SourceCard:
-    """What the files of a model on this machine, or its page on the Hub, say of it."""
     path = Path(model).expanduser()
     stem = QUANTIZED_NAME.sub("", path.stem) if path.suffix == ".gguf" else path.name  # without the number format
     cached = CACHED.search(str(path))

@@ -43,8 +43,7 @@ NAMED = {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
 }  # fmt: skip
-OPEN = ("quantization_config", "compression_config", "per_layer_config")
-"""Parts whose numbers mean something else."""
+OPEN = ("quantization_config", "compression_config", "per_layer_config")  # parts whose numbers mean something else
 
 
 def check_config(config: Any, name: str) -> None:
@@ -134,7 +133,6 @@ def check_tokenizer_config(content: Any, name: str) -> None:
 
 
 def check_object(content: Any, name: str) -> None:
-    """Refuse what is no JSON object."""
     if not isinstance(content, dict):
         raise ModelError(f"{name} does not hold an object", "fetch this file again, or remove it")
 
@@ -172,8 +170,7 @@ NEW_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": 
 """Tokenizer classes of no model in particular, by their names in transformers 5, and those in 4; 5 reads both."""
 TEXT_PARTS = ("text", "llm", "language", "decoder", "thinker")
 """What the keys of nested configs of text models have in them."""
-BASES = {"rope_theta", "rotary_emb_base", "global_rope_theta"}
-"""Old names of the base of rotary positions."""
+BASES = {"rope_theta", "rotary_emb_base", "global_rope_theta"}  # old names of the base of rotary positions
 PERIODS = {
     "gemma3_text": ("sliding_window_pattern", 6), "cohere2": ("sliding_window_pattern", 4),
     "qwen3_next": ("full_attention_interval", 4), "qwen3_5_text": ("full_attention_interval", 4),

@@ -34,12 +34,9 @@ BEHIND_PADDING = {
 class Decoder:
     """Where a model keeps its decoder layers."""
 
-    path: str
-    """Dotted name of the list inside the model, e.g. "model.layers"."""
-    layers: Any
-    """An nn.ModuleList; a few architectures keep an nn.ModuleDict."""
-    config: Any
-    """The (text) config that counts these layers."""
+    path: str  # dotted name of the list inside the model, e.g. "model.layers"
+    layers: Any  # an nn.ModuleList; a few architectures keep an nn.ModuleDict
+    config: Any  # the (text) config that counts these layers
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -93,7 +90,6 @@ def reported_window(config: Any) -> int:
 
 
 def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
-    """Refuse tokens that the model has no embedding for."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         worst = int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min())

@@ -41,12 +41,9 @@ UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 class TensorPlace(NamedTuple):
     """How and where a tensor is in a file."""
 
-    kind: int
-    """Number of its GGML type."""
-    start: int
-    """Byte at which it begins."""
-    shape: tuple[int, ...]
-    """The fastest dimension first."""
+    kind: int  # number of its GGML type
+    start: int  # byte at which it begins
+    shape: tuple[int, ...]  # the fastest dimension first
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,6 @@ class Header:
 
     @property
     def elements(self) -> int:
-        """How many weights the tensors hold together."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @cached_property
@@ -140,7 +136,6 @@ def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
 
 
 def corrupt(file: Path, why: str) -> ModelError:
-    """The error for a file that is no sound GGUF file."""
     return ModelError(f"{file} is corrupt, truncated or no GGUF file: {why}", FETCH)
 
 
@@ -303,10 +298,8 @@ ERRORS = {
     "Q5_0": 0.043, "Q4_K": 0.071, "IQ4_NL": 0.076, "Q4_1": 0.078, "Q4_0": 0.086, "Q3_K": 0.151, "Q2_K": 0.297,
 }  # fmt: skip
 """By what share of its norm rounding to a GGML type moves a row of Gaussian numbers. Pairs of other types stay two."""
-SLACK = 2.0
-"""Rows of heavier tails (Student's t, 4 degrees) are moved up to 1.9 times as far."""
-ROWS = 8192
-"""That are compared at once."""
+SLACK = 2.0  # rows of heavier tails (Student's t, 4 degrees) are moved up to 1.9 times as far
+ROWS = 8192  # that are compared at once
 
 
 @lru_cache(maxsize=8)

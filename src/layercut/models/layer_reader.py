@@ -36,7 +36,6 @@ IN_MEMORY = "load it in memory instead: --stream off"
 
 
 def layers_on_disk(model: Any) -> Any:
-    """The `LayersOnDisk` of a model, None for a model in memory."""
     return getattr(model, "layers_on_disk", None)
 
 
@@ -69,7 +68,6 @@ def open_on_disk(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> loading.LanguageModel:
-    """Open a safetensors folder with its decoder layers left on disk."""
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     if why := why_not_by_layer(checkpoint, config):
         raise ModelError(f"{checkpoint.name} {why}", IN_MEMORY)
@@ -253,7 +251,6 @@ class LayerFiles:
             self._ahead = j, self._reader.submit(self._read, j)
 
     def leave_(self) -> None:
-        """Drop the weights of the layer that is in memory."""
         if self.resident is not None and self._random is None:
             self._refuse_changed(self.resident)
         self._drop_()
@@ -413,7 +410,6 @@ def _lacks_weights(layer: nn.Module) -> bool:
 
 
 def _versions(layer: nn.Module) -> list[int]:
-    """How often each tensor was changed in place."""
     return [tensor._version for tensor in _tensors(layer).values()]
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 PATTERN = "attention.sliding_window_pattern"
-NEEDS_BUILD = "b11739 (2026-11)"
-"""The oldest build seen to read the array `PATTERN`; older ones were not tested."""
+NEEDS_BUILD = "b11739 (2026-11)"  # the oldest build seen to read the array `PATTERN`; older ones were not tested
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,8 @@ class Period:
     """Of every `every` layers the last one attends to everything (and has or lacks rotary positions accordingly)."""
 
     every: int
-    array: bool = False
-    """Whether an array of bools under `PATTERN` (true: sliding) is read instead."""
-    window_only: bool = False
-    """Whether that holds only in files with a sliding window."""
+    array: bool = False  # whether an array of bools under `PATTERN` (true: sliding) is read instead
+    window_only: bool = False  # whether that holds only in files with a sliding window
 
 
 PERIODS = {
@@ -52,8 +49,7 @@ class Counted:
 
     at: range | frozenset[int]
     does: str
-    unless: str = ""
-    """A metadata key that overrides the rule."""
+    unless: str = ""  # a metadata key that overrides the rule
 
 
 COUNTED = {

@@ -46,8 +46,7 @@ class LanguageModel:
     model: Any
     tokenizer: Any
     checkpoint: Checkpoint
-    dtype: torch.dtype
-    """The dtype it is computed in; `stored_dtype(model)` is the one it is saved in."""
+    dtype: torch.dtype  # the dtype it is computed in; `stored_dtype(model)` is the one it is saved in
     device: torch.device
 
 
@@ -111,7 +110,6 @@ def cpu_has(feature: str) -> bool:
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint, refused unless it is a decoder-only language model's."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not checkpoint.gguf:
@@ -189,7 +187,6 @@ def build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model without memory, on the meta device."""
     with torch.device("meta"):
         return build(config, dtype)
 

@@ -77,7 +77,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per token."""
     return Teacher(p_logits).kl(q_logits)
 
 
@@ -87,7 +86,6 @@ def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token."""
     return token_loss(logits[:, :-1], tokens[:, 1:])
 
 
@@ -108,7 +106,6 @@ def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor)
 
 
 def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's logits, checked."""
     logits = stack.exit(hidden, tokens)
     finite = logits.isfinite().all(-1)
     if not finite.all():

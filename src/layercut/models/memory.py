@@ -33,8 +33,7 @@ from layercut.errors import ModelError
 from layercut.files import parse_bytes
 
 Part = TypeVar("Part", bound=Any)
-CGROUP = Path("/sys/fs/cgroup")
-"""Limits of a container, as seen from inside (cgroup v2)."""
+CGROUP = Path("/sys/fs/cgroup")  # limits of a container, as seen from inside (cgroup v2)
 
 # --- what there is ---
 
@@ -101,8 +100,7 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
 
 # --- what one pass may take ---
 
-CHUNK_BYTES = 256 * 2**20
-"""CPU: logits of a chunk of rows, in float32."""
+CHUNK_BYTES = 256 * 2**20  # CPU: logits of a chunk of rows, in float32
 PIECE_BYTES = 32 * 2**20
 """CPU: logits of a piece of a tuning pass. Above it glibc fetches memory from the system, page by page, each time."""
 PASS_TOKENS = 1024
@@ -207,7 +205,6 @@ def kept_bytes(weights: Sequence[torch.Size], itemsize: int) -> int:
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """range(length) in runs of `step`."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
@@ -333,7 +330,6 @@ class ShrinkingParts(Generic[Part]):
 
 
 def rows_in(part: Any) -> int:
-    """Rows of what `halves` takes."""
     if isinstance(part, tuple):
         return rows_in(part[0])
     if isinstance(part, list):

@@ -170,7 +170,6 @@ def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
 
 
 def placed_over(model: nn.Module) -> list[torch.device]:
-    """The devices that a model's weights are on, in the order in which they are used."""
     return list(dict.fromkeys(p.device for p in model.parameters() if not p.is_meta))
 
 

@@ -120,12 +120,10 @@ class DecoderRunner:
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of logits."""
         return self.model.config.get_text_config().vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of the residual stream."""
         return self.model.config.get_text_config().hidden_size
 
     @property
@@ -142,7 +140,6 @@ class DecoderRunner:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype the weights are saved in."""
         return stored_dtype(self.model)
 
     @property
@@ -169,7 +166,6 @@ class DecoderRunner:
         return tokens * self.hidden_size * self.model.dtype.itemsize
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens on the model's device."""
         return placed(tokens, self.device)
 
     def on_device_of(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -194,7 +190,6 @@ class DecoderRunner:
         return embedded[0], calls
 
     def arguments(self, tokens: torch.Tensor) -> Calls:
-        """What each layer will need for tokens [B, T]."""
         return self.enter(tokens)[1]
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
@@ -367,7 +362,6 @@ def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> N
 
 
 def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
-    """`DecoderRunner.enter` of several batches."""
     found = [stack.enter(batch) for batch in batches]
     return [hidden for hidden, _ in found], [calls for _, calls in found]
 

@@ -200,7 +200,6 @@ def _check_tokens(model: Any, tokens: Any, calibrated: str | None, target: int |
 def _quantize_weight(
     model: Any, target: Assignment, hessian: torch.Tensor | None, method: tuple[str, Quantizer]
 ) -> tuple[QuantizedWeight, dict[str, torch.Tensor], torch.Tensor]:
-    """Quantize one weight: what became of it, its stored tensors, and the rounded weight."""
     weight, (name, quantizer) = model.get_submodule(target.name).weight, method
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")

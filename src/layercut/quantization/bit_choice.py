@@ -37,37 +37,29 @@ from layercut.quantization.packing import (
 SEARCHED_GROUPS = 4
 """Bits up to which several group sizes are tried, and zero points: above it both are little of the size, and errors
 small."""
-CHOSEN_AMONG = ["zero points"]
-"""What decides beside the options: an older run's bits are chosen anew."""
+CHOSEN_AMONG = ["zero points"]  # what decides beside the options: an older run's bits are chosen anew
 GROUP_STEP, LARGEST_GROUP = 32, 256
 """Where all weights share one group size, it may be any multiple of that, up to this."""
-MOST_UNITS = 2**17
-"""Into which the bytes to share out are divided at most."""
+MOST_UNITS = 2**17  # into which the bytes to share out are divided at most
 TENSOR_HEADER = 120
 """Bytes of a tensor in the header of a safetensors file, beside its name: dtype, shape, place, punctuation. At most."""
 Costs = Mapping[str, Mapping[Width, float]]
 """Of each weight at each width, nats per token: the rise of KL when it alone is rounded."""
-Ways = tuple[Assignment | None, ...]
-"""To store a weight; None: as it is, in 16 bits."""
+Ways = tuple[Assignment | None, ...]  # to store a weight; None: as it is, in 16 bits
 
 
 @dataclass(frozen=True)
 class Mixture:
     """What was chosen."""
 
-    targets: tuple[Assignment, ...]
-    """What is quantized, in the order the model uses it."""
+    targets: tuple[Assignment, ...]  # what is quantized, in the order the model uses it
     one_width: bool
-    cost: float
-    """Sum of the chosen costs, nats per token: the second-order estimate of the KL of all together."""
-    bytes: int
-    """Of the file, at most."""
-    mean_bits: float
-    """Of a weight among those that could be quantized, scales not counted."""
+    cost: float  # sum of the chosen costs, nats per token: the second-order estimate of the KL of all together
+    bytes: int  # of the file, at most
+    mean_bits: float  # of a weight among those that could be quantized, scales not counted
     costs: Costs
 
     def to_dict(self) -> dict[str, Any]:
-        """What quantize.json records of the choice."""
         costs = {
             name: [
                 {"bits": bits, "group_size": group, "zero_points": zeros, "kl": kl}
@@ -85,8 +77,7 @@ class Mixture:
 class _Storable:
     """A weight that can be stored in several ways."""
 
-    targets: tuple[Assignment, ...]
-    """Its module; of tied embeddings and head both."""
+    targets: tuple[Assignment, ...]  # its module; of tied embeddings and head both
     shape: tuple[int, int]
 
     def stored(self, way: Assignment | None, dtype: torch.dtype) -> int:
@@ -207,7 +198,6 @@ def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int
 
 
 def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
-    """What each weight costs in each way to store it that the config allows."""
     choice = _Choice(model, config)
     widths = {
         part.name: sorted({way.width for ways, _ in choice.formats for way in ways[i] if way})

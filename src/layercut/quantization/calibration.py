@@ -35,10 +35,8 @@ from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import Width
 from layercut.quantization.quantizers import gram
 
-TOKENS = 2048
-"""Calibration tokens that are enough for costs: those of weights differ by orders of magnitude."""
-ROWS = 128
-"""Rows of a matrix that are rounded to tell what all would cost."""
+TOKENS = 2048  # calibration tokens that are enough for costs: those of weights differ by orders of magnitude
+ROWS = 128  # rows of a matrix that are rounded to tell what all would cost
 Result = TypeVar("Result")
 Weights = Mapping[str, torch.Tensor]
 """How much each calibration token counts [N, T], by the module that reads it; of others each counts 1."""
@@ -111,14 +109,11 @@ class _Stream:
         self.parts = done
 
     def layer(self, i: int, part: slice) -> torch.Tensor:
-        """What layer i makes of some rows."""
         if (key := (part.start, part.stop)) not in self.calls:  # a half of a part that ran out of memory
             self.calls[key] = self.stack.arguments(self.tokens[part])
         return self.stack.plain_layer(i, self.hidden[part], self.calls[key])
 
     def pass_(self, i: int) -> None:
-        """Through layer i."""
-
         def work(part: slice) -> None:
             self.hidden[part] = self.layer(i, part)
 
@@ -172,7 +167,6 @@ def _weighted(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 def measure(
     model: Any, tokens: torch.Tensor, widths: Mapping[str, Sequence[Width]], *, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, dict[Width, float]]:
-    """The rise of KL when one weight alone is rounded to nearest, for each weight and width."""
     draw = torch.Generator().manual_seed(seed)
     tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
     sums = {name: dict.fromkeys(each, 0.0) for name, each in widths.items()}
@@ -259,7 +253,6 @@ def rise(
     module: Any, x: torch.Tensor, slope: torch.Tensor, widths: Sequence[Width], *, dtype: torch.dtype,
     draw: torch.Generator,
 ) -> list[float]:  # fmt: skip
-    """1/2 <dW, F dW> of one module, summed over tokens."""
     d: torch.Tensor = slope.flatten(0, -2).float()  # [N, O]
     if isinstance(module, nn.Embedding):
         ids, place = x.flatten().unique(return_inverse=True)
@@ -277,7 +270,6 @@ def rise(
 
 
 def _error(weight: torch.Tensor, width: Width, dtype: torch.dtype) -> torch.Tensor:
-    """W - round(W) of some rows [R, I], float32."""
     bits, group_size, zero_points = width
     grid = fit_grid(weight, bits, group_size, asymmetric=zero_points, dtype=dtype)
     return weight.float() - decode(encode(weight, grid), grid).float()

@@ -12,8 +12,7 @@ import torch
 
 from layercut.models.memory import slices
 
-ROWS = 2**14
-"""Rows that are worked on at once, of which none needs another: a head has as many as there are tokens."""
+ROWS = 2**14  # rows that are worked on at once, of which none needs another: a head has as many as there are tokens
 SEARCHED_BITS = 3
 """At so few bits and fewer, a grid that leaves a group's largest weights out is often nearer to all the others."""
 SHARES = torch.linspace(1.0, 0.4, 13).tolist()
@@ -26,20 +25,15 @@ class Grid:
 
     scale: torch.Tensor
     """[O, G], in the dtype that the model is saved in: rounded before any weight is, as it will be stored."""
-    zero: torch.Tensor | None
-    """[O, G], int8; None: symmetric, every zero point is 0."""
-    bits: int
-    """Of a code."""
-    group_size: int
-    """Columns that share a scale."""
+    zero: torch.Tensor | None  # [O, G], int8; None: symmetric, every zero point is 0
+    bits: int  # of a code
+    group_size: int  # columns that share a scale
 
     def rows(self, chosen: slice | torch.Tensor) -> Grid:
-        """The grid of some of the weight's outputs."""
         zero = None if self.zero is None else self.zero[chosen]
         return Grid(self.scale[chosen], zero, self.bits, self.group_size)
 
     def to(self, device: torch.device) -> Grid:
-        """The same on a device."""
         zero = None if self.zero is None else self.zero.to(device)
         return Grid(self.scale.to(device), zero, self.bits, self.group_size)
 
@@ -50,12 +44,10 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        """The smallest code."""
         return -(2 ** (self.bits - 1))
 
     @property
     def highest(self) -> int:
-        """The largest code."""
         return 2 ** (self.bits - 1) - 1
 
 

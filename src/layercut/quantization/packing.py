@@ -26,8 +26,7 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""
 PACKED, WHOLE_BYTES = "pack-quantized", "naive-quantized"
 """compressed-tensors' names: codes in words of 32 bits, or each in a byte of its own."""
-Width = tuple[int, int, bool]
-"""Bits, columns that share a scale, and whether they share a zero point."""
+Width = tuple[int, int, bool]  # bits, columns that share a scale, and whether they share a zero point
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,14 @@ class Assignment:
     """One weight to quantize."""
 
     name: str  # of its module
-    layer: int | None
-    """Decoder layer it is in; None: embeddings or head."""
+    layer: int | None  # decoder layer it is in; None: embeddings or head
     bits: int
     group_size: int
     form: str = PACKED
-    zero_points: bool = False
-    """Whether each group has one."""
+    zero_points: bool = False  # whether each group has one
 
     @property
     def width(self) -> Width:
-        """On which grids it may be."""
         return self.bits, self.group_size, self.zero_points
 
 
@@ -108,12 +104,10 @@ def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
 
 
 def _dividing(columns: int) -> list[int]:
-    """Group sizes that divide so many columns."""
     return [size for size in range(8, min(columns, 256) + 1, 8) if columns % size == 0]
 
 
 def _ends(model: Any) -> list[tuple[str, int]]:
-    """Names and columns of the embeddings and the head."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     ends = []
     for module, kind in ((first, nn.Embedding), (last, nn.Linear)):
@@ -154,7 +148,6 @@ def unpacks_while_loading() -> bool:
 
 
 def pack(name: str, codes: torch.Tensor, grid: Grid, form: str = PACKED) -> dict[str, torch.Tensor]:
-    """A module's tensors as they go into the checkpoint."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes, zero = codes.cpu(), None if grid.zero is None else grid.zero.cpu()
@@ -225,7 +218,6 @@ def quantization_config(
         quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left),
     ).model_dump(mode="json")  # fmt: skip
     return described | {"dequantize": True} if one_width else described
-
 
 
 def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:

@@ -65,7 +65,6 @@ class RoundToNearest:
 
 
 def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quantizer]:
-    """A quantizer and what reports call it, from a registered name, a class or a function."""
     name = quantizer if isinstance(quantizer, str) else ""
     found: Any = quantizers.get(name) if name else quantizer
     if isinstance(found, type):
@@ -118,14 +117,11 @@ RIDGE = 0.2
 to the end is worse there."""
 TURNS, PASSES = 4, 2
 """Times that scales are fitted and codes exchanged, and passes of exchanges over all columns in each."""
-SCALE_DAMPING = 1e-3
-"""Share of the mean diagonal of the normal equations that holds scales at what they were."""
-WITHIN = 3.0
-"""A scale that would grow or shrink by more stays: so do all of a group whose codes are zero."""
+SCALE_DAMPING = 1e-3  # share of the mean diagonal of the normal equations that holds scales at what they were
+WITHIN = 3.0  # a scale that would grow or shrink by more stays: so do all of a group whose codes are zero
 EQUATIONS_BYTES = 2**28
 """Of the normal equations that are in memory at once, in float32; solving them takes as much again."""
-TINY = 1e-6
-"""Where a row's codes are all zero there is nothing else to solve."""
+TINY = 1e-6  # where a row's codes are all zero there is nothing else to solve
 RECIPE = ["weighted tokens", "two ranges, coordinate descent", RIDGE, TURNS, SCALE_DAMPING, WITHIN]
 """What decides beside the options which codes and scales are found."""
 
@@ -158,7 +154,6 @@ class _Kept:
         self.error = self.hessian.new_full((len(weight),), torch.inf)
 
     def or_(self, grid: Grid, codes: torch.Tensor) -> None:
-        """Other codes on another grid, or on the same one."""
         error = output_errors(self.weight, decode(codes, grid), self.hessian)
         if not hasattr(self, "grid"):
             self.grid, self.codes = grid, codes
@@ -213,7 +208,6 @@ def factored(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compensated(weight: torch.Tensor, grid: Grid, order: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Codes [O, I] by GPTQ."""
     found = (_compensated(weight[part], grid.rows(part), order, factor) for part in slices(len(weight), ROWS))
     return torch.cat(list(found))
 

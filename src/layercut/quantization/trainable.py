@@ -41,8 +41,7 @@ tenth does not pass by itself, and where the rounding is trained too. There the 
 it in the first steps, at any rate, and what that costs is won back."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
-BLOCK = 2**16
-"""Weights that are rounded at once on a CPU."""
+BLOCK = 2**16  # weights that are rounded at once on a CPU
 Shares = list[tuple[nn.Parameter, float]]
 """Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
 ALL = slice(None)
@@ -57,15 +56,12 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
 
     def forward(self, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
-        """W [O, I] as a loader will compute it, or some rows of it."""
         return _Decoded.apply(self.scale[rows], self.codes[rows], self.grid.rows(rows), self.stored)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
-        """Codes and grid as they are now."""
         return self.codes, _with_scale(self.grid, self.scale, self.stored)
 
     def units(self) -> Shares:
-        """What is trained, and its mean size."""
         return [(self.scale, self.scale.detach().abs().mean().item())]
 
 
@@ -85,16 +81,13 @@ class Rounded(Scaled):
         self.latent = nn.Parameter(torch.where(moved, decode(codes, grid), start).to(plain.weight.dtype))
 
     def forward(self, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
-        """W [O, I] as a loader will compute it, or some rows of it."""
         return _Rounded.apply(self.latent[rows], self.scale[rows], self.grid.rows(rows), self.stored)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
-        """Codes and grid as they are now."""
         grid = _with_scale(self.grid, self.scale, self.stored)
         return encode(self.latent.detach(), grid), grid
 
     def units(self) -> Shares:
-        """What is trained: scales by their mean size, weights by that of a step of the grid."""
         (scale, size), *_ = super().units()
         return [(scale, size), (self.latent, size)]
 
@@ -110,7 +103,6 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [O, I]."""
         if self._once is None:
             return self.source()
         if not self._once:
@@ -130,7 +122,6 @@ class QuantizedModule(nn.Module):
             self._once = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y = W x + b, or the rows of W that token ids name, as the module in whose place it is computes them."""
         (plain,) = self.plain
         if isinstance(plain, nn.Linear):
             return F.linear(x, self.weight, self.bias)
@@ -207,8 +198,7 @@ class Trainable:
     """A quantized model taken apart: what can be trained, and how it is put together again."""
 
     found: Quantized
-    modules: dict[str, Scaled]
-    """By dotted name of the module that they are the weight of."""
+    modules: dict[str, Scaled]  # by dotted name of the module that they are the weight of
     places: dict[str, nn.Module]
     """The plain modules, without a weight, in whose places the model has others now, by dotted name; a tied head's
     too."""
@@ -248,7 +238,6 @@ class Trainable:
 
     @property
     def model(self) -> Any:
-        """The model, which computes from codes and scales."""
         return self.found.model
 
     @property
@@ -278,7 +267,6 @@ class Trainable:
 
     @torch.no_grad()
     def finished_(self) -> Quantized:
-        """The model with plain weights again, and the tensors of the checkpoint as they are now."""
         model, stored = self.model, stored_dtype(self.model)
         packed, weights = dict(self.found.packed), dict[str, torch.Tensor]()
         for name, plain in self.places.items():

@@ -151,7 +151,6 @@ Jobs = list[tuple[dict[str, str], list[Output]]]
 def _planned(
     folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> tuple[Jobs, dict[str, Any]]:
-    """What to write in place of each shard, and config.json."""
     check_folder(folder)
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
@@ -220,7 +219,6 @@ def _planned(
 def _made(
     name: str, entry: Stored, shape: tuple[int, ...], dtype: torch.dtype | None, make: Callable[[], torch.Tensor]
 ) -> Output:
-    """A tensor in the dtype of the entry whose place it takes, or in the one wanted."""
     found = FLOATS.get(entry.dtype)
     if found is not None and dtype is not None:
         found = dtype

@@ -40,19 +40,16 @@ BY_LAYER = (
     "moe_layer_freq", "layers_num_experts",
 )  # fmt: skip
 """One value per layer: sliced. Some classes derive a few of them from rules; then they serve as a check."""
-LETTERS = "hybrid_override_pattern"
-"""A letter per layer, in one word: Nemotron-H's name of its `layers_block_type`."""
+LETTERS = "hybrid_override_pattern"  # a letter per layer, in one word: Nemotron-H's name of its `layers_block_type`
 INDICES = (
     "mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs",
     "hybrid_layer_ids", "local_layer_ids", "rope_scaling_layers", "no_rope_layer_indices",
 )  # fmt: skip
 """Lists of 0-based layer indices: re-mapped."""
-INDICES_FROM_ONE = ("ple_layer_ids",)
-"""Lists of 1-based layer indices."""
+INDICES_FROM_ONE = ("ple_layer_ids",)  # lists of 1-based layer indices
 COUNTED_FROM_FRONT = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers")
 """Rules of the form "the first k layers are ..."."""
-COUNTED_FROM_BACK = ("num_kv_shared_layers",)
-"""Rules of the form "the last k layers are ..."."""
+COUNTED_FROM_BACK = ("num_kv_shared_layers",)  # rules of the form "the last k layers are ..."
 NOT_BY_LAYER = (
     "architectures", "original_layer_index", "block_types", "attention_types", "mtp_layer_types",
     "mtp_mlp_layer_types", "mtp_layers_block_type", "mtp_local_layer_ids", "ssm_multipliers",
@@ -215,7 +212,6 @@ def reread(config: Any) -> Any:
 
 
 def read_as(cls: type, text: str) -> Any:
-    """A config class's reading of a config.json."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(text, encoding="utf-8")

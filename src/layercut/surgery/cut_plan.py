@@ -32,12 +32,10 @@ from layercut.models.runner import model_of
 from layercut.segments import Segment, as_segments, checked_segments, kept_layers
 from layercut.surgery import config_cut
 
-Read = Callable[[str], torch.Tensor]
-"""A weight by its name in memory before the cut."""
+Read = Callable[[str], torch.Tensor]  # a weight by its name in memory before the cut
 Edit = Callable[[Read], torch.Tensor]
 """A weight as it must be after the cut, made from weights as they were; never in place."""
-PATIENCE = 15.0
-"""Seconds after which the search for segments that work instead of a refused one ends."""
+PATIENCE = 15.0  # seconds after which the search for segments that work instead of a refused one ends
 
 
 @dataclass(kw_only=True)

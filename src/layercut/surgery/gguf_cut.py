@@ -33,8 +33,7 @@ TAGS = ("layercut", "layer-pruning")
 _LAYERS = re.compile(r" \((\d+) of (\d+) layers\)$")
 _CUT_FOLDER = "cut the original checkpoint folder instead, then convert it"
 
-Entry = tuple[Any, Any, Any]
-"""Of metadata: value, GGUF type, type of the items of an array."""
+Entry = tuple[Any, Any, Any]  # of metadata: value, GGUF type, type of the items of an array
 
 
 def cut_gguf(
@@ -140,7 +139,6 @@ def _write(
     changes: Mapping[str, Any],
     replaced: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Write the source's metadata, cut where it counts or lists layers, and the tensors of the layers that stay."""
     from gguf import GGUFValueType, GGUFWriter
     from gguf.utility import size_label
 
@@ -212,7 +210,6 @@ def _write(
 
 
 def _another_model(fields: Mapping[str, Any], index: Any, layers: int, left: int) -> dict[str, Entry | None]:
-    """Name, tags and the model that this one was made from."""
     from gguf import GGUFValueType
 
     text = GGUFValueType.STRING
