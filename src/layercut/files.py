@@ -256,10 +256,8 @@ def check_replaceable(target: Path, source: Path | None = None) -> None:
         raise RunError(f"--out {target} is or holds what is read, {source}, and would replace it", "name another --out")
     runs = [file for pattern in ("env.json", "*/env.json") for file in target.glob(pattern)] if target.is_dir() else []
     if runs:
-        raise RunError(
-            f"--out {target} is or holds a run folder, {runs[0].parent}, all of which would be replaced",
-            "name another --out, or remove it yourself",
-        )
+        words = f"--out {target} is or holds a run folder, {runs[0].parent}, all of which would be replaced"
+        raise RunError(words, "name another --out, or remove it yourself")
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -191,9 +191,8 @@ class Reader:
         of a mix come from its parts in turn. `skip` blocks are passed over first.
         """
         if tokens < 1 or window < 1 or skip < 0:
-            raise DataError(
-                f"{tokens} tokens in windows of {window} after {skip} blocks make no block", "give at least 1"
-            )
+            words = f"{tokens} tokens in windows of {window} after {skip} blocks make no block"
+            raise DataError(words, "give at least 1")
         if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise DataError("the tokenizer has no chat template", "leave out chat_template=True, or use a chat model")
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]

@@ -69,10 +69,8 @@ def as_document(record: Any, column: str | None, where: str) -> Document:
                 text = "".join(text for text in texts if text is not None)
             messages.append({"role": _utf8(role, where), "content": _utf8(text, where)})
     except (TypeError, KeyError, AttributeError):
-        raise DataError(
-            f"{where}: field {field!r} holds neither a text nor chat messages, but a {type(value).__name__}",
-            "a chat is a list of messages with a role and a content",
-        ) from None
+        words = f"{where}: field {field!r} holds neither a text nor chat messages, but a {type(value).__name__}"
+        raise DataError(words, "a chat is a list of messages with a role and a content") from None
     return messages
 
 
@@ -81,10 +79,8 @@ def _utf8(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character",
-            "write the text as UTF-8, or leave the record out",
-        ) from None
+        words = f"{where} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character"
+        raise DataError(words, "write the text as UTF-8, or leave the record out") from None
     return text
 
 
@@ -189,9 +185,8 @@ def _read(file: Path, start: int, stop: int, line: int) -> tuple[Any, str]:
     except OSError as error:
         raise DataError(f"{str(file)!r} cannot be read: {error.strerror}", "check the file") from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(file)!r} is not UTF-8 text (byte {start + error.start})", "convert it: iconv -t utf-8"
-        ) from None
+        words = f"{str(file)!r} is not UTF-8 text (byte {start + error.start})"
+        raise DataError(words, "convert it: iconv -t utf-8") from None
     if not line:
         return text, str(file)
     where = f"{file}, line {line}"
@@ -260,10 +255,8 @@ def _hub_rows(dataset: HubSet, seed: int | None) -> Iterator[dict[str, Any]]:
             f"accept the terms at https://huggingface.co/datasets/{dataset.path}, then run `hf auth login`",
         ) from None
     except RepositoryNotFoundError:
-        raise DataError(
-            f"no data set {dataset.path!r} on the Hub, and no such file here",
-            "check the spelling; for a private set run `hf auth login` first",
-        ) from None
+        words = f"no data set {dataset.path!r} on the Hub, and no such file here"
+        raise DataError(words, "check the spelling; for a private set run `hf auth login` first") from None
     except Exception as error:  # no network, offline mode, a proxy's refusal: an earlier run's copy will do
         if dataset.streamed or not (Path(config.HF_DATASETS_CACHE) / dataset.path.replace("/", "___")).exists():
             raise unreachable from error
@@ -275,10 +268,8 @@ def _hub_rows(dataset: HubSet, seed: int | None) -> Iterator[dict[str, Any]]:
     except ConnectionError as error:
         raise unreachable from error
     except Exception as error:  # an unknown split or config, a set of scripts, a broken shard
-        raise DataError(
-            f"Hub set {dataset.path!r} (split {dataset.split}) cannot be read: {first_line(error)}",
-            "check configuration and split: owner/name@config:split:column",
-        ) from error
+        words = f"Hub set {dataset.path!r} (split {dataset.split}) cannot be read: {first_line(error)}"
+        raise DataError(words, "check configuration and split: owner/name@config:split:column") from error
 
 
 # --- Python's documentation, for machines without a network -------------------------------------------------

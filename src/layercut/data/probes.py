@@ -114,10 +114,8 @@ def capability_names(asked: str) -> tuple[str, ...]:
         return tuple(CAPABILITIES) if asked == "all" else ()
     names = [name.strip() for name in asked.split(",")]
     if unknown := [name for name in names if name not in CAPABILITIES]:
-        raise ConfigError(
-            f"no capability is called {', '.join(map(repr, unknown))}",
-            f"allowed are all, none, or some of {','.join(CAPABILITIES)}",
-        )
+        words = f"no capability is called {', '.join(map(repr, unknown))}"
+        raise ConfigError(words, f"allowed are all, none, or some of {','.join(CAPABILITIES)}")
     return tuple(name for name in CAPABILITIES if name in names)
 
 

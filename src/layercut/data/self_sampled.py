@@ -29,9 +29,8 @@ def sample(
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
     """
     if model is None:
-        raise DataError(
-            "self and chats are sampled from the model, and none is loaded", "give model=, or a file or a named set"
-        )
+        words = "self and chats are sampled from the model, and none is loaded"
+        raise DataError(words, "give model=, or a file or a named set")
     prefix = chat_prefix(tokenizer, window) if chat_template else None
     plain, rows = plain_distribution(window, tokenizer.pad_token_id or 0, heat), list[torch.Tensor]()
     total = len(span) * (window - len(prefix or [0]))
@@ -123,15 +122,11 @@ def chat_prefix(tokenizer: Any, window: int) -> list[int]:
     mark = "USERS-WORDS"
     text = render_chat(tokenizer, [{"role": "user", "content": mark}])
     if mark not in text:
-        raise DataError(
-            "the chat template leaves out the user's message",
-            "give another source of text, or leave out chat_template=True",
-        )
+        words = "the chat template leaves out the user's message"
+        raise DataError(words, "give another source of text, or leave out chat_template=True")
     opening = text[: text.index(mark)].rstrip(" ")  # a blank there is part of the first word's token
     ids = list(tokenizer(opening, add_special_tokens=False).input_ids)
     if len(ids) >= window:
-        raise DataError(
-            f"the chat template opens with {len(ids)} tokens; the window has {window}",
-            f"use a longer one: --window {4 * len(ids)}",
-        )
+        words = f"the chat template opens with {len(ids)} tokens; the window has {window}"
+        raise DataError(words, f"use a longer one: --window {4 * len(ids)}")
     return ids

@@ -82,10 +82,8 @@ def find(name: str, *, reported: bool = False) -> Source:
     if match := HUB_NAME.fullmatch(name):
         path, config, split, column = match.groups()
         return Source(name, hub=HubSet(path, config, split or "train", column or "text"), column=column or "text")
-    raise DataError(
-        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF, *SHARED])}",
-        "a file is given by its path (.txt, .jsonl, .parquet), a Hub set as owner/name:split:column",
-    )
+    words = f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF, *SHARED])}"
+    raise DataError(words, "a file is given by its path (.txt, .jsonl, .parquet), a Hub set as owner/name:split:column")
 
 
 def looks_local(name: str) -> bool:

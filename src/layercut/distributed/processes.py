@@ -57,10 +57,8 @@ def start() -> None:
     if _started or not launched():
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but {', '.join(missing)} not there",
-            "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE",
-        )
+        words = f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but {', '.join(missing)} not there"
+        raise ConfigError(words, "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())

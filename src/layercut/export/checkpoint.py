@@ -101,10 +101,8 @@ def save(
         packing = {"packed": dict(model.packed), "quantization_config": dict(model.config)}
     given = model.at_rest if isinstance(model, DecoderRunner) else model.model if packing else model
     if not isinstance(given, PreTrainedModel):  # which `save_pretrained` would not write as a checkpoint of its own
-        raise ModelError(
-            f"a {type(given).__name__} is no model of transformers that could be saved as a stock checkpoint",
-            "take adapters and wrappers off first; of peft: model = model.merge_and_unload()",
-        )
+        words = f"a {type(given).__name__} is no model of transformers that could be saved as a stock checkpoint"
+        raise ModelError(words, "take adapters and wrappers off first; of peft: model = model.merge_and_unload()")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     clone = share(given).eval()

@@ -298,10 +298,8 @@ def restriction(config: Any, names: Sequence[str], length: int) -> Restriction:
         fitting = (n for n in near if _restriction(text, layers, names, n).segments())
         hint = next((f"{n} layers can go: --ratio {n / layers:.3f}" for n in fitting), "")
         titles = " and ".join(ENGINES[name].title for name in names)
-        raise ConfigError(
-            f"no cut of {length} layers stays right in {titles}: {found.why}",
-            hint or "leave out --for, and see what the report says",
-        )
+        words = f"no cut of {length} layers stays right in {titles}: {found.why}"
+        raise ConfigError(words, hint or "leave out --for, and see what the report says")
     return found
 
 

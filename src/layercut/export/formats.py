@@ -186,10 +186,8 @@ class CutGguf:
 def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
     """What a finished run removed from a .gguf file, and what it healed; not its bits, a GGUF file has its own."""
     if came.changed_since(run / checkpoints.DIGESTS):
-        raise RunError(
-            f"{came.file} is another file than the one that {run} was made from",
-            "put that one back, or compress this one",
-        )
+        words = f"{came.file} is another file than the one that {run} was made from"
+        raise RunError(words, "put that one back, or compress this one")
     heal, fold = read_json(run / "heal.json"), read_json(run / "fold.json")
     changed = "tuned" if heal["tuning"] else "folded" if fold["changed"] else None
     return CutGguf(
@@ -269,9 +267,8 @@ def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]
 def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str) -> dict[str, Any]:
     """A .gguf file with its matrices in another number format."""
     if kind in AS_THEY_CAME:
-        raise ModelError(
-            f"{checkpoint.name} was not healed: its tensors stay in their number formats", "give another --gguf-type"
-        )
+        words = f"{checkpoint.name} was not healed: its tensors stay in their number formats"
+        raise ModelError(words, "give another --gguf-type")
     loaded = loading.load(checkpoint, dtype="float32", device="cpu")
     text = _some_text(loaded)
     came = checkpoint.file
@@ -316,10 +313,8 @@ def write_converted(
             note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
             say("note", f"{note} from {rules.NEEDS_BUILD} on")
     if not rules.known(architecture := architecture_of(plain)) and not llama_cpp_installed():
-        raise ModelError(
-            f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
-            'pip install "layercut[gguf]"',
-        )
+        words = f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}"
+        raise ModelError(words, 'pip install "layercut[gguf]"')
     how: dict[str, Any] = {"importance": 0}
     if plain != file:
         if llama_cpp_installed():  # what rounding costs would hide a small difference

@@ -69,10 +69,8 @@ def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
                 _TAKE_FOLDER,
             )
     if name == "command-r" and bool(getattr(config, "use_qk_norm", False)) != (layers >= 64):
-        raise ModelError(
-            f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}",
-            _TAKE_FOLDER,
-        )
+        words = f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}"
+        raise ModelError(words, _TAKE_FOLDER)
     # which layers attend to everything, or have no rotary positions where that is what distinguishes them
     full: list[bool] | None = None
     types, rope = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
@@ -97,10 +95,8 @@ def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
     why = f"every {rules.ordinal(rule.every)} layer of {name}" if rule else f"no layer of {name}"
     if rules.COUNTED.get(name) and theirs is None:
         why = f"no layer of {name} with {layers} layers"
-    raise ModelError(
-        f"llama.cpp treats {why} differently, the model does not (layer {odd} first), and no key says so",
-        "cut so that the kept layers stay in step with that, or take another engine",
-    )
+    words = f"llama.cpp treats {why} differently, the model does not (layer {odd} first), and no key says so"
+    raise ModelError(words, "cut so that the kept layers stay in step with that, or take another engine")
 
 
 def read_by_transformers(file: Path, config: Any = None) -> Any:
@@ -200,9 +196,8 @@ def by_llama_cpp(
     }
     kinds = [kind.lower() for kind in tensor_types(file)]
     if judge and not error <= max(LARGEST_LOGIT_ERROR.get(kind, ROUNDED_PRODUCTS) for kind in kinds):
-        raise ModelError(
-            f"llama.cpp computes something else from {file.name}: its logits are off by {error:.3g}", _TAKE_FOLDER
-        )
+        words = f"llama.cpp computes something else from {file.name}: its logits are off by {error:.3g}"
+        raise ModelError(words, _TAKE_FOLDER)
     return found
 
 

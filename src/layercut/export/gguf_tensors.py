@@ -161,10 +161,8 @@ def convert(folder: Path, out: Path, kind: str | None, converter: Path | None, n
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise ModelError(
-            f"llama.cpp's converter refused {folder}: {lines[-1]}",
-            "update the converter; it has to know the architecture and the tokenizer",
-        )
+        words = f"llama.cpp's converter refused {folder}: {lines[-1]}"
+        raise ModelError(words, "update the converter; it has to know the architecture and the tokenizer")
 
 
 def check_converts(folder: Path) -> None:
@@ -298,10 +296,8 @@ def require_llama_cpp() -> tuple[Any, Any]:
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError:
-        raise ConfigError(
-            "this number format needs a package that is missing: llama-cpp-py-sync",
-            f'pip install "layercut[gguf]", or a --gguf-type of {", ".join(PLAIN)}',
-        ) from None
+        words = "this number format needs a package that is missing: llama-cpp-py-sync"
+        raise ConfigError(words, f'pip install "layercut[gguf]", or a --gguf-type of {", ".join(PLAIN)}') from None
     return get_lib(), get_ffi()
 
 

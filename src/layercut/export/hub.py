@@ -54,9 +54,8 @@ def check_destination(name: str, *, private: bool = False) -> str:
     except Exception as error:
         raise _refused(error, f"the Hub cannot be asked about {found}") from None
     if public:
-        raise ConfigError(
-            f"{found} is there and public, and --private is given", "name another, or leave out --private"
-        )
+        words = f"{found} is there and public, and --private is given"
+        raise ConfigError(words, "name another, or leave out --private")
     return found
 
 

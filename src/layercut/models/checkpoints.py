@@ -242,10 +242,8 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     if not pickled:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
     if not allow_pickle:
-        raise ModelError(
-            f"{folder} holds pickled weights (*.bin); reading them can run code inside the file",
-            "convert them to safetensors, or pass --allow-pickle if you trust their source",
-        )
+        words = f"{folder} holds pickled weights (*.bin); reading them can run code inside the file"
+        raise ModelError(words, "convert them to safetensors, or pass --allow-pickle if you trust their source")
     if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
         _check_index(folder / PICKLE_INDEX)
 

@@ -146,10 +146,8 @@ def shards_of(content: Any, name: str) -> list[str]:
         raise ModelError(f"the metadata of {name} are no object", "fetch the checkpoint's index again")
     for shard in (shards := sorted(set(weight_map.values()))):
         if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
-            raise ModelError(
-                f"{name} names the shard {shard!r}, which lies outside the model folder",
-                "do not use this checkpoint, or correct the index by hand if you made it",
-            )
+            words = f"{name} names the shard {shard!r}, which lies outside the model folder"
+            raise ModelError(words, "do not use this checkpoint, or correct the index by hand if you made it")
     return shards
 
 

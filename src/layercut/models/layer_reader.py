@@ -107,10 +107,8 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
             raise ModelError(f"{checkpoint.name} cannot be opened: {first_line(error)}", IN_MEMORY) from error
     loading.check_loading(info, checkpoint.name)
     if info.get("conversion_errors"):
-        raise ModelError(
-            f"{checkpoint.name} holds weights that cannot be converted (first: {min(info['conversion_errors'])})",
-            "check that the checkpoint is complete and that this version of transformers knows it",
-        )
+        words = f"{checkpoint.name} holds weights that cannot be converted (first: {min(info['conversion_errors'])})"
+        raise ModelError(words, "check that the checkpoint is complete and that this version of transformers knows it")
     return model
 
 

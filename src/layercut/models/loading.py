@@ -312,19 +312,15 @@ def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
     tensors = model.parameters() if checkpoint.gguf else (*model.parameters(), *model.buffers())
     wanted = sum(tensor.numel() for tensor in tensors)
     if wanted > 2 * stored + slack:
-        raise ModelError(
-            f"the config of {checkpoint.name} calls for {wanted:,} weights, and its files hold {stored:,}",
-            "give the config.json that belongs to these weights, or fetch the file again",
-        )
+        words = f"the config of {checkpoint.name} calls for {wanted:,} weights, and its files hold {stored:,}"
+        raise ModelError(words, "give the config.json that belongs to these weights, or fetch the file again")
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:
     """Refuse missing or mismatched weights, which transformers fills with random numbers and only warns of."""
     if missing := sorted(info.get("missing_keys") or []):
-        raise ModelError(
-            f"{name} lacks {len(missing)} weights that its config calls for (first: {missing[0]})",
-            "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it",
-        )
+        words = f"{name} lacks {len(missing)} weights that its config calls for (first: {missing[0]})"
+        raise ModelError(words, "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it")
     if mismatched := sorted(info.get("mismatched_keys") or []):
         weight, stored, wanted = mismatched[0]
         raise ModelError(

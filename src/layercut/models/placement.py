@@ -103,10 +103,8 @@ def spread(
     """Whether `load` would shard the weights over the processes, all of which must call this. Reads headers only."""
     count = processes.world()
     if shard == "on" and not processes.launched():
-        raise ConfigError(
-            "--shard on shards the weights over several processes, and there is one",
-            "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …",
-        )
+        words = "--shard on shards the weights over several processes, and there is one"
+        raise ConfigError(words, "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …")
     if count == 1 or shard != "auto" or stream == "on":
         return count > 1 and shard == "on"
     share = _share_of_memory(checkpoint, **how)
@@ -160,10 +158,8 @@ def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
     places = place_layers(sizes, _bytes(model) - sum(sizes), list(room.values()))
     if places is None:
         needed, there = size(_bytes(model)), size(sum(room.values()))
-        raise ModelError(
-            f"the weights, {needed}, do not fit layer by layer into {len(devices)} devices with {there} for them",
-            "leave the layers on disk: --stream on",
-        )
+        words = f"the weights, {needed}, do not fit layer by layer into {len(devices)} devices with {there} for them"
+        raise ModelError(words, "leave the layers on disk: --stream on")
     found = dict.fromkeys(_outside(model, decoder.path), devices[0])
     found |= {name: devices[place] for name, place in zip(names, places, strict=True)}
     dispatch_model(model, found, main_device=devices[0], force_hooks=True)

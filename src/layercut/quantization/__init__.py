@@ -87,9 +87,8 @@ def quantize(
             (calibrated) a model that cannot be run layer by layer.
     """
     if bits not in (allowed := (*(each for each in get_args(Bits) if each < 16), "auto")):
-        raise ConfigError(
-            f"bits={bits!r} is not among what weights can be stored in", f"allowed are {', '.join(map(str, allowed))}"
-        )
+        words = f"bits={bits!r} is not among what weights can be stored in"
+        raise ConfigError(words, f"allowed are {', '.join(map(str, allowed))}")
     if (target_size is None) == (bits == "auto"):
         given = "is given with bits that are fixed" if target_size else "is missing, and bits='auto' chooses for a size"
         raise ConfigError(f"target_size {given}", "give both, or neither: bits='auto', target_size='60MB'")

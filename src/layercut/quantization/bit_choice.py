@@ -226,15 +226,11 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
     least, has = _Choice(model, config).sizes(without / len(decoder_stack.find_decoder(model)))
     if least > target:
         more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
-        raise ConfigError(
-            f"no choice of bits meets the target size of {size(target)}: the least possible is {size(least)}",
-            f"{more}remove more layers, or allow --target-size {size_flag(least)}",
-        )
+        words = f"no choice of bits meets the target size of {size(target)}: the least possible is {size(least)}"
+        raise ConfigError(words, f"{more}remove more layers, or allow --target-size {size_flag(least)}")
     if target >= has:
-        raise ConfigError(
-            f"the target size of {size(target)} needs no quantization: the model's weights are {size(has)}",
-            f"give a --target-size below {size(has)}",
-        )
+        words = f"the target size of {size(target)} needs no quantization: the model's weights are {size(has)}"
+        raise ConfigError(words, f"give a --target-size below {size(has)}")
 
 
 def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:

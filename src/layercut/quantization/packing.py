@@ -130,14 +130,11 @@ def require_library(*, one_width: bool = False) -> None:
     try:
         import compressed_tensors  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            "quantizing needs a package that is missing: compressed-tensors", 'pip install "layercut[quantize]"'
-        ) from None
+        words = "quantizing needs a package that is missing: compressed-tensors"
+        raise ConfigError(words, 'pip install "layercut[quantize]"') from None
     if one_width and not unpacks_while_loading():
-        raise ConfigError(
-            f"transformers {transformers.__version__} cannot load zero points or packed embeddings",
-            "pip install -U transformers, or give 4 bits or more without --embedding-bits",
-        )
+        words = f"transformers {transformers.__version__} cannot load zero points or packed embeddings"
+        raise ConfigError(words, "pip install -U transformers, or give 4 bits or more without --embedding-bits")
 
 
 def unpacks_while_loading() -> bool:

@@ -71,10 +71,8 @@ def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quant
         found = found()
     name = name or getattr(found, "__name__", type(found).__name__)
     if not callable(found) or not isinstance(getattr(found, "needs_calibration", None), bool):
-        raise ConfigError(
-            f"the quantizer {name} is no quantizer: it has to be callable, with needs_calibration = True or False",
-            "the protocol is in layercut/quantization/quantizers.py",
-        )
+        words = f"the quantizer {name} is no quantizer: it has to be callable, with needs_calibration = True or False"
+        raise ConfigError(words, "the protocol is in layercut/quantization/quantizers.py")
     return name, found
 
 

@@ -121,10 +121,8 @@ def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list
         except OSError:
             belongs = False
         if not belongs:
-            raise ModelError(
-                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
-                "put the file itself in the place of the link, or take it out of the folder",
-            )
+            words = f"{path} is not a file of this checkpoint: a link out of it, or no regular file"
+            raise ModelError(words, "put the file itself in the place of the link, or take it out of the folder")
     weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
     top = {path.relative_to(folder).parts[0] for path in wanted}
     left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
@@ -266,9 +264,8 @@ def model_class(config: Any) -> type:
             cls = cls[0] if isinstance(cls, tuple) else cls
             if text_part is type(config) or cls.config_class is not text_part:
                 return cls  # a class for the text part alone would not take this config
-    raise ModelError(
-        f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers"
-    )
+    words = f"{config.model_type!r} is not a language model of this transformers"
+    raise ModelError(words, "pip install -U transformers")
 
 
 # --- names on disk and in memory ---
@@ -312,20 +309,15 @@ def new_names(keys: Sequence[str], plan: CutPlan) -> dict[str, tuple[str, str]]:
         if old is not None and new_place is not None:
             found[key] = _renumbered(key, old[1], new_place[1], after, heirs[0]), heirs[0]
     if any(key.endswith(".weight_packed") for key in keys):
-        raise ModelError(
-            "the checkpoint's weights are packed in few bits, and are cut before they are rounded",
-            "cut the float checkpoint that it was made from, then layercut quantize the result",
-        )
+        words = "the checkpoint's weights are packed in few bits, and are cut before they are rounded"
+        raise ModelError(words, "cut the float checkpoint that it was made from, then layercut quantize the result")
     if lacked := before.lacking(keys):
-        raise ModelError(
-            f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",
-            "fetch the checkpoint again; if it is complete, its config.json does not fit it",
-        )
+        words = f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})"
+        raise ModelError(words, "fetch the checkpoint again; if it is complete, its config.json does not fit it")
     on_disk = [disk for disk, _ in found.values()]
     if missing := after.lacking(on_disk, [*plan.added]):
-        raise SurgeryError(
-            f"the cut checkpoint would lack {len(missing)} weights of its class (first: {missing[0]})", IN_MEMORY
-        )
+        words = f"the cut checkpoint would lack {len(missing)} weights of its class (first: {missing[0]})"
+        raise SurgeryError(words, IN_MEMORY)
     if len({*on_disk}) != len(on_disk):
         raise SurgeryError("two weights would get the same name on disk", IN_MEMORY)
     return found

@@ -74,10 +74,8 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
         known = name.startswith("_") or name in {*BY_LAYER, *INDICES, *INDICES_FROM_ONE, *NOT_BY_LAYER}
         # shorter lists are as long as the stack by chance too often
         if not known and isinstance(value, list | tuple) and len(value) == layers > 4:
-            raise SurgeryError(
-                f"the config's {name!r} holds {layers} values, perhaps one per layer, unknown to layercut",
-                "report this model type: layercut has to know such a list before it can cut it",
-            )
+            words = f"the config's {name!r} holds {layers} values, perhaps one per layer, unknown to layercut"
+            raise SurgeryError(words, "report this model type: layercut has to know such a list before it can cut it")
     place = {old: new for new, old in enumerate(kept)}
     for name, values in _facts_by_layer(text, layers).items():
         if name in facts:  # else derived from a rule by a property
@@ -101,10 +99,8 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
             facts[name] = len(kept)
     before = getattr(config, "original_layer_index", None)
     if before and len(before) != layers:
-        raise SurgeryError(
-            f"the config's original_layer_index is of {len(before)} layers, and the model has {layers}",
-            "take original_layer_index out of config.json: it is not of this model",
-        )
+        words = f"the config's original_layer_index is of {len(before)} layers, and the model has {layers}"
+        raise SurgeryError(words, "take original_layer_index out of config.json: it is not of this model")
     new.original_layer_index = [before[i] for i in kept] if before else list(kept)
     _check(new, text, text_config, kept, layers)
     return new
@@ -302,10 +298,8 @@ def _renamed(value: Any, plan: CutPlan) -> Any:
             return None
         return f"{value[: found.start(3)]}{plan.kept.index(old)}{value[found.end(3) :]}"
     if isinstance(value, str) and value.startswith(("re:", "+:", "-:")) and re.search(r"\d", value):
-        raise SurgeryError(
-            f"the quantization config picks layers by the pattern {value!r}, which cannot be renumbered",
-            "cut first, then quantize",
-        )
+        words = f"the quantization config picks layers by the pattern {value!r}, which cannot be renumbered"
+        raise SurgeryError(words, "cut first, then quantize")
     return value
 
 

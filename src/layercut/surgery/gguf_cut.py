@@ -70,9 +70,8 @@ def cut_gguf(
             hint = error.hint or nearby(
                 segments, layers, lambda left: _refuse(reader, name, facts, left, layers), _CUT_FOLDER
             )
-            raise SurgeryError(
-                f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint
-            ) from None
+            words = f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}"
+            raise SurgeryError(words, hint) from None
         # what llama.cpp would derive otherwise from the number of layers that is left
         defaults = rules.DEFAULTS.get(name, {}).items()
         changes = {key: value(layers) for key, value in defaults if key not in facts}
