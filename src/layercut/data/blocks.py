@@ -42,21 +42,15 @@ All of WikiText-2's test text is one piece, as the field has it."""
 class TextFacts:
     """Where token blocks come from, for a run's provenance; fit to be published."""
 
-    source: str
-    """As the user named it; of a file its name alone."""
-    reads: list[str]
-    """What was read, each by its one name (`Source.reads`)."""
+    source: str  # as the user named it; of a file its name alone
+    reads: list[str]  # what was read, each by its one name (`Source.reads`)
     origins: list[str]
     """The streams of the mix, in the order in which the rows come from them, as often as each has its turn."""
     tokens: int
-    window: int
-    """Tokens in a row."""
-    documents: int
-    """Of which the rows are; of text that is made anew every row is one."""
-    passed_over: int
-    """Documents that were left out, since another use of the run has them."""
-    fingerprint: str
-    """First 16 hex digits of the SHA-256 of the token ids."""
+    window: int  # tokens in a row
+    documents: int  # of which the rows are; of text that is made anew every row is one
+    passed_over: int  # documents that were left out, since another use of the run has them
+    fingerprint: str  # first 16 hex digits of the SHA-256 of the token ids
 
 
 @dataclass(frozen=True)
@@ -78,13 +72,10 @@ class Marks:
 class Blocks:
     """Token blocks and where they came from."""
 
-    tokens: torch.Tensor
-    """int64 [N, T], on the CPU."""
+    tokens: torch.Tensor  # int64 [N, T], on the CPU
     facts: TextFacts
-    keys: frozenset[int] = frozenset()
-    """`document_key` of each document."""
-    marks: Marks | None = None
-    """None: the source has neither probes nor chats."""
+    keys: frozenset[int] = frozenset()  # `document_key` of each document
+    marks: Marks | None = None  # None: the source has neither probes nor chats
 
     def rows_by_origin(self) -> dict[str, torch.Tensor]:
         """The rows of each stream, {stream: [n, T]}."""

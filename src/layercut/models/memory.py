@@ -113,24 +113,15 @@ class Budget:
 
     logits: int
     """Bytes of a chunk of rows' logits in float32; up to five times as many are there while they are compared."""
-    piece: int
-    """Bytes of the logits of a piece of a tuning pass, in the model's format; four times as many are there."""
-    inner: int
-    """Bytes of logits in float32 within a piece; four times as many are there."""
-    streams: int
-    """Bytes of hidden states at the end of a sweep; those of one row at least."""
-    kept: int
-    """Bytes that a pass keeps for its way back."""
-    rows: int
-    """Rows that go through a layer together, at most."""
-    swept_tokens: int
-    """Tokens that go through a layer together, at most."""
-    tokens: int
-    """The same where its inputs are recorded, or a pass keeps something for its way back."""
-    pass_tokens: int
-    """Tokens in a forward and backward pass: as many at least, whatever is kept for its way back."""
-    most_rows: int = sys.maxsize
-    """Rows of anything at once: with twice as many memory ran out."""
+    piece: int  # bytes of the logits of a piece of a tuning pass, in the model's format; four times as many are there
+    inner: int  # bytes of logits in float32 within a piece; four times as many are there
+    streams: int  # bytes of hidden states at the end of a sweep; those of one row at least
+    kept: int  # bytes that a pass keeps for its way back
+    rows: int  # rows that go through a layer together, at most
+    swept_tokens: int  # tokens that go through a layer together, at most
+    tokens: int  # the same where its inputs are recorded, or a pass keeps something for its way back
+    pass_tokens: int  # tokens in a forward and backward pass: as many at least, whatever is kept for its way back
+    most_rows: int = sys.maxsize  # rows of anything at once: with twice as many memory ran out
 
     @classmethod
     def of_cpu(cls, threads: int | None = None) -> Budget:
