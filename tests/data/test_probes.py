@@ -28,13 +28,9 @@ CHAT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
 SPACED = """{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content + '</s>' }}
 {%- endfor %}"""
 """As Mistral's: what stands before a reply is not what ends a prompt."""
-TRIMMED = CHAT.replace("m.content", "m.content | trim")
-"""As Llama 3's and Gemma's."""
 LAST_TURN = CHAT.replace("messages %", "messages[-2:] %")
 """A template that forgets the turns before the last, as those do that drop what a model thought."""
 ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}" + CHAT
-THOUGHTFUL = CHAT.replace("{{ m.c", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.c")
-"""As Qwen3's: before the last reply stands a thought, before earlier ones none."""
 
 
 def able(tokenizer: Any, template: str) -> Any:
@@ -216,4 +212,3 @@ def test_a_tokenizer_without_the_words_or_digits_has_no_probes():
         assert probe_rows(proteins, rows=2, window=64, capabilities=(capability,)).names == ()
         assert judging_rows(proteins, rows=2, window=64, capability=capability).names == ()
     assert probe_scores.passkey(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
-

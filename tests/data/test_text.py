@@ -216,13 +216,6 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
     )
 
 
-def test_a_text_too_short_for_a_window_is_told():
-    tokenizer = folders.tokenizer()
-    with pytest.raises(DataError, match="are needed") as caught:
-        load_blocks("python-docs", tokenizer, tokens=10**8, window=2048, seed=0, order="as written")
-    assert "--eval-window" in caught.value.hint
-
-
 @pytest.fixture
 def chat_model(tiny_model, tmp_path) -> Path:
     """The tiny model with a chat template."""

@@ -17,7 +17,7 @@ from layercut.layer_search.baselines import taylor_scores
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, all_segments, set_costs, streams_held
 from layercut.models import checkpoints, decoder_stack, layer_reader, loading, placement, runner
-from layercut.models.runner import DecoderRunner, recomputed_layer
+from layercut.models.runner import DecoderRunner
 
 SMALL = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -152,41 +152,7 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
 # --- gradients ---
 
 
-@pytest.mark.parametrize(("where", "how"), [
-    ("memory", recomputed_layer), ("disk", recomputed_layer), ("disk", DecoderRunner.layer),
-])  # fmt: skip
-def test_gradients_by_recomputation_are_the_plain_ones(llama, where, how):
-    memory, stack, disk = both(llama)
-    tokens = tiny.some_tokens(2)
-
-    def slope(stack, layer):
-        gates = torch.full((8,), 0.7, requires_grad=True)
-        with torch.no_grad():
-            hidden, calls = stack.enter(tokens)
-        for i in range(8):
-            hidden = hidden + gates[i] * (layer(stack, i, hidden, calls) - hidden)
-        return torch.autograd.grad(stack.exit(hidden, tokens).square().mean(), gates)[0]
-
-    expected = slope(memory, DecoderRunner.layer)
-    assert expected.abs().min() > 0
-    torch.testing.assert_close(slope(memory if where == "memory" else stack, how), expected)
-    if where == "disk":
-        # layer 7 is still there when the way down begins; layer 0 takes no gradient, and is read ahead at most
-        assert disk.files.layers_read[1:] == [2] * 6 + [1]
-
-
 # --- what is refused ---
-
-
-def test_layers_that_talk_beside_the_hidden_state_are_refused_unread(llama):
-    model, disk = on_disk(llama)
-    last, heard = model.model.layers[-1], []
-    plain = last.forward
-    model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
-    last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
-    with pytest.raises(ModelError, match="exchange more than the hidden state"):
-        DecoderRunner(model)
-    assert disk.files.layers_read == [0] * 8
 
 
 def test_a_shard_that_breaks_while_it_is_read(tmp_path):

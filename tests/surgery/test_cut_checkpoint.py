@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -231,41 +226,6 @@ def test_disk_full(source, small_disk, monkeypatch):
 def test_read_only_target(source, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     refused(source, small_disk / "out", RunError, "cannot be written: Read-only file system")
-
-
-SLOW = """
-import os, sys, time
-from pathlib import Path
-from layercut.surgery import checkpoint_cut, cut_checkpoint
-from layercut.segments import Segment
-write = checkpoint_cut.write_shard
-def slow(*args):
-    write(*args)
-    print("wrote", flush=True)
-    time.sleep(60)
-checkpoint_cut.write_shard = slow
-cut_checkpoint(Path(sys.argv[1]), [Segment(1, 2)], Path(sys.argv[2]))
-"""
-
-
-def test_killed_half_way(tmp_path, source):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, source, out],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert process.stdout.readline() == b"wrote\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.1)
-    left = [p.name for p in tmp_path.iterdir() if p != source]
-    assert len(left) == 1
-    assert left[0].startswith(".out.layercut-")
-    cut_checkpoint(source, SEGMENTS, out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-    with safe_open(next(out.glob("*.safetensors")), framework="pt") as file:
-        assert file.keys()
 
 
 def test_what_the_class_reads_and_does_not_keep_is_cut_too(tmp_path):

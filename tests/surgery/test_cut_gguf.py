@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -247,22 +246,6 @@ def test_a_final_norm_under_another_name_or_none(arch, lacks, tmp_path):
 def without(source: Path, names: set[str], out: Path) -> Path:
     """The file without some tensors, its metadata as it was."""
     return rewritten(source, out, tensors=lambda name: name not in names)
-
-
-def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
-    blob = tmp_path / "blobs" / "0f3a"
-    blob.parent.mkdir()
-    write(tmp_path / "a.gguf").rename(blob)
-    link = tmp_path / "snapshots" / "a.gguf"
-    link.parent.mkdir()
-    link.symlink_to("../blobs/0f3a")
-    checkpoint = checkpoints.resolve(str(link))
-    assert checkpoint.file.read_bytes() == blob.read_bytes()
-    assert loading.load_config(checkpoint).num_hidden_layers == LAYERS
-    cut_gguf(checkpoint.file, [Segment(1, 2)], tmp_path / "b.gguf")
-    asked = os.umask(0)
-    os.umask(asked)
-    assert (tmp_path / "b.gguf").stat().st_mode & 0o777 == 0o666 & ~asked
 
 
 def test_a_files_config_is_the_callers_own_and_read_again_where_the_file_changed(tmp_path):
