@@ -52,22 +52,13 @@ def test_help_of_every_command_needs_no_torch():
         f"for command in {COMMANDS}:",
         "    assert main([command, '--help']) == 0",
         "assert main(['--help']) == main(['--version']) == main([]) == 0",
+        "assert main(['compress', 'model', '--ratio', '3']) == 2",
         f"print('loaded:', *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "loaded:\n", "help is slow where these are imported"
+    assert done.stderr.endswith("loaded:\n"), "help is slow where these are imported"
     for name in COMMANDS:
         assert f"layercut {name}" in done.stdout
-
-
-def test_a_refused_flag_needs_no_torch_either():
-    done = run(
-        "import sys",
-        "from layercut.cli.command_line import main",
-        "assert main(['compress', 'model', '--ratio', '3']) == 2",
-        f"assert not [name for name in {HEAVY} if name in sys.modules]",
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_installed_command_is_the_module():
@@ -111,22 +102,15 @@ def write_yaml(file: Path, **keys: object) -> Path:
 
 
 def test_a_config_fills_flags_and_flags_win(tiny_model, texts, tmp_path, capsys):
-    given = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "[3:5]", "seed": 3}
+    given = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "3:5", "seed": 3, "model": tiny_model}
     config = write_yaml(tmp_path / "small.yaml", **given)
-    argv = ["search", str(tiny_model), "--config", str(config), f"--out={tmp_path / 'run'}", "--window=32"]
+    argv = ["search", f"--config={config}", f"--out={tmp_path / 'run'}", "--window=32"]
     assert main(argv) == 0, capsys.readouterr().err
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["window"] == 32, "the flag"
     assert resolved["seed"] == 3, "the file"
     assert resolved["num_segments"] == "auto", "the default"
     assert resolved["segment"] == ["3:5"], "13:19 is a number in YAML 1.1, but not here"
-    assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
-
-
-def test_config_may_be_given_with_an_equals_sign_and_a_single_segment(tiny_model, texts, tmp_path):
-    given = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "3:5", "model": tiny_model}
-    config = write_yaml(tmp_path / "small.yaml", **given)
-    assert main(["search", f"--config={config}", f"--out={tmp_path / 'run'}"]) == 0
     assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
 
 
@@ -169,22 +153,14 @@ def resolved(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fills_in_its_values_and_nothing_else(name, resolved):
-    assert resolved(f"--preset={name}") == resolved() | PRESETS[name]
-    assert resolved("--preset", name) == resolved() | PRESETS[name]
-
-
-def test_presets_differ_from_the_defaults_in_every_key():
-    defaults = flattened(CompressConfig())
-    assert PRESETS["balanced"] == {}
-    for name in ("fast", "best"):
-        assert all(defaults[key] != value for key, value in PRESETS[name].items()), name
-
-
-def test_a_preset_takes_less_or_more_text_and_no_other_method():
-    """Rounding to nearest under the name of speed made the worse model of the same bits (perplexity 53 -> 82)."""
-    allowed = {"tokens", "tune_tokens", "eval_tokens", "speed"}
-    assert all(set(values) <= allowed for values in PRESETS.values())
+def test_a_preset_fills_in_how_much_text_is_used_and_nothing_else(name, resolved):
+    assert resolved(f"--preset={name}") == resolved("--preset", name) == resolved() | PRESETS[name]
+    assert set(PRESETS[name]) <= {"tokens", "tune_tokens", "eval_tokens", "speed"}
+    words = " ".join(next(a for a in parameters("compress") if "--preset" in a.names).parameter.help.split())
+    told = words.partition(f"{name}: ")[2].partition(".")[0]
+    flags = [f"--no-{k}" if v is False else f"--{k.replace('_', '-')} {v}" for k, v in PRESETS[name].items()]
+    assert all(flag in told for flag in flags), "what the help says of it"
+    assert resolved() == flattened(CompressConfig()) | {"ratio": 0.2}, "it does not outlive its command"
 
 
 def test_flags_win_over_a_file_and_a_file_over_the_preset(resolved, tmp_path):
@@ -210,37 +186,11 @@ def test_a_file_may_name_a_preset_and_the_flag_wins(resolved, tmp_path):
     assert "preset" not in resolved("--preset=fast"), "the values speak for themselves"
 
 
-def test_a_preset_does_not_outlive_its_command(resolved):
-    assert resolved("--preset=fast") != resolved()
-    assert resolved() == flattened(CompressConfig()) | {"ratio": 0.2}
-
-
-@pytest.mark.parametrize("flags", [["--preset=quick"], ["--preset"], ["--preset", "--force"]])
-def test_a_preset_that_does_not_exist_is_refused(flags, capsys):
-    assert main(["compress", "model", "--ratio=0.2", *flags]) == 2
+@pytest.mark.parametrize("flags", [["--preset=quick"], ["--preset"], ["--preset", "--force"], ["--config=FILE"]])
+def test_a_preset_that_does_not_exist_is_refused(flags, tmp_path, capsys):
+    file = write_yaml(tmp_path / "preset.yaml", preset="quick")
+    assert main(["compress", "model", "--ratio=0.2", *(flag.replace("FILE", str(file)) for flag in flags)]) == 2
     assert "preset" in capsys.readouterr().err
-
-
-def test_a_preset_of_a_file_is_refused_too(tmp_path, capsys):
-    file = write_yaml(tmp_path / "some.yaml", preset="quick")
-    assert main(["compress", "model", "--ratio=0.2", f"--config={file}"]) == 2
-    assert "quick" in capsys.readouterr().err
-
-
-def test_the_help_says_what_a_preset_sets():
-    words = " ".join(next(a for a in parameters("compress") if "--preset" in a.names).parameter.help.split())
-    for name, values in PRESETS.items():
-        told = words.partition(f"{name}: ")[2].partition(".")[0]
-        flags = [f"--{key.replace('_', '-')} {value}" for key, value in values.items() if not isinstance(value, bool)]
-        flags += [f"--no-{key}" for key, value in values.items() if value is False]
-        assert all(flag in told for flag in flags), name
-
-
-def test_the_resolved_config_holds_a_presets_values(tiny_model, texts, tmp_path, capsys):
-    flags = [f"--data={texts[0]}", f"--out={tmp_path / 'run'}", "--segment=3:5", "--window=16"]
-    assert main(["search", str(tiny_model), "--preset=fast", *flags]) == 0, capsys.readouterr().err
-    found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (found["tokens"], found["window"]) == (PRESETS["fast"]["tokens"], 16)
 
 
 def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -59,14 +58,20 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     assert comparison["layers"] == {"before": 8, "after": 6}
     model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     heldout = stored_blocks(finished, "evaluation")
-    assert comparison["dense"]["perplexity"] == pytest.approx(evaluation.perplexity(model, heldout))
+    dense = evaluation.window_losses(model, heldout)
+    assert comparison["dense"]["perplexity"] == pytest.approx(evaluation.of_losses(dense))
     best = {row["method"]: row for row in comparison["methods"]}["exhaustive"]
     for row in comparison["methods"]:
         segments = [Segment(*bounds) for bounds in row["segments"]]
         assert sum(map(len, segments)) == 2
         student = decoder_stack.share(model)
         cut_segment_(student, segments)
-        assert row["perplexity"]["cut"] == pytest.approx(evaluation.perplexity(student, heldout), rel=1e-5)
+        losses = evaluation.window_losses(student, heldout)
+        assert row["perplexity"]["cut"] == pytest.approx(evaluation.of_losses(losses), rel=1e-5)
+        assert row["standard_error"]["cut"] == pytest.approx(evaluation.paired_error(losses, dense), rel=1e-4)
+        known = {state for state, value in row["perplexity"].items() if value is not None}
+        assert {state for state, error in row["standard_error"].items() if error is not None} == known
+        assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
         assert (row["perplexity"]["folded"] is None) == all(fold["skipped"] for fold in row["fold"])
         assert len(segments) > 1 or row["kl"] >= best["kl"]
         found = json.loads((finished / f"compare-{row['method'].replace(':', '-')}.json").read_text())
@@ -106,12 +111,6 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     assert apart, "no method chose layers apart from each other"
 
 
-def test_the_terminal_names_every_method(arguments, finished, capsys):
-    assert main([*arguments, *FAIR, f"--out={finished}"]) == 0
-    shown = capsys.readouterr().out
-    assert [method for method in METHODS if method not in shown] == []
-
-
 def test_of_a_mix_each_text_has_its_perplexity():
     facts = SimpleNamespace(source="one.txt+two.txt", origins=["file 1", "file 2"])
     work = SimpleNamespace(text={"evaluation": facts})
@@ -122,23 +121,10 @@ def test_of_a_mix_each_text_has_its_perplexity():
     assert module.by_text(work, [1.0, 3.0]) == {}
 
 
-def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
-    comparison = json.loads((finished / "compare.json").read_text())
-    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
-    heldout = stored_blocks(finished, "evaluation")
-    dense = evaluation.window_losses(model, heldout)
-    for row in comparison["methods"]:
-        known = {state for state, value in row["perplexity"].items() if value is not None}
-        assert {state for state, error in row["standard_error"].items() if error is not None} == known
-        assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
-    row = comparison["methods"][0]
-    student = decoder_stack.share(model)
-    cut_segment_(student, [Segment(*bounds) for bounds in row["segments"]])
-    expected = evaluation.paired_error(evaluation.window_losses(student, heldout), dense)
-    assert row["standard_error"]["cut"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_compare_has_a_page_of_its_own(finished, texts):
+def test_every_method_is_on_the_page_and_in_the_terminal(arguments, finished, texts, capsys):
+    assert main([*arguments, *FAIR, f"--out={finished}"]) == 0
+    shown = capsys.readouterr().out
+    assert [method for method in METHODS if method not in shown] == []
     page = finished / "compare.html"
     html = page.read_text(encoding="utf-8")
     comparison = json.loads((finished / "compare.json").read_text())
@@ -147,8 +133,6 @@ def test_compare_has_a_page_of_its_own(finished, texts):
         value, error = row["perplexity"]["tuned"], row["standard_error"]["tuned"]
         assert f"<td>{formatting.figure(value)}</td><td>{formatting.deviation(value * error)}</td>" in html
     assert "<svg" in html
-    assert "<script" not in html
-    assert "://" not in html
     assert str(texts[0].parent) not in html, "texts by their names alone"
     assert texts[1].name in html
     page.unlink()
@@ -194,17 +178,9 @@ def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch, capsys):
     # one more, and in another order: the others stay
     assert main([*arguments, out, "--methods=angular, reverse-order,random"]) == 0
     assert tried == ["random", "cosine", "angular", "reverse-order"]
-    assert main([*arguments, out, "--methods=random", "--force"]) == 0
-    assert tried[4:] == ["random"]
-    assert not (tmp_path / "run" / "compare-cosine.json").exists()
 
 
-def judged_json(**scores: float) -> dict[str, Any]:
-    nothing = {"mean": None, "error": None, "above_chance": None, "above_chance_error": None, "behind": None}
-    return {"scores": scores, "retained": nothing}
-
-
-def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(arguments, tmp_path, monkeypatch):
+def test_methods_that_take_probes_search_again_by_probes_of_another_edition(arguments, tmp_path, monkeypatch):
     tried, real = [], module.layer_search.search
     monkeypatch.setattr(module.layer_search, "search", lambda *args, **how: tried.append(how) or real(*args, **how))
     command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,fisher:all"]
@@ -255,36 +231,19 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--methods=fisher,magic"], "'magic'"),
-        (["--methods=,"], "no method"),
-        (["--methods=cosine:all"], "goes by text alone"),
-        (["--methods=cosine:recall"], "goes by text alone"),
-        (["--methods=fisher:music"], "'music'"),
-        (["--states=cut,healed"], "'healed'"),
-        (["--states=,"], "names none"),
-        (["--states=tuned"], "give --tune-tokens"),
-        (["--methods=fisher,2:5"], "2:5 removes 3 layers"),
-        (["--ratio=1.5"], "outside 0 to 1"),
-        (["--eval-tokens=1"], "too small"),
-        (["--tune-tokens=-1"], "too small"),
+        ("--methods=fisher,magic", "'magic'"), ("--methods=,", "no method"),
+        ("--methods=cosine:recall", "goes by text alone"), ("--methods=fisher:music", "'music'"),
+        ("--states=cut,healed", "'healed'"), ("--states=,", "names none"), ("--states=tuned", "give --tune-tokens"),
+        ("--methods=fisher,2:5", "2:5 removes 3 layers"), ("--ratio=1.5", "outside 0 to 1"), ("", "no --ratio"),
+        ("--eval-tokens=1", "too small"), ("--tune-tokens=-1", "too small"), ("--stream=on", "has to be in memory"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_are_refused(arguments, tmp_path, capsys, flags, words):
-    kept = [a for a in arguments if a.partition("=")[0] not in {flag.partition("=")[0] for flag in flags}]
-    assert main([*kept, *flags, f"--out={tmp_path / 'run'}"]) == 2
+    kept = [a for a in arguments if a.partition("=")[0] != (flags.partition("=")[0] or "--ratio")]
+    assert main([*kept, *flags.split(), f"--out={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
-
-
-def test_a_ratio_is_asked_for(arguments, tmp_path, capsys):
-    assert main([a for a in arguments if not a.startswith("--ratio")]) == 2
-    assert "--ratio" in capsys.readouterr().err
-
-
-def test_layers_on_disk_are_refused_before_anything_is_done(arguments, tmp_path, capsys):
-    assert main([*arguments, "--stream=on", f"--out={tmp_path / 'run'}"]) == 2
-    assert "it has to be in memory" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

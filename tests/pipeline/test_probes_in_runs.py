@@ -167,7 +167,7 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_compares(tiny_model, 
 def test_what_is_tuned_on_has_its_shares_of_chats_and_probes(given, found):
     def tuned_on(chats: bool = True, preserve: str = "all", **fits: bool) -> list[str]:
         asked = replace(config, search=SearchConfig(preserve=preserve))
-        work: Any = SimpleNamespace(config=asked, **{"tests_fit": True, "chats_fit": True} | fits)
+        work: Any = SimpleNamespace(config=asked, **{"probes_fit": True, "chats_fit": True} | fits)
         return tuning_source(work, chats).split("+")
 
     config = CompressConfig(text=DataConfig(data="a.txt"), heal=HealConfig(**given))
@@ -177,7 +177,7 @@ def test_what_is_tuned_on_has_its_shares_of_chats_and_probes(given, found):
     assert tuned_on(chats_fit=False) == tuned_on(chats=False) == no_chats
     no_probes = [part for part in parts if part in named or not part.startswith("probes")]
     no_probes += ["chats:0.1"] * (given.get("probe_share") == 0.9)
-    assert tuned_on(tests_fit=False) == tuned_on(preserve="none") == no_probes
+    assert tuned_on(probes_fit=False) == tuned_on(preserve="none") == no_probes
 
 
 @pytest.mark.parametrize("given", [{"chat_share": 1.0}, {"chat_share": -0.1}, {"probe_share": 0.0001}])

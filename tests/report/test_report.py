@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -128,7 +126,7 @@ def test_a_bare_summary_is_enough_and_nothing_is_invented(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("value", [math.inf, math.nan, "inf", "nan", None, -1, 0, "x", [], 10**400])
+@pytest.mark.parametrize("value", [math.inf, "nan", None, -1, "x", [], 10**400])
 def test_figures_that_are_no_numbers_do_not_stop_the_report(tmp_path: Path, value: Any) -> None:
     """Every number in every artefact at once."""
 
@@ -481,17 +479,3 @@ def test_figures_as_text(show: str, value: Any, expected: str) -> None:
     assert getattr(formatting, show)(value) == expected
     assert (formatting.change(30, 24), formatting.change(0, 24)) == ("−20.0%", "")
     assert formatting.times(1.25, 0.001) == "1.2500× ± 0.0013"
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-@pytest.mark.usefixtures("drawn")
-@pytest.mark.skipif(BROWSER is None, reason="no chromium installed: apt-get install chromium")
-def test_report_opens_in_a_browser(tmp_path: Path) -> None:
-    page, shot = write_report(make_run(tmp_path / "run")), tmp_path / "shot.png"
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-    command = [str(BROWSER), *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,3000"]
-    subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
-    assert shot.stat().st_size > 50_000, "an empty page is far smaller"

@@ -1,7 +1,8 @@
 """What each stage leaves in the run folder, by type: the keys that other stages and the report read.
 
 A stage makes one of these, or a dataclass of another package such as `TextFacts`; `Run.stage` writes it, and later
-stages read its attributes. The names of the fields are the keys of the JSON files (`files.py`).
+stages read its attributes. The names of the fields are the keys of the JSON files (`files.py`): of CutArtefact in
+cut.json, and so on.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ class SharedText:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArtefact(SearchResult):
-    """search.json."""
-
     seed: int
     calibration: TextFacts
     tests: dict[str, Any] | None = None
@@ -51,8 +50,6 @@ class BeforeAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class CutArtefact:
-    """cut.json."""
-
     segments: list[Segment]
     original_layer_index: list[int]
     parameters: BeforeAfter
@@ -70,8 +67,6 @@ class FoldRecord(Fold):
 
 @dataclass(frozen=True, kw_only=True)
 class FoldArtefact:
-    """fold.json."""
-
     fold: list[FoldRecord]
     changed: list[str]
 
@@ -85,8 +80,6 @@ class TuningRecord(TuningResult):
 
 @dataclass(frozen=True, kw_only=True)
 class HealArtefact:
-    """heal.json."""
-
     fold: list[FoldRecord]
     tuning: TuningRecord | None
     changed: list[str]
@@ -159,8 +152,6 @@ class CloserLook:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArtefact(CloserLook):
-    """eval.json."""
-
     perplexity: Perplexities
 
 
@@ -209,8 +200,6 @@ class FoundByLength:
 
 @dataclass(frozen=True, kw_only=True)
 class CapabilitiesArtefact:
-    """capabilities.json."""
-
     map: dict[str, Any]
     """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what."""
     words: list[str]
@@ -231,8 +220,6 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationsArtefact:
-    """evaluations.json."""
-
     evaluations: dict[str, dict[str, Metric]]
     """By evaluation, then by metric."""
     seed: int
@@ -240,8 +227,6 @@ class EvaluationsArtefact:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArtefact:
-    """export.json."""
-
     bytes: int
     check: dict[str, Any]
     perplexity: dict[str, Any] | None = None
@@ -280,6 +265,6 @@ class SummaryArtefact:
     consumers: list[Reading] = field(default_factory=list)
     """What software that may load the exported model makes of it."""
     capabilities: CapabilityFigures | None = None
-    """What the compressed model can still do of generated tests, beside the dense one."""
+    """What the compressed model can still do of probes, beside the dense one."""
     probes: FoundByLength | None = None
     """Hidden keys and values in lists, where --probes asked for them."""

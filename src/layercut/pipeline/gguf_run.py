@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from layercut.config import refuse
 from layercut.config.commands import CompressConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
@@ -62,24 +62,23 @@ def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bo
 
 def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, chooses: bool = True) -> None:
     """Refuse options that do not go with the format of the result."""
-    output, file = config.output, config.run.file
+    output, file, given = config.output, config.run.file, config.output.gguf_type
     gguf = keeps_gguf(config, checkpoint)
-    if output.format == "gguf" and not (gguf or file):
-        raise ConfigError("--format gguf is given, and --out names no .gguf file", "--out NAME.gguf")
-    if output.format == "safetensors" and file:
-        raise ConfigError(f"--format safetensors is given, and --out is {file}", "name a folder, or leave out --format")
+    packs = config.quantize.rounds or config.search.two_budgets
+    flag = "--bits" if config.quantize.rounds else "--target-size with --max-loss"
+    mends = f"{'' if config.search.target_size else '--gguf-type q4_k_m, or '}for a checkpoint folder: "
+    refuse(
+        (output.format == "gguf" and not (gguf or file), "--format gguf is given, and --out names no .gguf file",
+         "--out NAME.gguf"),
+        (output.format == "safetensors" and bool(file), f"--format safetensors is given, and --out is {file}",
+         "name a folder, or leave out --format"),
+        (bool(given) and not (gguf or file), "--gguf-type is given, and the result is a checkpoint folder",
+         "--out NAME.gguf"),
+        (packs and bool(gguf or file), f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
+         f"{'' if chooses else 'layercut compress: '}{mends}--format safetensors"),
+    )  # fmt: skip
     if not (gguf or file):
-        if output.gguf_type:
-            raise ConfigError("--gguf-type is given, and the result is a checkpoint folder", "--out NAME.gguf")
         return
-    if config.quantize.rounds or config.search.two_budgets:
-        flag = "--bits" if config.quantize.rounds else "--target-size with --max-loss"
-        command = "" if chooses else "layercut compress: "
-        here = "" if config.search.target_size else "--gguf-type q4_k_m, or "
-        raise ConfigError(
-            f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
-            f"{command}{here}for a checkpoint folder: --format safetensors",
-        )
     if output.gguf_type and is_mixture(output.gguf_type):
         require_llama_cpp()
         if config.search.target_size:
@@ -127,14 +126,12 @@ def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arch
         )
 
 
-@dataclass(frozen=True)
-class BlockBytes:
-    """Bytes of a .gguf file."""
+class BlockBytes(NamedTuple):
+    """Bytes of a .gguf file, of each block, and what a block grows by where it is healed."""
 
     whole: int
     blocks: list[int]
     growth: list[int]
-    """What each block grows by where it is healed."""
 
 
 def bytes_by_block(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> BlockBytes:

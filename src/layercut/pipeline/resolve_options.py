@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from layercut import evaluation
-from layercut.config import SearchConfig, consumer_names
+from layercut.config import SearchConfig, consumer_names, refuse
 from layercut.config.commands import CompressConfig
 from layercut.data.probes import capability_names
 from layercut.data.sources import MADE_ANEW, what_is_read
@@ -31,7 +31,7 @@ from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 ENOUGH_TOKENS = 65536
-"""To tune on: from here on a share of them is spent on cuts on trial, and their rows are long."""
+"""To tune on: from here on a share of them heals a shortlist of candidates, and their rows are long."""
 LONG_ROW = 1024
 """Tokens in a long row to tune on: perplexity was 2 to 7 % lower than by rows of 256 alone (measured)."""
 Stage = Literal["search", "tune", "report"]
@@ -107,8 +107,8 @@ def wanted_length(search: SearchConfig, layers: int) -> int | None:
 def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
     """Refuse a --target-size that no number of layers meets, or with --bits auto no bits, by the config alone.
 
-    With --max-loss the bits count as well, and it is known only when they have been tried. A class that cannot be built
-    without its own code is counted when it is loaded.
+    With --max-loss the bits count as well, which is known only by measuring. A class that cannot be built without its
+    own code is counted when it is loaded.
     """
     if not config.search.target_bytes or config.search.two_budgets:
         return
@@ -166,17 +166,14 @@ def check_sources(config: CompressConfig, until: Stage = "report") -> None:
 
 def check_spread(config: CompressConfig) -> None:
     """Refuse what cannot be done over weights that are sharded over several processes."""
+    search, mends = config.search, "where the model fits each process's memory: --shard off"
     refused = {
-        "--target-size with --max-loss": config.search.two_budgets,
+        "--target-size with --max-loss": search.two_budgets,
         "--bits auto": config.quantize.bits == "auto",
-        "--method taylor": config.search.method == "taylor",
+        "--method taylor": search.method == "taylor",
     }
-    for flag, is_asked in refused.items():
-        if is_asked:
-            raise ConfigError(
-                f"{flag} needs a whole model in every process, and its weights are sharded over them",
-                f"leave out {flag}; where the model fits each process's memory: --shard off",
-            )
+    why = "needs a whole model in every process, and its weights are sharded over them"
+    refuse(*((asked, f"{flag} {why}", f"leave out {flag}; {mends}") for flag, asked in refused.items()))
 
 
 def check_streamed(config: CompressConfig, spread: bool) -> None:
@@ -192,23 +189,19 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
 
 def needing_memory(config: CompressConfig) -> list[str]:
     """The flags that are given and need the model in memory."""
+    tasks = config.tasks
     asked = {
-        "--bits": config.quantize.rounds,
-        "--tasks": bool(config.tasks.names),
-        "--evaluations": bool(config.tasks.evaluation_names),
-        "--probes": config.tasks.probes,
-        "--long-context": config.evaluate.long_context > 0,
+        "--bits": config.quantize.rounds, "--tasks": bool(tasks.names), "--evaluations": bool(tasks.evaluation_names),
+        "--probes": tasks.probes, "--long-context": config.evaluate.long_context > 0,
         "--target-size with --max-loss": config.search.two_budgets,
-    }
+    }  # fmt: skip
     return [flag for flag, is_asked in asked.items() if is_asked]
 
 
 def needs_memory(flag: str) -> ConfigError:
     """The refusal of a flag where layers are left on disk."""
-    return ConfigError(
-        f"{flag} needs the model in memory, and its layers are left on disk",
-        f"leave out {flag}; with enough memory: --stream off",
-    )
+    hint = f"leave out {flag}; with enough memory: --stream off"
+    return ConfigError(f"{flag} needs the model in memory, and its layers are left on disk", hint)
 
 
 def check_window(flag: str, window: int, architecture: Any) -> None:

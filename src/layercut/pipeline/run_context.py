@@ -154,7 +154,7 @@ class RunContext:
         return capability_names(self.config.search.preserve) or tuple(CAPABILITIES)
 
     @cached_property
-    def tests_fit(self) -> bool:
+    def probes_fit(self) -> bool:
         """Whether rows of the run's window hold probes to tune on."""
         text = self.config.text
         how: dict[str, Any] = {"family": "tuning", "seed": text.seed, "capabilities": self.preserved}

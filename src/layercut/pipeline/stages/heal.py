@@ -41,29 +41,23 @@ FOLD_TOKENS = 65536
 
 def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
     """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
-    inputs = [work.source, sorted(segments)]
-    with work.run.stage(CutArtefact, "cut", inputs, together=True) as stage:
+    with work.run.stage(CutArtefact, "cut", [work.source, sorted(segments)], together=True) as stage:
         if stage.open:
-            stage.found = cut_once(work, segments)
-    parameters = stage.artefact.parameters
-    say("cut", f"{parameters.before:,} -> {parameters.after:,} parameters")
+            dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
+            if layer_reader.layers_on_disk(dense):  # what would otherwise fail at the end of the run
+                layers = decoder_stack.find_decoder(student)
+                names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
+                surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
+            parameters, sizes = decoder_stack.parameter_count, decoder_stack.parameter_bytes
+            stage.found = CutArtefact(
+                segments=sorted(segments),
+                original_layer_index=kept_layers(segments, work.layers),
+                parameters=BeforeAfter(before=parameters(dense), after=parameters(student)),
+                bytes=BeforeAfter(before=sizes(dense), after=sizes(student)),
+            )
+    parameters_ = stage.artefact.parameters
+    say("cut", f"{parameters_.before:,} -> {parameters_.after:,} parameters")
     return stage.artefact
-
-
-def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
-    """What is left without these segments of the dense model's layers."""
-    dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
-    if layer_reader.layers_on_disk(dense):  # what would otherwise fail at the end of the run
-        layers = decoder_stack.find_decoder(student)
-        names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
-        surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
-    parameters, sizes = decoder_stack.parameter_count, decoder_stack.parameter_bytes
-    return CutArtefact(
-        segments=sorted(segments),
-        original_layer_index=kept_layers(segments, work.layers),
-        parameters=BeforeAfter(before=parameters(dense), after=parameters(student)),
-        bytes=BeforeAfter(before=sizes(dense), after=sizes(student)),
-    )
 
 
 def fold(work: RunContext, segments: Sequence[Segment]) -> FoldArtefact:
@@ -96,12 +90,8 @@ def tokens_to_fold(calibration: torch.Tensor, tuning: torch.Tensor | None) -> to
     if tuning is None:
         return calibration
     window = calibration.shape[1]
-    return torch.cat([calibration, in_rows(tuning, window)[: tuning_rows_to_fold(calibration.numel(), window)]])
-
-
-def tuning_rows_to_fold(calibration: int, window: int) -> int:
-    """How many rows to tune on the fold is solved on beside the calibration tokens."""
-    return max(0, FOLD_TOKENS - calibration) // window
+    more = max(0, FOLD_TOKENS - calibration.numel()) // window
+    return torch.cat([calibration, in_rows(tuning, window)[:more]])
 
 
 def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:

@@ -78,7 +78,7 @@ def tuning_source(work: RunContext, chats: bool) -> str:
     shares = [share_of(part) for part in split_mix(named)]
     room = 1 - sum(share or 0 for share in shares) if None in shares else 0
     wanted = {
-        TESTS: heal.probe_share * (preserves and work.tests_fit),
+        TESTS: heal.probe_share * (preserves and work.probes_fit),
         CHATS: heal.chat_share * (chats and heal.tune_tokens > 0 and work.chats_fit),
     }
     added = dict[str, float]()
