@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+import quick
 from layercut.cli.command_line import main
 from layercut.pipeline.stages import heal
 from layercut.pipeline.stages.heal import TUNING_STATE
@@ -61,7 +62,9 @@ def arguments(model: Path, texts: tuple[Path, Path], out: Path, *more: str) -> l
 def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that nothing interrupted."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(arguments(tiny_model, texts, run)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        quick.leave_out(patch)
+        assert main(arguments(tiny_model, texts, run)) == 0
     return run
 
 
@@ -92,7 +95,9 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch, quick_runs):
 # --- killed ---
 
 
-def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path, run_until):
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(
+    whole, tiny_model, texts, tmp_path, run_until, quick_runs
+):
     run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
     finished: dict[str, int] = {}

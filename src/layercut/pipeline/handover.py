@@ -6,7 +6,6 @@ The formats themselves are exporters (`export/formats.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,9 @@ from layercut.models.loading import load_config
 from layercut.pipeline.run_folder import check_finished, is_run
 from layercut.progress import say
 from layercut.registries import exporters
-from layercut.report.model_card import (
-    Made,
-    addressed,
-    checkpoint_card,
-    from_folder,
-    model_card,
-    of_run,
-    perplexity_again,
-)
+from layercut.report.model_card import Made, addressed, checkpoint_card, from_folder, of_run, perplexity_again
 from layercut.report.page import write_report
-from layercut.report.run_facts import model_key
+from layercut.report.run_facts import model_key, runs_of
 from layercut.report.sections import engine_rows
 from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.verdicts import broken
@@ -136,14 +127,14 @@ def result_of(run: Path) -> Path:
 
 def describe_result_(run: Path) -> None:
     """Write what goes with a finished run's result; of a .gguf file also gguf.json, for the report."""
-    file = result_of(run)
+    file, made = result_of(run), of_run(run)
     if file.suffix == ".gguf":
         facts = dict(read_json(run / "export.json")["gguf"])
         _keep(run, facts)
-        describe_(file, _made_gguf(of_run(run), run, file, facts), run)
+        describe_(file, _made_gguf(made, run, file, facts), run)
     else:
-        write_text(file / CARD, model_card(run))
-        _write_mergekit(file, of_run(run))
+        write_text(file / CARD, checkpoint_card(made, run))
+        _write_mergekit(file, made)
 
 
 def describe_(written: Path, made: Made, run: Path | None = None) -> None:
@@ -162,33 +153,25 @@ def describe_(written: Path, made: Made, run: Path | None = None) -> None:
 
 
 def _write_mergekit(folder: Path, made: Made) -> None:
-    """mergekit.yaml, where layers were removed from a model that has a name elsewhere."""
-    if made.segments and made.original_layer_index and made.source.base_model:
-        config = read_json(folder / "config.json")
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        text = mergekit_config(made.source.base_model, made.original_layer_index, dtype)
-        write_text(folder / "mergekit.yaml", text)
+    """mergekit.yaml, where layers were removed from a model that has a name elsewhere.
 
-
-def mergekit_config(model: str, original_layer_index: Sequence[int], dtype: str) -> str:
-    """The cut as mergekit's passthrough merge of one model with itself: each slice copies a run of its layers."""
-    runs: list[list[int]] = []
-    for i in original_layer_index:
-        if runs and runs[-1][1] == i:
-            runs[-1][1] += 1
-        else:
-            runs.append([i, i + 1])
-    slices = [{"sources": [{"model": model, "layer_range": run}]} for run in runs]
-    config = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
+    The cut is mergekit's passthrough merge of one model with itself: each slice copies a run of its layers.
+    """
+    if not (made.segments and made.original_layer_index and made.source.base_model):
+        return
+    config, source = read_json(folder / "config.json"), made.source.base_model
+    slices = [{"sources": [{"model": source, "layer_range": run}]} for run in runs_of(made.original_layer_index)]
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    content = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
     about = "# The cut alone, as it was before healing: mergekit-yaml mergekit.yaml OUT\n"
-    return about + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    write_text(folder / "mergekit.yaml", about + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 # --- to the Hub ---
 
 
 def push(target: str, name: str, *, private: bool = False) -> str:
-    """Upload a finished run's model, a checkpoint folder or a .gguf file."""
+    """Upload a finished run's model, a checkpoint folder, or a .gguf file with what is beside it."""
     path = Path(target)
     if is_run(path):
         check_finished(path, "push")
@@ -197,11 +180,7 @@ def push(target: str, name: str, *, private: bool = False) -> str:
         checkpoints.check_folder(path)
     elif path.suffix != ".gguf" or not path.is_file():
         raise ConfigError(f"nothing at {target} that could be uploaded", "a run folder, a checkpoint folder, NAME.gguf")
-    return upload(path, hub.check_destination(name, private=private), private=private)
-
-
-def upload(path: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a checkpoint folder without its hidden files, or a .gguf file with what is beside it."""
+    repo_id = hub.check_destination(name, private=private)
     found: dict[str, Path]
     if path.is_dir():
         inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
