@@ -115,11 +115,21 @@ def _line(name: str, row: dict[str, Any]) -> str:
     why = next(iter(other.values()), "").split(" / ")[0].split("cannot be cut out: ")[-1]
     mark = "**WRONG** " if kind(row) == "wrong" else ""
     all_or_some = "all" if len(right) == len(cuts) else ", ".join(right)
-    return f"| {name} | {all_or_some} | {', '.join(other)} | {mark}{_cell(why)} |"
+    return f"| {name} | {all_or_some} | {', '.join(other)} | {mark}{cell(why)} |"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")[:220]
+
+
+def write_table() -> None:
+    """families.md from the results that are there: of cuts, and of healing."""
+    import healing_census
+
+    text = table(json.loads(RESULT.read_text()))
+    if healing_census.RESULT.exists():
+        text += healing_census.section(json.loads(healing_census.RESULT.read_text()))
+    TABLE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -161,7 +171,7 @@ def main() -> None:
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(common.compact(result), encoding="utf-8")
-    TABLE.write_text(table(result), encoding="utf-8")
+    write_table()
     print(json.dumps(result["counts"]))
 
 

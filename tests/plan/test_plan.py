@@ -20,11 +20,12 @@ from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.errors import LayercutError
 from layercut.evaluation import speed
 from layercut.healing import tune_
+from layercut.healing.linear_outputs import find_targets
 from layercut.layer_search import search
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner
-from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, sizes
+from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, sizes, what_folds
 from layercut.plan.costs import Planned, Stage, Work, stages
 from layercut.plan.shape import count_parts, measure_shape
 from layercut.registries import criteria
@@ -214,9 +215,9 @@ def test_chats_quantization_and_what_is_trained_after_it_are_counted(llama):
     plain, written = (stages(run_of(shape, Segment(2, 4), heal=heal))["tune"].work for heal in chats)
     assert written.steps - plain.steps == 12 * (16 + 16), "16 tokens one by one, to tune on and held out"
     rounded = {
-        (name, how): stages(
-            run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), heal=after)
-        )["quantize"]
+        (name, how): stages(run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), heal=after))[
+            "quantize"
+        ]
         for name in ("gptq", "rtn")
         for how in ("none", "auto", "rounding")
         for after in [HealConfig(tune_tokens=64, batch_tokens=32, tune_quantized=how)]
@@ -306,6 +307,33 @@ def test_tables_and_a_calibration(bare, capsys):
     for told in ("segment 1:3 (given)", "tied to the embedding", "8 x 80 GB GPUs"):
         assert told in words
     assert "tune" not in words, "nothing is tuned"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "fold", "tuned"),
+    [
+        ("qwen2-tied", ["--segment=2:4", "--window=16"], "attention, MLP", [1, 2]),
+        ("gemma2", ["--segment=1:2", "--segment=4:6", "--window=16"], "attention, MLP, behind norms", [0, 1, 2]),
+        ("mixtral", ["--ratio=0.3", "--no-fold", "--window=16"], "", [1, 2]),
+    ],
+)
+def test_what_heals_is_said(name, flags, fold, tuned, tmp_path, capsys):
+    stock(name).save_pretrained(tmp_path)
+    plan = planned(capsys, tmp_path, *flags)
+    assert plan["healing"] == {"fold": fold, "tuned": tuned}
+    assert ("fold" in plan["stages"]) == bool(fold)
+    assert main(["plan", str(tmp_path), "--no-calibrate", *flags]) == 0
+    said = f"healing: {f'fold ({fold})' if fold else 'no fold'}, tuning of {len(tuned)} layers"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_folds_is_what_a_layer_is_found_to_have(name):
+    model = tiny.tiny(stock(name))
+    found = find_targets(DecoderRunner(model), 2, tiny.some_tokens(2, 16))
+    said = what_folds(model.config)
+    assert ("attention" in said, "MLP" in said or "experts" in said) == (len(found) > 0, len(found) > 1)
+    assert ("behind norms" in said) == all(each.norm is not None for each in found)
 
 
 def test_work_that_is_not_known_is_null(bare, monkeypatch, capsys):

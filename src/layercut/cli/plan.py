@@ -20,6 +20,8 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
         f"{plan['model']}: {layers['before']} -> {layers['after']} layers, {plan['dtype']}{wider}, {plan['device']}; "
         + (f"segment {where} ({plan['segments_are']})" if where else plan["segments_are"])
     )
+    if where:
+        yield f"healing: {_healing(plan['healing'])}"
     sizes, parameters = Table("", *ENDS, title="Size", title_justify="left"), plan["parameters"]
 
     def row(words: str, figure: Any) -> None:
@@ -55,6 +57,12 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
         verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
         fits.add_row(fit["target"] + used, size(fit["needs_bytes"]), fit["stage"], verdict, advice)
     yield fits
+
+
+def _healing(found: dict[str, Any]) -> str:
+    fold, tuned = found["fold"], len(found["tuned"])
+    parts = ["a fold where the layers allow one" if fold is None else f"fold ({fold})" if fold else "no fold"]
+    return ", ".join([*parts, f"tuning of {tuned} layer{'s' * (tuned != 1)}" if tuned else "no tuning"])
 
 
 def duration(seconds: float | None) -> str:

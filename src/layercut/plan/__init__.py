@@ -10,6 +10,7 @@ make it fit. What is not known is null.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
 from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
+from layercut.healing.recipe import endpoints
 from layercut.models import checkpoints, decoder_stack, loading, memory
 from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
@@ -327,8 +329,11 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     rates = Rates.of_card(card) if card else None
     if config.calibrate and not card:
         rates = Rates.measured(shape, dtypes[on_cpu], device, checkpoint.folder)
+    folds = what_folds(stock)
     told, room = {}, CARDS[card][0] * GB - RESERVED if card else available_bytes(device)
     for name, stage in planner.costs(asked, on_cpu, room).items():
+        if name == "fold" and folds == "":
+            continue
         work = stage.work
         told[name] = {
             "peak_bytes": total(stage.peak), "parts": stage.peak, "flops": work and work.flops + work.flops64,
@@ -359,6 +364,10 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "layers": {end: len(parts.layers) for end, parts in ends.items()},
         "segments": [[s.start, s.stop] for s in segments],
         "segments_are": "given" if given else assumed,
+        "healing": {
+            "fold": folds if asked.heal.fold and segments else "",
+            "tuned": endpoints(segments, layers, asked.heal.radius) if asked.heal.tune_tokens else [],
+        },
         "search_is": f"What the criterion {asked.search.method!r} takes is not known." if unknown else None,
         "parameters": {end: asdict(parts) | {"total": parts.total} for end, parts in ends.items()},
         "parameters_after_range": None if given else {"least": min(left), "most": max(left)},
@@ -369,6 +378,13 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "seconds": sum(stage["seconds"] or 0 for stage in told.values()) if rates else None,
         "fits": [planner.judged(place, asked) for place in places(card)],
     }
+
+
+def what_folds(config: Any) -> str | None:
+    """What the fold solves in models of this type, by the census of research/families.md; "" nothing, None unknown."""
+    table = json.loads(Path(__file__).with_name("foldable.json").read_text())
+    types = {config.model_type, config.get_text_config(decoder=True).model_type}
+    return next((folds for folds, names in table.items() if types & {*names}), None)
 
 
 def _length(config: CompressConfig, checkpoint: checkpoints.Checkpoint, whole: Any, stored: torch.dtype) -> int:
