@@ -369,12 +369,11 @@ def _types_of(model: Any, file: Path) -> dict[str, str]:
 def measure_again(
     file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, source: Path | None = None
 ) -> dict[str, Any]:
-    """Perplexity of the model, of the file as transformers reads it, and of it and of the source in llama.cpp."""
+    """Perplexity of the model, and of the file and its source in llama.cpp; where that is missing, in transformers."""
     with bar("measuring again", None):
-        before = perplexity(model, tokens)
-        found = {"model": before, "file": None if read is None else perplexity(read, tokens)}
-        theirs = None
-        if llama_cpp_installed():
+        before, theirs, installed = perplexity(model, tokens), None, llama_cpp_installed()
+        found = {"model": before, "file": None if read is None or installed else perplexity(read, tokens)}
+        if installed:
             theirs = by_llama_cpp(file, model, tokenizer, tokens, judge=not set(tensor_types(file)) - FLOATS)
             if source is not None:
                 theirs["source_perplexity"] = perplexity_by_llama_cpp(source, tokens)

@@ -397,16 +397,17 @@ def evaluate(run: Planned) -> Stage:
     """Perplexity of every state, what the dense and the last model write, and their speed."""
     shape, kept, config, layers = run.reported, len(run.after.layers), run.config, run.reported.layers
     rows = shape.rows_of(config.evaluate.eval_tokens)
-    states = 1 + config.heal.fold + bool(config.heal.tune_tokens) + config.quantize.rounds
+    # of the states before the last a quarter of the windows
+    passed = rows * (1 + (config.heal.fold + bool(config.heal.tune_tokens) + config.quantize.rounds) / 4)
     written = 8 * 96 / shape.window
-    forwards = rows * (layers + states * kept) + 2 * written * layers
+    forwards = rows * layers + passed * kept + 2 * written * layers
     dense_steps = cut_steps = 5 * 64 + 64
     if config.evaluate.speed:  # six rounds of a prompt of 512 tokens and 24 more, the dense model twice
         forwards += 6 * 512 / shape.window * (2 * layers + kept)
         dense_steps, cut_steps = dense_steps + 288, cut_steps + 144
     decoded = (dense_steps * shape.dense.total + cut_steps * run.after.total) * shape.itemsize
     work = passes(
-        shape, forwards, heads=rows * (1 + states) + 2 * written, decoded=decoded,
+        shape, forwards, heads=rows + passed + 2 * written, decoded=decoded,
         steps=dense_steps * layers + cut_steps * kept,
     )  # fmt: skip
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))

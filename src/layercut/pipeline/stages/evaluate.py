@@ -48,6 +48,8 @@ from layercut.segments import Segment
 TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 """Rows of probes and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
+FEWEST_WINDOWS = 4
+"""Windows that a state between the dense and the pruned model is measured on, at least."""
 ROWS_OF_A_LENGTH = 4
 """Rows of probes of recall, and of lists, alone at each length."""
 
@@ -58,27 +60,34 @@ def both(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
-    """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
+    """Perplexity of the dense and the pruned model on held-out tokens; what they write, and how fast.
+
+    The states between are measured on the first quarter of the windows, against the dense model on the same.
+    """
     text = work.text["evaluation"]
     inputs = [replace(work.config.evaluate, eval_data="", long_context=0), text]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
             tokens, states = work.blocks["evaluation"], states_of(work)
+            few = tokens[: max(FEWEST_WINDOWS, len(tokens) // 4)]
+            (*between, (final, last)) = states.items()
             losses: dict[str, torch.Tensor] = {}
-            with bar("perplexity", (1 + len(states)) * len(tokens)) as advance:
-                losses["dense"] = measures.window_losses(work.dense.model, tokens, advance=advance)
-                for state, weights in states.items():
-                    model = work.student(segments, *weights)
-                    losses[state] = measures.window_losses(model, tokens, advance=advance)
-            last = [*states.values()][-1]
-            beside = processes.on_main(lambda: look_closer(work, work.student(segments, *last), tokens))
-            found = {state: measures.of_losses(of) for state, of in losses.items()}
-            errors = {state: measures.paired_error(losses[state], losses["dense"]) for state in states}
+            with bar("perplexity", 2 * len(tokens) + len(between) * len(few)) as advance:
+                dense = measures.window_losses(work.dense.model, tokens, advance=advance)
+                for state, weights in between:
+                    losses[state] = measures.window_losses(work.student(segments, *weights), few, advance=advance)
+                pruned = work.student(segments, *last)
+                losses[final] = measures.window_losses(pruned, tokens, advance=advance)
+            beside = processes.on_main(lambda: look_closer(work, pruned, tokens))
+            # of a state between, what it is above the dense model on the same windows
+            found = {state: measures.of_losses(dense.mean() + of - dense[: len(of)]) for state, of in losses.items()}
+            errors = {state: measures.paired_error(of, dense[: len(of)]) for state, of in losses.items()}
             perplexity = Perplexities(
-                dataset=text.source, window=text.window, tokens=text.tokens, dense=found["dense"], cut=found["cut"],
-                folded=found.get("folded"), tuned=found.get("tuned"), quantized=found.get("quantized"),
-                protocol=measures.perplexity_protocol(text.window), fingerprint=text.fingerprint,
-                standard_error=errors, shared=work.run.artefact(SharedText, "text-shared"),
+                dataset=text.source, window=text.window, tokens=text.tokens, dense=measures.of_losses(dense),
+                cut=found["cut"], folded=found.get("folded"), tuned=found.get("tuned"),
+                quantized=found.get("quantized"), protocol=measures.perplexity_protocol(text.window),
+                fingerprint=text.fingerprint, standard_error=errors,
+                shared=work.run.artefact(SharedText, "text-shared"),
             )  # fmt: skip
             stage.found = EvaluateArtefact(perplexity=perplexity, **vars(beside))
     return stage.artefact
