@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -57,6 +57,72 @@ def _is_main() -> bool:
     return is_main()
 
 
+# --- how far a run is ------------------------------------------------------------------------------------------------
+
+KNOWN = 0.02
+"""Of the planned work, what has to be done before the time left is told by it."""
+
+
+class _Whole:
+    """How far a run is, by what is planned for each stage: the stages done say how fast this machine is."""
+
+    def __init__(self, planned: Mapping[str, float]) -> None:
+        self.left, self.done, self.stages = dict(planned), [0.0, 0.0], len(planned)
+        self.begun: float | None = None
+        """When the stage began that runs, by the monotonic clock; None where it is not planned."""
+        self.now = 0.0
+        """What is planned for it."""
+
+    def enter(self, name: str) -> None:
+        self.begun = time.monotonic() if name in self.left else None
+        self.now = self.left.pop(name, 0.0)
+
+    def leave(self, *, ran: bool) -> None:
+        if ran and self.begun is not None:
+            self.done = [self.done[0] + self.now, self.done[1] + time.monotonic() - self.begun]
+        self.begun, self.now = None, 0.0
+
+    @property
+    def words(self) -> str:
+        """Which stage it is, and how long the run takes from now on; nothing outside of what is planned."""
+        if self.begun is None:
+            return ""
+        later, (planned, taken) = sum(self.left.values()), self.done
+        words = f"stage {self.stages - len(self.left)} of {self.stages}"
+        if planned < KNOWN * (planned + self.now + later):
+            return words
+        pace, spent = taken / planned, time.monotonic() - self.begun
+        left = max(pace * self.now - spent, 0.05 * pace * self.now) + pace * later
+        share = (taken + spent) / (taken + spent + left)
+        return f"{words}, {share:.0%} of the run, about {duration(left)} left of it"
+
+
+_whole: _Whole | None = None
+
+
+@contextmanager
+def whole_run(planned: Mapping[str, float]) -> Iterator[None]:
+    """While open, progress says how far the run is, by the planned time of each stage in any unit; nothing of none."""
+    global _whole
+    _whole = _Whole(planned) if planned else None
+    try:
+        yield
+    finally:
+        _whole = None
+
+
+def enter_stage(name: str) -> None:
+    """A stage of the whole run begins."""
+    if _whole:
+        _whole.enter(name)
+
+
+def leave_stage(*, ran: bool) -> None:
+    """It is over; `ran`: by this command, not found in the folder."""
+    if _whole:
+        _whole.leave(ran=ran)
+
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +164,7 @@ def bar(
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
             ]  # fmt: skip
             rich = stack.enter_context(Progress(*columns, console=console, transient=True))
-            row = rich.add_task(escape(errors.shown(description)), total=total, words="")
+            row = rich.add_task(escape(errors.shown(description)), total=total, words=_whole.words if _whole else "")
         elif main and callback is None and console.is_jupyter:
             from tqdm.auto import tqdm
 
@@ -108,7 +174,8 @@ def bar(
             nonlocal done, words
             done, words = done + steps, beside
             if drawn:
-                rich.update(row, completed=done, words=escape(errors.shown(words)))
+                told = "  ".join(filter(None, [words, _whole.words if _whole else ""]))
+                rich.update(row, completed=done, words=escape(errors.shown(told)))
             if cell is not None:
                 cell.set_postfix_str(words, refresh=False)
                 cell.update(steps)
@@ -146,7 +213,8 @@ def _line(description: str, seconds: float, done: float, total: float | None, wo
         parts.insert(0, f"{share:.0%} ({done:,.0f} of {total:,.0f})")
         if 0 < share < 1:
             parts.append(f"about {duration(seconds * (1 - share) / share)} left")
-    return f"{description}: {', '.join([*parts, words] if words else parts)}"
+    line = f"{description}: {', '.join([*parts, words] if words else parts)}"
+    return f"{line}; {_whole.words}" if _whole and _whole.words else line
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from layercut import progress
-from layercut.progress import bar, duration, say, shown, warn
+from layercut.progress import bar, duration, enter_stage, leave_stage, say, shown, warn, whole_run
 
 
 @pytest.fixture
@@ -100,3 +100,24 @@ def test_a_notebook_gets_a_bar_of_tqdm_or_the_callback(capfd, monkeypatch):
         advance(4)
     assert len(taken) == 2
     assert capfd.readouterr().err == ""
+
+
+def test_progress_tells_how_far_the_whole_run_is(stderr, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with whole_run({"search": 3.0, "heal": 6.0, "eval": 1.0}):
+        words = lambda: progress._whole.words
+        enter_stage("search")
+        assert words() == "stage 1 of 3"
+        now[0] += 30
+        leave_stage(ran=True)
+        enter_stage("cut")  # which is not planned
+        assert words() == ""
+        leave_stage(ran=True)
+        enter_stage("heal")
+        now[0] += 30
+        # ten seconds for each that is planned: 30 of 60 are left, and 10 of the last stage
+        assert words() == "stage 2 of 3, 60% of the run, about 40 s left of it"
+        leave_stage(ran=False)  # it was there
+        enter_stage("eval")
+        assert words() == "stage 3 of 3, 75% of the run, about 10 s left of it"

@@ -115,9 +115,10 @@ def compress(
         layercut compress MODEL.gguf --ratio 0.2 --out small.gguf
     """
     from layercut.pipeline.journey import compress
+    from layercut.plan import shares
 
     config = config or CompressConfig()
-    _show(compress(model, config, own_process=True), config.run.out)
+    _show(compress(model, config, own_process=True, planned=shares), config.run.out)
 
 
 @app.command

@@ -28,15 +28,16 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def demo(run: RunConfig) -> Path:
     """Compress SmolLM2-135M-Instruct by a tenth of its layers; the run folder, runs/demo where none is named."""
     from layercut.pipeline.journey import compress
+    from layercut.plan import shares
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
-        search=SearchConfig(ratio=0.1, num_segments=1),
+        search=SearchConfig(ratio=0.1, num_segments=1, effort="low"),
         heal=HealConfig(tune_tokens=32768),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=4096, eval_window=128, speed=False),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
-    return compress(str(fetch_model()), config, own_process=True, shortlist=False)
+    return compress(str(fetch_model()), config, own_process=True, planned=shares)
 
 
 def cache_folder() -> Path:

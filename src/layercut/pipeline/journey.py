@@ -10,9 +10,11 @@ weights but those that healing changes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from layercut import progress
 from layercut.config.commands import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
@@ -29,7 +31,7 @@ from layercut.pipeline.artefacts import (
     TasksArtefact,
 )
 from layercut.pipeline.handover import describe_result_, export, result_of
-from layercut.pipeline.resolve_options import Stage, default_folder, resolve, wanted_length
+from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve, wanted_length
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import Run
 from layercut.report.page import write_report
@@ -37,7 +39,12 @@ from layercut.segments import checked_segments
 
 
 def compress(
-    model: str, config: CompressConfig, *, until: Stage = "report", own_process: bool = False, shortlist: bool = True
+    model: str,
+    config: CompressConfig,
+    *,
+    until: Stage = "report",
+    own_process: bool = False,
+    planned: Callable[[ResolvedRun], Mapping[str, float]] = lambda run: {},
 ) -> Path:
     """Search, cut, heal, measure and export `model`; a run that was stopped is resumed.
 
@@ -47,7 +54,7 @@ def compress(
         until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
         own_process: whether this process is the command's own, so that SIGINT and SIGTERM may be caught while tuning,
             to keep its state first, and the C library set to keep freed memory. A library call changes neither.
-        shortlist: whether candidates may be healed for a while before one is chosen.
+        planned: says how long each stage takes, in any unit, for what progress tells of the whole run.
 
     Returns:
         The run folder. Several processes that a launcher started do it together (`distributed/processes.py`).
@@ -58,10 +65,14 @@ def compress(
     processes.start()
     if own_process:
         sum_in_float32_()
-    asked = resolve(model, config, until, shortlist=shortlist)
+    asked = resolve(model, config, until)
     config, checkpoint = asked.config, asked.checkpoint
     folder = config.run.folder or default_folder(model)
-    with memory.memory_limit(config.load.max_memory), Run(folder, force=config.run.force) as run:
+    with (
+        memory.memory_limit(config.load.max_memory),
+        Run(folder, force=config.run.force) as run,
+        progress.whole_run(planned(asked)),
+    ):
         run.describe({"model": model, **flattened(config)}, checkpoint)
         work = RunContext(
             checkpoint, config, run, spread=asked.spread, own_process=own_process,

@@ -53,7 +53,7 @@ class ResolvedRun:
     """The same; not where the model is not whole in memory this time."""
 
 
-def resolve(model: str, config: CompressConfig, until: Stage, *, shortlist: bool = True) -> ResolvedRun:
+def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     """Check a configuration against a model's config and headers."""
     config.check()
     capability_names(config.search.preserve)
@@ -74,7 +74,7 @@ def resolve(model: str, config: CompressConfig, until: Stage, *, shortlist: bool
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
     on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
-    shortlist = shortlist and until != "search" and shortlists(config)
+    shortlist = until != "search" and shortlists(config)
     if spread:
         check_spread(config)
     if until != "search" and on_disk:

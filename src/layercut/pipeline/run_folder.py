@@ -47,7 +47,7 @@ from layercut.files import (
 )
 from layercut.models import checkpoints, memory
 from layercut.pipeline.environment import environment, versions
-from layercut.progress import warn
+from layercut.progress import enter_stage, leave_stage, warn
 from layercut.segments import Segment
 
 Kind = TypeVar("Kind")
@@ -125,6 +125,8 @@ class Run:
         self.hashes[name] = digest([name, inputs, [self.hashes[earlier] for earlier in after]])
         found, seconds = processes.on_main(lambda: self._begin(kind, name))
         stage = RunStage(kind, found=found)
+        if not self._depth:
+            enter_stage(name)
         if found is not None:
             yield stage
             self._earlier += seconds
@@ -150,6 +152,7 @@ class Run:
         self._artefacts[name] = stage.artefact
         if not self._depth:
             self.seconds[name] = seconds
+            leave_stage(ran=found is None)
 
     def took_before(self, seconds: float) -> None:
         """Count seconds that an earlier command spent on the stage that is open."""

@@ -26,7 +26,7 @@ import torch
 from layercut import registries
 from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
-from layercut.errors import ConfigError, SurgeryError
+from layercut.errors import ConfigError, LayercutError, SurgeryError
 from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
 from layercut.healing.recipe import endpoints
@@ -35,6 +35,7 @@ from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
 from layercut.pipeline.gguf_run import bytes_by_block, check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
+    ResolvedRun,
     check_consumers,
     check_streamed,
     check_target,
@@ -126,6 +127,10 @@ class Rates:
         return computed + decoded + work.moved / self.memory + work.read / (self.disk or self.memory) + work.fixed
 
 
+SOME_CORE = Rates(flops=1.5e11, flops64=2e10, matvec=1e10, launch=1e-6, memory=8e9, disk=1e9)
+"""One of a server: what stages take of each other, not how long."""
+
+
 def _disk_rate(folder: Path, size: int = 64 * 2**20) -> float | None:
     """Bytes a second of reading a file that was just written and then dropped from the cache."""
     if not hasattr(os, "posix_fadvise"):
@@ -175,6 +180,19 @@ class Planner:
     base: int
     """Bytes of Python and its libraries."""
     shapes: dict[tuple[int, torch.dtype], Shape]
+
+    @classmethod
+    def of(cls, asked: CompressConfig, checkpoint: checkpoints.Checkpoint, stock: Any) -> Planner:
+        """Of a run that is asked, with the segments given or the most central ones."""
+        stored = loading.pick_dtype(asked.load.dtype, stock, checkpoint)
+        given = checked_segments(asked.search.segments, decoder_stack.count_layers(stock))
+        length = _length(asked, checkpoint, loading.skeleton(stock, stored), stored)
+        segments, after = pruned_parts(stock, stored, given, length)
+        dtypes = {True: loading.computing_dtype(asked.load.dtype, stored, torch.device("cpu")), False: stored}
+        return cls(
+            checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=resident_bytes(),
+            shapes={},
+        )  # fmt: skip
 
     def shape(self, window: int, on_cpu: bool) -> Shape:
         """The model's shape for rows of so many tokens, in the number format of that place."""
@@ -294,6 +312,24 @@ def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], C
         yield [*kept, f"--tune-window {window}", f"--window {window}"], shorter
 
 
+def shares(run: ResolvedRun) -> dict[str, float]:
+    """What each stage of a run takes, by the names in its folder, in the seconds of no particular machine."""
+    config, stock = run.config, loading.load_config(run.checkpoint, trust_remote_code=run.config.load.trust_remote_code)
+    try:
+        planner = Planner.of(config, run.checkpoint, stock)
+        on_cpu = loading.pick_device(config.load.device).type == "cpu"
+        found = planner.costs(config, on_cpu, available_bytes(loading.pick_device(config.load.device)))
+    except LayercutError:  # how many layers go is found by the run
+        return {}
+    named = {"text": "text-tuning", "tune": "heal"}
+    shape = planner.shape(config.text.window, on_cpu)
+    return {
+        named.get(name, name): SOME_CORE.seconds(shape, stage.work)
+        for name, stage in found.items()
+        if stage.work and name != "load"
+    }
+
+
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     """Everything `layercut compress` with the same flags will take; what a run would refuse is refused."""
     asked = config.journey()
@@ -317,14 +353,9 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if asked.quantize.bits == "auto":
         check_target(asked, checkpoint, stock)
 
-    whole = loading.skeleton(stock, stored)
-    segments, after = pruned_parts(stock, stored, given, _length(asked, checkpoint, whole, stored))
-    dtypes = {True: loading.computing_dtype(config.load.dtype, stored, torch.device("cpu")), False: stored}
+    whole, planner = loading.skeleton(stock, stored), Planner.of(asked, checkpoint, stock)
+    segments, after, dtypes = planner.segments, planner.after, planner.dtypes
     before, length, on_cpu = count_parts(whole), sum(map(len, segments)), device.type == "cpu"
-    planner = Planner(
-        checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=resident_bytes(),
-        shapes={},
-    )  # fmt: skip
     shape = planner.shape(asked.text.window, on_cpu)
     rates = Rates.of_card(card) if card else None
     if config.calibrate and not card:

@@ -159,6 +159,8 @@ def weights(shape: Shape, on_disk: bool) -> Peak:
 def stages(run: Planned) -> dict[str, Stage]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
     config, found = run.config, dict[str, Stage]()
+    if run.segments and config.heal.tune_tokens:
+        found["text"] = chats(run)
     if config.shares_size:  # how many cuts are compared is not known
         found["shares"] = Stage(max(fold(run).peak, quantize(run).peak, key=total), None)
     if run.segments:
@@ -166,7 +168,7 @@ def stages(run: Planned) -> dict[str, Stage]:
         if config.heal.fold:
             found["fold"] = fold(run)
         if config.heal.tune_tokens:
-            found["tune"] = chats(run).then(tune(run))
+            found["tune"] = tune(run)
     if config.quantize.rounds:
         found["quantize"] = quantize(run)
     found["eval"] = evaluate(run)
