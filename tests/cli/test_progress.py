@@ -106,18 +106,17 @@ def test_progress_tells_how_far_the_whole_run_is(stderr, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with whole_run({"search": 3.0, "heal": 6.0, "eval": 1.0}):
-        words = lambda: progress._whole.words
         enter_stage("search")
-        assert words() == "stage 1 of 3"
+        assert progress._whole.words == "stage 1 of 3"
         now[0] += 30
         leave_stage(ran=True)
         enter_stage("cut")  # which is not planned
-        assert words() == ""
+        assert progress._whole.words == ""
         leave_stage(ran=True)
         enter_stage("heal")
         now[0] += 30
         # ten seconds for each that is planned: 30 of 60 are left, and 10 of the last stage
-        assert words() == "stage 2 of 3, 60% of the run, about 40 s left of it"
+        assert progress._whole.words == "stage 2 of 3, 60% of the run, about 40 s left of it"
         leave_stage(ran=False)  # it was there
         enter_stage("eval")
-        assert words() == "stage 3 of 3, 75% of the run, about 10 s left of it"
+        assert progress._whole.words == "stage 3 of 3, 75% of the run, about 10 s left of it"

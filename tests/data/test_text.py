@@ -278,4 +278,3 @@ def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
         check_held_out(blocks(heldout), [blocks(tuning)], folders.tokenizer())
     with pytest.raises(DataError, match="of the passages of the held-out text"):
         check_held_out(blocks("a.txt"), [blocks("b.txt")], folders.tokenizer())
-

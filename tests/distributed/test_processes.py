@@ -242,4 +242,3 @@ def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, ti
     monkeypatch.setattr(processes, "launched", lambda: True)
     monkeypatch.setattr(placement, "_share_of_memory", lambda *_, **__: share)
     assert placement.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
-

@@ -160,4 +160,3 @@ def test_a_dataclass_is_its_json_and_damage_is_named():
             decode(Loss, damaged)
     with pytest.raises(Damaged):
         decode(Loss, {"segments": [[2, 1]], "loss": 0})
-

@@ -196,4 +196,3 @@ def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(
     assert found[0].segments == found[1].segments
     folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in both]
     assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
-

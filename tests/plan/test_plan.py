@@ -212,7 +212,7 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
 def test_chats_quantization_and_what_is_trained_after_it_are_counted(llama):
     shape = llama[1]
     chats = [HealConfig(tune_tokens=2560, chat_share=share) for share in (0.0, 0.1)]
-    plain, written = (stages(run_of(shape, Segment(2, 4), heal=heal))["tune"].work for heal in chats)
+    plain, written = (stages(run_of(shape, Segment(2, 4), heal=heal))["text"].work for heal in chats)
     assert written.steps - plain.steps == 12 * (16 + 16), "16 tokens one by one, to tune on and held out"
     rounded = {
         (name, how): stages(run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), heal=after))[
@@ -280,7 +280,9 @@ def test_a_config_alone_is_enough_and_nothing_is_fetched(bare, monkeypatch, caps
     assert plan["segments"] == [[2, 4]]
     assert plan["parameters"]["after"]["total"] == pruned_parts(stock("qwen2-tied"), torch.float32, CUT, 2)[1].total
     assert plan["seconds"] is plan["machine"] is None
-    assert [*plan["stages"]] == ["load", "search", "fold", "tune", "quantize", "eval", "capabilities", "export"]
+    assert [*plan["stages"]] == [
+        "load", "text", "search", "fold", "tune", "quantize", "eval", "capabilities", "export",
+    ]  # fmt: skip
     for name, stage in plan["stages"].items():
         assert stage["peak_bytes"] == sum(stage["parts"].values())
         assert name == "load" or stage["parts"]["weights"] == plan["bytes"]["before"]["saved"]

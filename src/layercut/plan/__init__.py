@@ -198,7 +198,8 @@ class Planner:
         """The model's shape for rows of so many tokens, in the number format of that place."""
         key = window, self.dtypes[on_cpu]
         if key not in self.shapes:
-            self.shapes[key] = measure_shape(self.stock, key[1], window)
+            known = (shape.dense for (_, dtype), shape in self.shapes.items() if dtype == key[1])
+            self.shapes[key] = measure_shape(self.stock, key[1], window, next(known, None))
         return self.shapes[key]
 
     def costs(self, config: CompressConfig, on_cpu: bool, room: int) -> dict[str, Stage]:

@@ -147,8 +147,8 @@ def _cache_kinds(config: Any) -> dict[str, int]:
     return kinds or {"full": config.num_hidden_layers}
 
 
-def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
-    """Every figure of a model; seconds for a hundred layers, and hardly any memory."""
+def measure_shape(config: Any, dtype: torch.dtype, window: int, dense: Parts | None = None) -> Shape:
+    """Every figure of a model; seconds for a hundred layers, and hardly any memory. dense: its parts, where known."""
     model = skeleton(config, dtype)
     text = model.config.get_text_config(decoder=True)
     try:
@@ -163,7 +163,7 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
         ]
     return Shape(
         hidden=text.hidden_size, vocabulary=text.vocab_size, itemsize=dtype.itemsize, window=window,
-        dense=count_parts(model), costs=costs, read=read_widths(find_decoder(model).layers, text.hidden_size),
+        dense=dense or count_parts(model), costs=costs, read=read_widths(find_decoder(model).layers, text.hidden_size),
     )  # fmt: skip
 
 
