@@ -115,12 +115,19 @@ FAMILIES = {
         ),
         ["self_attn.o_proj", "shared_mlp.output_linear", "block_sparse_moe"],
     ),
+    "gemma4_moe": (
+        transformers.Gemma4TextConfig(
+            **EXPERTS, head_dim=8, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2
+        ),
+        ["self_attn.o_proj"],  # MLP and experts are behind a norm of norms
+    ),
     "flex_olmo": (transformers.FlexOlmoConfig(**EXPERTS, num_experts=4), ["self_attn.o_proj", "mlp"]),
 }
 """Configs, and what a fold changes in them."""
 NORMS = {
     "bert": ["output.LayerNorm"],
     "glm4": ["post_self_attn_layernorm", "post_mlp_layernorm"],
+    "gemma4_moe": ["post_attention_layernorm"],
     **{
         name: ["post_attention_layernorm", "post_feedforward_layernorm"]
         for name in ("gemma3", "olmo2", "gemma4", "flex_olmo")

@@ -138,6 +138,9 @@ def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> l
         others = linear_writers(probe, silent=[probe.layer.get_submodule(branch.name)])
         outside = [each for each in others.items() if not each[0].startswith(branch.name + ".")]
         found = [*(_of_linear(probe, *each) for each in outside), branch]
+    for norm in norms if not found else []:  # Gemma 4's norm of norms, of MLP and experts: attention is seen without it
+        others = linear_writers(probe, silent=[probe.layer.get_submodule(norm.name)])
+        found = found or [_of_linear(probe, *each) for each in others.items()]
     return [_behind(probe, target, norms) for target in found]
 
 
