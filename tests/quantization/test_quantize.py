@@ -269,7 +269,7 @@ def test_bytes_are_known_before_anything_is_rounded(asked, tied):
         whole = quantize_(decoder_stack.share(model), None, config).bytes_after
     assert found.total == whole
     fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
-    assert found.layers == (found.total - fewer.total,) * 3
+    assert found.layers == [found.total - fewer.total] * 3
 
 
 # --- what is refused ---
