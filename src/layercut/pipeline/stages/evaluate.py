@@ -76,9 +76,9 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
                 dense = measures.window_losses(work.dense.model, tokens, advance=advance)
                 for state, weights in between:
                     losses[state] = measures.window_losses(work.student(segments, *weights), few, advance=advance)
-                pruned = work.student(segments, *last)
-                losses[final] = measures.window_losses(pruned, tokens, advance=advance)
-            beside = processes.on_main(lambda: look_closer(work, pruned, tokens))
+                losses[final] = measures.window_losses(work.student(segments, *last), tokens, advance=advance)
+            # a student of its own: where weights are sharded, the main process alone has a whole model
+            beside = processes.on_main(lambda: look_closer(work, work.student(segments, *last), tokens))
             # of a state between, what it is above the dense model on the same windows
             found = {state: measures.of_losses(dense.mean() + of - dense[: len(of)]) for state, of in losses.items()}
             errors = {state: measures.paired_error(of, dense[: len(of)]) for state, of in losses.items()}
