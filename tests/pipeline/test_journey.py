@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.cli.demo import fetch_model
-from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
 from layercut.errors import ModelError
 from layercut.export import checkpoint
-from layercut.models import checkpoints, decoder_stack, loading
+from layercut.models import checkpoints, decoder_stack, loading, placement
 from layercut.pipeline.journey import compress
+from layercut.pipeline.stages import text
 
 FRESH = """
 import json, sys, torch
@@ -32,25 +34,36 @@ print(json.dumps({"layers": len(model.model.layers), "missing": sorted(info["mis
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def dense():
+    """The real model, whose file of 49,152 words takes ten seconds to read: it is read once for all runs."""
     try:
-        model = fetch_model()
+        checkpoint = checkpoints.resolve(str(fetch_model()))
     except ModelError as error:
         pytest.skip(f"the real model is not to be had: {error.message}")
+    loaded = placement.load(checkpoint, **asdict(ModelConfig()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "load", lambda *_, **__: loaded)
+        patch.setattr(loading, "load_tokenizer", lambda *_, **__: loaded.tokenizer)
+        yield loaded.model
+
+
+@pytest.fixture(scope="module")
+def run(dense, tmp_path_factory):
     config = small_config(tmp_path_factory.mktemp("journey") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "subprocess", subprocess)  # which conftest.py has replaced
+        patch.setattr(text, "FEWEST_HELD_OUT", 256)
         for written in ("generations", "generation_health"):
             patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=8))
-        return compress(str(model), config)
+        return compress(str(fetch_model()), config)
 
 
 def small_config(out, method="fisher"):
     return CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=256, window=64),
         search=SearchConfig(ratio=0.2, method=method, preserve="none"),  # tests: test_probes.py
-        heal=HealConfig(tune_tokens=1024, batch_tokens=256),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=512, eval_window=256, speed=False),
+        heal=HealConfig(tune_tokens=512, batch_tokens=128, chat_share=0.0),  # chats: test_text.py
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=256, eval_window=128, speed=False),
         output=OutputConfig(format="safetensors"),
         run=RunConfig(out=out),
     )
@@ -86,10 +99,10 @@ def test_a_fresh_process_loads_what_was_exported(run):
     assert config["original_layer_index"] == json.loads((run / "summary.json").read_text())["original_layer_index"]
 
 
-def test_only_the_endpoints_differ_from_the_dense_model(run):
+def test_only_the_endpoints_differ_from_the_dense_model(run, dense):
     segment = json.loads((run / "search.json").read_text())["segments"][0]
     original = json.loads((run / "cut.json").read_text())["original_layer_index"]
-    dense = decoder_stack.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
+    dense = decoder_stack.as_stored(dense).state_dict()
     saved = load_file(run / "model" / "model.safetensors")
     changed = set()
     for name, weight in saved.items():

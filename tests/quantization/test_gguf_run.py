@@ -23,9 +23,9 @@ from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_tensors import quantize_file, tensor_types
 from layercut.models import checkpoints, loading
 from layercut.models.checkpoints import Checkpoint
-from layercut.pipeline import gguf_run
-from layercut.pipeline.gguf_run import check_names
+from layercut.pipeline import resolve_options
 from layercut.pipeline.journey import compress
+from layercut.pipeline.resolve_options import check_names
 from layercut.report.run_facts import read_run
 from layercut.report.verdicts import verdicts
 
@@ -188,7 +188,7 @@ def test_refusals(source, tiny_model, tmp_path, capsys, monkeypatch):
     tiny.gpt2(4).save_pretrained(tmp_path / "gpt2")
     folders.tokenizer().save_pretrained(tmp_path / "gpt2")
     refused("compress", tmp_path / "gpt2", *folder[2:], f"--out={x}.gguf", words="converter refused")
-    monkeypatch.setattr("layercut.pipeline.gguf_run.PLAIN", ("f32",))
+    monkeypatch.setattr("layercut.pipeline.resolve_options.PLAIN", ("f32",))
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
     refused(*file, f"--out={x}.gguf", words="hint: pip install")  # before anything is healed
@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_of_what_llama_cpp_writes(source):
 def test_a_file_whose_healed_layers_could_not_be_written_back_is_refused_at_the_beginning(tmp_path, monkeypatch):
     """Experts are one tensor in transformers and three in llama.cpp: that was seen when all was healed."""
     of_experts = {"name": "qwen3moe"}
-    monkeypatch.setattr(gguf_run, "architecture_of", lambda file: of_experts["name"])
+    monkeypatch.setattr(resolve_options, "architecture_of", lambda file: of_experts["name"])
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     experts = Qwen3MoeConfig(**sizes, moe_intermediate_size=8, num_experts=4, vocab_size=64, head_dim=8)
     checkpoint = Checkpoint("x.gguf", tmp_path, gguf="x.gguf")

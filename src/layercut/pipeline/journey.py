@@ -19,7 +19,7 @@ from layercut.config.commands import CompressConfig, ExportConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
 from layercut.models.memory import sum_in_float32_
-from layercut.pipeline import gguf_run, stages
+from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
     CutArtefact,
@@ -154,6 +154,6 @@ def write_file(run: Path, file: Path, config: CompressConfig) -> None:
     """Put the .gguf file of a finished run where --out names it; the model of a folder's run is converted."""
     found = result_of(run)
     if found.suffix == ".gguf":
-        gguf_run.put(found, file)
+        stages.export.put(found, file)
     else:
         export(str(run), ExportConfig(out=file, force=True, gguf_type=config.output.gguf_type))

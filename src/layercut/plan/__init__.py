@@ -33,14 +33,18 @@ from layercut.healing.recipe import endpoints
 from layercut.models import checkpoints, decoder_stack, loading, memory
 from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
-from layercut.pipeline.gguf_run import bytes_by_block, check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
     ResolvedRun,
+    bytes_by_block,
     check_consumers,
+    check_names,
+    check_output,
     check_streamed,
     check_target,
     check_window,
+    keeps_gguf,
     length_for_saved_size,
+    length_for_target,
     needing_memory,
     shortlists,
     wanted_length,

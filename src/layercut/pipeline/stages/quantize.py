@@ -20,14 +20,15 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import TESTS, has
 from layercut.distributed import processes
+from layercut.export.formats import CutGguf, is_mixture, write_cut
 from layercut.files import digest, remove_written, size
 from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
 from layercut.models import decoder_stack, memory
-from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, QuantizeArtefact, TuningRecord
-from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.resolve_options import keeps_gguf, type_of_healed
+from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.pipeline.stages.search import TEXT_ROWS_PER_TEST
 from layercut.pipeline.stages.text import ANSWER_WEIGHT, tuning_treatment
 from layercut.progress import say
@@ -56,8 +57,8 @@ ROUNDED = "rounded-state.safetensors"
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     """The healed student's weights in fewer bits, where that is asked."""
-    if gguf_run.keeps_gguf(work.config, work.checkpoint):
-        return gguf_run.quantize(work, segments)
+    if keeps_gguf(work.config, work.checkpoint):
+        return quantize_gguf(work, segments)
     config, trains = work.config.quantize, is_trained(work.config)
     chosen = [work.config.search.target_size] if config.bits == "auto" else []
     read = bool(chosen) or calibrated(config)
@@ -100,6 +101,39 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         say("quantize", describe_quantization(asdict(stage.artefact)))
     if stage.artefact.tuning:
         say("quantize", describe_quantized_tuning(asdict(stage.artefact.tuning)))
+    return stage.artefact
+
+
+# --- a .gguf file ---
+
+
+def cut_of(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
+    """The run's .gguf file without segments, and what healing changed."""
+    healed = work.changed(work.student(segments, "folded", "tuned"))
+    return CutGguf(checkpoint=work.checkpoint, segments=[*segments], healed=healed)
+
+
+def quantize_gguf(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
+    """The .gguf file of the healed student, its tensors rounded as they will be in the result."""
+    kind = type_of_healed(work.config)
+    inputs = [kind, work.text["calibration"]]
+    with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
+        if stage.open:
+            file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")
+            file.unlink(missing_ok=True)
+            source = cut_of(work, segments)
+            written = write_cut(source, file, kind, student, work.blocks["calibration"])
+            written["rounded"] = sorted(
+                name
+                for name, p in student.named_parameters()
+                if name in source.healed or (is_mixture(kind) and p.dim() > 1)
+            )
+            stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written)
+            stage.files = [QUANTIZED_GGUF]
+    found = stage.artefact.gguf or {}
+    if found["rounded"]:
+        how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
+        say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
     return stage.artefact
 
 

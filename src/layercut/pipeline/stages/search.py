@@ -21,9 +21,8 @@ from layercut.files import jsonable
 from layercut.layer_search import Restriction, SearchResult, longest_within, perplexity_rise, split_rows
 from layercut.layer_search.criteria import names
 from layercut.pipeline.artefacts import SearchArtefact
-from layercut.pipeline.gguf_run import keeps_gguf
-from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
-from layercut.pipeline.resolve_options import length_for_saved_size
+from layercut.pipeline.resolve_options import keeps_gguf, length_for_saved_size
+from layercut.pipeline.resolve_options import length_for_target as length_in_gguf
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import KnownCosts
 from layercut.pipeline.stages import trial
