@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from layercut.cli.command_line import main
+from layercut.cli.demo import cache_folder
 from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
@@ -283,3 +285,21 @@ def test_transformers_reads_the_same_model_as_after_a_cut_in_memory(tmp_path):
     ids = torch.arange(1, 17)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+
+
+def test_a_real_q4_k_m_file_is_cut_to_one_of_the_same_types(tmp_path):
+    """Qwen2.5-Coder-0.5B, where it has been fetched."""
+    source = cache_folder() / "qwen2.5-coder-0.5b-instruct.gguf"
+    if not source.is_file():
+        pytest.skip(f"the real model is not to be had: {source} is missing")
+    assert main(["cut", str(source), "--segment=10:12", f"--out={tmp_path / 'small.gguf'}"]) == 0
+    before, after = (gguf.GGUFReader(file) for file in (source, tmp_path / "small.gguf"))
+    assert after.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert after.get_field("qwen2.block_count").contents() == 22
+    came = {tensor.name: tensor for tensor in before.tensors}
+    assert {tensor.tensor_type.name for tensor in after.tensors} >= {"Q4_K", "Q6_K"}
+    for tensor in after.tensors:
+        block = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else 0
+        twin = came[tensor.name.replace(f"blk.{block}.", f"blk.{block + 2}.") if block >= 10 else tensor.name]
+        assert tensor.tensor_type == twin.tensor_type
+        assert (tensor.data == twin.data).all()
