@@ -56,9 +56,9 @@ def cut_copy(model):
     return student
 
 
-def random_turns(*, centred):
+def random_turns(*, centred, seed=0):
     """z, u = z W, and a target that another W and g reach but for some noise."""
-    draw, tokens, read, hidden = torch.Generator().manual_seed(0), 400, 24, 16
+    draw, tokens, read, hidden = torch.Generator().manual_seed(seed), 400, 24, 16
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)

@@ -28,8 +28,8 @@ import torch
 from layercut.distributed import processes
 from layercut.healing.linear_outputs import LinearOutput, OutputNorm
 
-STEPS = 6
-"""Turns of X and g; most of what there is to gain comes with the first few (research/healing.md)."""
+STEPS = 10
+"""Turns of X and g, at most. Six leave 10 % more KL, sixteen 3 % less (research/healing.md)."""
 ENOUGH = 1e-3
 """The turns end where one lowers the sum by less than this share."""
 TRIALS = 6
