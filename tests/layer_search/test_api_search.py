@@ -132,7 +132,10 @@ def test_a_result_is_frozen_serialises_and_shows_itself(model):
     assert told["segments"] == [[s.start, s.stop] for s in found.segments]
     assert set(told) == {
         "method", "segments", "candidates", "cost", "budget", "by_text", "by_number", "lighter", "shortlist",
+        "first_by",
     }  # fmt: skip
+    assert list(told["first_by"]) == ["the Fisher estimate", "real cuts"]
+    assert told["first_by"]["real cuts"] == told["segments"]
     table = replace(found, method="<b>")._repr_html_()
     assert "&lt;b&gt;" in table
     assert str(found.segments[0]) in table

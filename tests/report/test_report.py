@@ -243,6 +243,18 @@ def test_the_shortlist_and_what_text_alone_would_take(tmp_path: Path) -> None:
     assert "layers 5–6: KL 0.6 nats" in Page(run).text
 
 
+@pytest.mark.parametrize(("first", "healed", "decided"), [
+    ([[5, 7]], None, "5–6; real cuts: 2–3; a quick fold: 2–3; real cuts decided"),
+    ([[2, 4]], 0.5, "2–3; real cuts: 2–3; healing: 2–3; they agree"),
+    ([[2, 4]], 0.1, "2–3; real cuts: 2–3; healing: 5–6; healing decided"),
+])  # fmt: skip
+def test_which_part_of_the_search_decided(tmp_path: Path, first, healed, decided) -> None:
+    segments = [[5, 7]] if healed == 0.1 else [[2, 4]]
+    found = {"first_by": {"the Fisher estimate": first, "real cuts": [[2, 4]]}, "segments": segments}
+    run = make_run(tmp_path, search=found | {"shortlist": [{"segments": segments, "folded": 1.0, "healed": healed}]})
+    assert f"Layers put first by the Fisher estimate: {decided}." in Page(run).text
+
+
 def test_budgets_are_met_by_a_measured_state_or_not(tmp_path: Path) -> None:
     run = make_run(tmp_path, frontier=frontier())
     assert "Budgets" not in judged(run), "of other budgets than this run's"

@@ -146,6 +146,8 @@ def search(
             if not any(len(each.segments) == 1 for each in result.candidates) and limits.segments():
                 result = both(result, picked_by(1))
             result = fewest_worth(result)
+        if result.first_by:
+            result = replace(result, first_by=result.first_by | {"real cuts": result.candidates[0].segments})
         return replace(result, seconds=time.perf_counter() - begun)
 
 

@@ -247,4 +247,4 @@ def clp(
     first = next((w for w, way in enumerate(ways) if found[0].segments in way), 0)
     ordered = [wells[first], *wells[:first], *wells[first + 1 :]]
     trace = GateTrace(gates=wells[first].gates, losses=[well.losses for well in ordered], proposed=sets)
-    return SearchResult("clp", found, cost, gate=trace)
+    return SearchResult("clp", found, cost, gate=trace, first_by={"the concave gate": sets[0]})

@@ -86,7 +86,8 @@ def fisher(
     begin = first_of_proposals(costs.rows, costs.kinds)
     best = with_single(costs, halving(costs, sets, f"fisher: {len(sets)} proposals race", begin=begin), single)
     lighter = proposed[1] if len(asked) > 1 else []
-    return SearchResult("fisher", best, cost, by_text=best_by_text(costs, best, sets), lighter=lighter)
+    first = {"the Fisher estimate": sets[0]}
+    return SearchResult("fisher", best, cost, by_text=best_by_text(costs, best, sets), lighter=lighter, first_by=first)
 
 
 def gradient_rows(rows: int) -> int:

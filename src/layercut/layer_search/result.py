@@ -106,6 +106,8 @@ class SearchResult:
     """Where candidates were healed before the choice: the choice, the others that were, the rest, from the best."""
     gate: GateTrace | None = field(default=None, metadata=OPTIONAL)
     """How the concave gate was trained, where it was."""
+    first_by: dict[str, tuple[Segment, ...]] = field(default_factory=dict, metadata=OPTIONAL)
+    """What each part of the search, where it has several, put first, in their order."""
     seconds: Any = field(default=0.0, compare=False)
     """Wall-clock time of the whole search, real cuts included."""
     segments: list[Segment] = field(init=False, compare=False)

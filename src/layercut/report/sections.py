@@ -101,11 +101,25 @@ def search(run: RunFacts) -> Section:
         )
     if found.gate:
         note += " The concave gate (CLP) was moved from step to step as drawn; real cuts decided among its last places."
+    note += decided(found)
     costs = ("folded", "healed", "longer")
     rows = [[layer_names(one.segments), *(dash(one[key]) for key in costs)] for one in found.shortlist]
     heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
     shortlist = Table(heads, rows, strong=layer_names(found.segments))
     return Section("search", "Search", note, [shortlist], [*charts.gate_maps(found), charts.cost_chart(found)])
+
+
+def decided(found: Json) -> str:
+    """A sentence: what each part of the search put first, and from which part on that is what was removed."""
+    parts = [(name, layer_names(cuts)) for name, cuts in found.first_by.entries()]
+    if parts and found.shortlist:
+        healed = any(one.healed for one in found.shortlist)
+        parts.append(("healing" if healed else "a quick fold", layer_names(found.segments)))
+    if len(parts) < 2:
+        return ""
+    last = max((at + 1 for at, (_, layers) in enumerate(parts) if layers != parts[-1][1]), default=0)
+    end = f"{parts[last][0]} decided" if last else "they agree"
+    return f" Layers put first by {'; '.join(f'{name}: {layers}' for name, layers in parts)}; {end}."
 
 
 def probe_map(run: RunFacts) -> Section:
