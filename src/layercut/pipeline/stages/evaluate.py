@@ -80,7 +80,10 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
             # a student of its own: where weights are sharded, the main process alone has a whole model
             beside = processes.on_main(lambda: look_closer(work, work.student(segments, *last), tokens))
             # of a state between, what it is above the dense model on the same windows
-            found = {state: measures.of_losses(dense.mean() + of - dense[: len(of)]) for state, of in losses.items()}
+            found = {
+                state: measures.of_losses(of if len(of) == len(dense) else dense.mean() + of - dense[: len(of)])
+                for state, of in losses.items()
+            }
             errors = {state: measures.paired_error(of, dense[: len(of)]) for state, of in losses.items()}
             perplexity = Perplexities(
                 dataset=text.source, window=text.window, tokens=text.tokens, dense=measures.of_losses(dense),
