@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut.config.commands import CompressConfig
+from layercut.healing.recipe import endpoints
 from layercut.layer_search.concave_gate import Schedule, beginnings, gates
 from layercut.layer_search.shortlist import EFFORTS
 from layercut.models.memory import Budget
@@ -116,12 +117,7 @@ class Planned:
     @property
     def endpoints(self) -> list[int]:
         """Positions, in the pruned model, of the layers that are tuned."""
-        gone, found = 0, set[int]()
-        for segment in self.segments:
-            place = segment.start - gone
-            found |= {*range(place - self.config.heal.radius, place + self.config.heal.radius)}
-            gone += len(segment)
-        return sorted(found & {*range(self.shape.layers - gone)})
+        return endpoints(self.segments, self.shape.layers, self.config.heal.radius)
 
     @property
     def healed_bytes(self) -> int:
