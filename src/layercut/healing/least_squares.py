@@ -244,7 +244,10 @@ def fold_(
         with bar("folding", len(segments) * len(tokens)) as advance:
             for segment in segments:
                 found = _targets_before(cut, whole, segment, tokens)
-                if before is None and not isinstance(found, Fold):
+                if isinstance(found, Fold):
+                    folds.append(found)
+                    continue
+                if before is None:
                     before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
                 folds.append(_fold_targets_(cut, whole, segment, found, tokens, rows, advance))
         if before is not None:
@@ -302,6 +305,8 @@ def fold_cut_(
     to the residual stream, or where what reaches the cut is not finite.
     """
     found = _targets_before(student, dense, segment, tokens)
+    if isinstance(found, Fold):
+        return found
     return _fold_targets_(student, dense, segment, found, tokens, rows, advance)
 
 
@@ -320,11 +325,9 @@ def _targets_before(
 
 @torch.no_grad()
 def _fold_targets_(
-    student: DecoderRunner, dense: DecoderRunner, segment: Segment, targets: list[LinearOutput] | Fold,
+    student: DecoderRunner, dense: DecoderRunner, segment: Segment, targets: list[LinearOutput],
     tokens: torch.Tensor, rows: int | None, advance: Advance,
 ) -> Fold:  # fmt: skip
-    if isinstance(targets, Fold):
-        return targets
     position = _position(student, dense, segment)
 
     def share_of_bar(rows: float) -> None:

@@ -48,15 +48,15 @@ def cut(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
                 layers = decoder_stack.find_decoder(student)
                 names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
                 surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
-            parameters, sizes = decoder_stack.parameter_count, decoder_stack.parameter_bytes
+            count, sizes = decoder_stack.parameter_count, decoder_stack.parameter_bytes
             stage.found = CutArtefact(
                 segments=sorted(segments),
                 original_layer_index=kept_layers(segments, work.layers),
-                parameters=BeforeAfter(before=parameters(dense), after=parameters(student)),
+                parameters=BeforeAfter(before=count(dense), after=count(student)),
                 bytes=BeforeAfter(before=sizes(dense), after=sizes(student)),
             )
-    parameters_ = stage.artefact.parameters
-    say("cut", f"{parameters_.before:,} -> {parameters_.after:,} parameters")
+    parameters = stage.artefact.parameters
+    say("cut", f"{parameters.before:,} -> {parameters.after:,} parameters")
     return stage.artefact
 
 
