@@ -137,7 +137,8 @@ def stages(run: RunFacts) -> Section:
     text = summary.perplexity
     note = (
         f"Perplexity on {whole(text.tokens)} tokens of {source_name(text.dataset)} in windows of {whole(text.window)}, "
-        "± one standard error over the windows. Gap closed: the share of the cut's log-perplexity loss that is undone."
+        "± one standard error over the windows; of states before the last on a quarter of them. "
+        "Gap closed: the share of the cut's log-perplexity loss that is undone."
     )
     for fold in run.heal.fold:
         note += (
