@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -66,33 +67,36 @@ KNOWN = 0.02
 class _Whole:
     """How far a run is, by what is planned for each stage: the stages done say how fast this machine is."""
 
-    def __init__(self, planned: Mapping[str, float]) -> None:
-        self.left, self.done, self.stages = dict(planned), [0.0, 0.0], len(planned)
-        self.begun: float | None = None
-        """When the stage began that runs, by the monotonic clock; None where it is not planned."""
-        self.now = 0.0
-        """What is planned for it."""
+    def __init__(self, plan: Callable[[], Mapping[str, float]]) -> None:
+        self.plan = cache(plan)  # which takes seconds, and is made where a stage runs
+        self.now, self.begun = "", 0.0
+        """The stage that runs, and when it began, by the monotonic clock."""
+        self.over: set[str] = set()
+        self.taken: dict[str, float] = {}
+        """Seconds of those of them that were run, and not found in the folder."""
 
     def enter(self, name: str) -> None:
-        self.begun = time.monotonic() if name in self.left else None
-        self.now = self.left.pop(name, 0.0)
+        self.plan()
+        self.now, self.begun = name, time.monotonic()
 
-    def leave(self, *, ran: bool) -> None:
-        if ran and self.begun is not None:
-            self.done = [self.done[0] + self.now, self.done[1] + time.monotonic() - self.begun]
-        self.begun, self.now = None, 0.0
+    def leave(self, name: str) -> None:
+        self.over.add(name)
+        if name == self.now:
+            self.taken[name], self.now = time.monotonic() - self.begun, ""
 
     @property
     def words(self) -> str:
         """Which stage it is, and how long the run takes from now on; nothing outside of what is planned."""
-        if self.begun is None:
+        plan = self.plan()
+        if self.now not in plan:
             return ""
-        later, (planned, taken) = sum(self.left.values()), self.done
-        words = f"stage {self.stages - len(self.left)} of {self.stages}"
-        if planned < KNOWN * (planned + self.now + later):
+        now, later = plan[self.now], sum(plan[name] for name in plan.keys() - self.over - {self.now})
+        planned, taken = (sum(of[name] for name in plan.keys() & self.taken) for of in (plan, self.taken))
+        words = f"stage {len(plan.keys() & self.over) + 1} of {len(plan)}"
+        if planned < KNOWN * (planned + now + later):
             return words
         pace, spent = taken / planned, time.monotonic() - self.begun
-        left = max(pace * self.now - spent, 0.05 * pace * self.now) + pace * later
+        left = max(pace * now - spent, 0.05 * pace * now) + pace * later
         share = (taken + spent) / (taken + spent + left)
         return f"{words}, {share:.0%} of the run, about {duration(left)} left of it"
 
@@ -101,10 +105,10 @@ _whole: _Whole | None = None
 
 
 @contextmanager
-def whole_run(planned: Mapping[str, float]) -> Iterator[None]:
+def whole_run(plan: Callable[[], Mapping[str, float]]) -> Iterator[None]:
     """While open, progress says how far the run is, by the planned time of each stage in any unit; nothing of none."""
     global _whole
-    _whole = _Whole(planned) if planned else None
+    _whole = _Whole(plan)
     try:
         yield
     finally:
@@ -112,15 +116,15 @@ def whole_run(planned: Mapping[str, float]) -> Iterator[None]:
 
 
 def enter_stage(name: str) -> None:
-    """A stage of the whole run begins."""
-    if _whole:
+    """A stage of the whole run begins, whose artefact is not in the folder."""
+    if _whole and _is_main():
         _whole.enter(name)
 
 
-def leave_stage(*, ran: bool) -> None:
-    """It is over; `ran`: by this command, not found in the folder."""
+def leave_stage(name: str) -> None:
+    """A stage is over, run or found."""
     if _whole:
-        _whole.leave(ran=ran)
+        _whole.leave(name)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -105,18 +105,31 @@ def test_a_notebook_gets_a_bar_of_tqdm_or_the_callback(capfd, monkeypatch):
 def test_progress_tells_how_far_the_whole_run_is(stderr, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with whole_run({"search": 3.0, "heal": 6.0, "eval": 1.0}):
+    made = []
+
+    def plan():
+        made.append("once")
+        return {"search": 3.0, "heal": 6.0, "eval": 1.0}
+
+    with whole_run(plan):
+        leave_stage("text")  # which was found: no plan is made before a stage runs
+        assert not made
         enter_stage("search")
         assert progress._whole.words == "stage 1 of 3"
         now[0] += 30
-        leave_stage(ran=True)
+        leave_stage("search")
         enter_stage("cut")  # which is not planned
         assert progress._whole.words == ""
-        leave_stage(ran=True)
+        leave_stage("cut")
         enter_stage("heal")
         now[0] += 30
         # ten seconds for each that is planned: 30 of 60 are left, and 10 of the last stage
         assert progress._whole.words == "stage 2 of 3, 60% of the run, about 40 s left of it"
-        leave_stage(ran=False)  # it was there
+        assert made == ["once"]
+    with whole_run(plan):
+        enter_stage("search")
+        now[0] += 30
+        leave_stage("search")
+        leave_stage("heal")  # it was there
         enter_stage("eval")
         assert progress._whole.words == "stage 3 of 3, 75% of the run, about 10 s left of it"

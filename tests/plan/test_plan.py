@@ -241,7 +241,7 @@ def test_time_is_work_over_rates(llama):
 def test_flags_are_named_until_it_fits(monkeypatch):
     shape = measure_shape(stock("llama-untied"), torch.float32, 16)
     planner = Planner(
-        checkpoint=None, stock=None, dtypes={True: torch.float32}, segments=CUT, after=shape.dense, base=0,
+        checkpoint=None, stock=None, whole=None, dtypes={True: torch.float32}, segments=CUT, after=shape.dense, base=0,
         shapes={(16, torch.float32): shape},
     )  # fmt: skip
     config = CompressConfig(

@@ -71,7 +71,7 @@ def compress(
     with (
         memory.memory_limit(config.load.max_memory),
         Run(folder, force=config.run.force) as run,
-        progress.whole_run(planned(asked)),
+        progress.whole_run(lambda: planned(asked)),
     ):
         run.describe({"model": model, **flattened(config)}, checkpoint)
         work = RunContext(

@@ -48,6 +48,8 @@ class ResolvedRun:
     """A run that can begin: everything that the config and the checkpoint's headers show has been checked."""
 
     checkpoint: checkpoints.Checkpoint
+    architecture: Any
+    """The model's config."""
     config: CompressConfig
     """With the windows that are tuned and reported on filled in."""
     spread: bool
@@ -89,7 +91,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     if until == "report":
         evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(
-        checkpoint=checkpoint, config=config, spread=spread, shortlist=shortlist,
+        checkpoint=checkpoint, architecture=architecture, config=config, spread=spread, shortlist=shortlist,
         shortlist_now=shortlist and not (spread or on_disk),
     )  # fmt: skip
 

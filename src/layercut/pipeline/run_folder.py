@@ -125,12 +125,12 @@ class Run:
         self.hashes[name] = digest([name, inputs, [self.hashes[earlier] for earlier in after]])
         found, seconds = processes.on_main(lambda: self._begin(kind, name))
         stage = RunStage(kind, found=found)
-        if not self._depth:
-            enter_stage(name)
         if found is not None:
             yield stage
             self._earlier += seconds
         else:
+            if not self._depth:
+                enter_stage(name)
             memory.release_freed()  # what earlier stages held
             outer, self._earlier, begun = self._earlier, 0.0, time.perf_counter()
             self._depth += 1
@@ -152,7 +152,7 @@ class Run:
         self._artefacts[name] = stage.artefact
         if not self._depth:
             self.seconds[name] = seconds
-            leave_stage(ran=found is None)
+            leave_stage(name)
 
     def took_before(self, seconds: float) -> None:
         """Count seconds that an earlier command spent on the stage that is open."""

@@ -177,6 +177,8 @@ class Planner:
     checkpoint: checkpoints.Checkpoint
     stock: Any
     """The model's config."""
+    whole: Any
+    """The model without its weights, in the stored number format."""
     dtypes: dict[bool, torch.dtype]
     """Computed in on the CPU (True), and on an accelerator (False), where it is the stored one."""
     segments: list[Segment]
@@ -190,12 +192,12 @@ class Planner:
         """Of a run that is asked, with the segments given or the most central ones."""
         stored = loading.pick_dtype(asked.load.dtype, stock, checkpoint)
         given = checked_segments(asked.search.segments, decoder_stack.count_layers(stock))
-        length = _length(asked, checkpoint, loading.skeleton(stock, stored), stored)
-        segments, after = pruned_parts(stock, stored, given, length)
+        whole = loading.skeleton(stock, stored)
+        segments, after = pruned_parts(stock, stored, given, _length(asked, checkpoint, whole, stored))
         dtypes = {True: loading.computing_dtype(asked.load.dtype, stored, torch.device("cpu")), False: stored}
         return cls(
-            checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=resident_bytes(),
-            shapes={},
+            checkpoint=checkpoint, stock=stock, whole=whole, dtypes=dtypes, segments=segments, after=after,
+            base=resident_bytes(), shapes={},
         )  # fmt: skip
 
     def shape(self, window: int, on_cpu: bool) -> Shape:
@@ -319,11 +321,11 @@ def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], C
 
 def shares(run: ResolvedRun) -> dict[str, float]:
     """What each stage of a run takes, by the names in its folder, in the seconds of no particular machine."""
-    config, stock = run.config, loading.load_config(run.checkpoint, trust_remote_code=run.config.load.trust_remote_code)
+    config, device = run.config, loading.pick_device(run.config.load.device)
+    on_cpu = device.type == "cpu"
     try:
-        planner = Planner.of(config, run.checkpoint, stock)
-        on_cpu = loading.pick_device(config.load.device).type == "cpu"
-        found = planner.costs(config, on_cpu, available_bytes(loading.pick_device(config.load.device)))
+        planner = Planner.of(config, run.checkpoint, run.architecture)
+        found = planner.costs(config, on_cpu, available_bytes(device))
     except LayercutError:  # how many layers go is found by the run
         return {}
     named = {"text": "text-tuning", "tune": "heal"}
@@ -358,8 +360,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if asked.quantize.bits == "auto":
         check_target(asked, checkpoint, stock)
 
-    whole, planner = loading.skeleton(stock, stored), Planner.of(asked, checkpoint, stock)
-    segments, after, dtypes = planner.segments, planner.after, planner.dtypes
+    planner = Planner.of(asked, checkpoint, stock)
+    whole, segments, after, dtypes = planner.whole, planner.segments, planner.after, planner.dtypes
     before, length, on_cpu = count_parts(whole), sum(map(len, segments)), device.type == "cpu"
     shape = planner.shape(asked.text.window, on_cpu)
     rates = Rates.of_card(card) if card else None
