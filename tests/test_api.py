@@ -107,7 +107,7 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
     for options, words in [
         ({"ratoi": 0.2}, "there is no option 'ratoi'"), ({"ratio": "much"}, "ratio is 'much'"),
         ({"ratio": 0.2, "bits": 5}, "bits is 5"), ({"ratio": 0.2, "method": "none"}, "--method 'none' is unknown"),
-        ({"ratio": 0.2, "preset": "slow"}, "preset 'slow'"), ({"segment": 5}, "5 is no segment"),
+        ({"segment": 5}, "5 is no segment"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             lc.compress(tiny_model, out=tmp_path / "run", **options)
@@ -115,8 +115,8 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
         assert from_flat({"segment": spelt}).search.segments == [lc.Segment(3, 5)]
     with pytest.raises(ConfigError, match="takes a model's name or path"):
         lc.compress(model, ratio=0.2)
-    with pytest.raises(ConfigError, match="both config and preset are given"):
-        lc.compress(tiny_model, config=from_flat({"ratio": 0.2}), preset="fast")
+    with pytest.raises(ConfigError, match="both config and bits are given"):
+        lc.compress(tiny_model, config=from_flat({"ratio": 0.2}), bits=4)
     assert not os.listdir(tmp_path)
 
 

@@ -16,7 +16,6 @@ import yaml
 
 import quick
 from layercut.cli.command_line import FEW, app, main
-from layercut.config import PRESETS, HealConfig
 from layercut.config.commands import (
     CompressConfig,
     FindConfig,
@@ -133,7 +132,7 @@ def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypa
     assert hashes[0] == hashes[1]
 
 
-# --- presets ---
+# --- what a command line comes to ---
 
 
 @pytest.fixture
@@ -152,23 +151,10 @@ def resolved(monkeypatch, capsys):
     return settings
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fills_in_how_much_text_is_used_and_nothing_else(name, resolved):
-    assert resolved(f"--preset={name}") == resolved("--preset", name) == resolved() | PRESETS[name]
-    assert set(PRESETS[name]) <= {"tokens", "tune_tokens", "eval_tokens", "speed"}
-    words = " ".join(next(a for a in parameters("compress") if "--preset" in a.names).parameter.help.split())
-    told = words.partition(f"{name}: ")[2].partition(".")[0]
-    flags = [f"--no-{k}" if v is False else f"--{k.replace('_', '-')} {v}" for k, v in PRESETS[name].items()]
-    assert all(flag in told for flag in flags), "what the help says of it"
-    assert resolved() == flattened(CompressConfig()) | {"ratio": 0.2}, "it does not outlive its command"
-
-
-def test_flags_win_over_a_file_and_a_file_over_the_preset(resolved, tmp_path):
+def test_flags_win_over_a_file(resolved, tmp_path):
     file = write_yaml(tmp_path / "some.yaml", tokens=111, tune_tokens=222)
-    found = resolved("--preset=fast", f"--config={file}", "--tokens=333", "--speed")
-    assert (found["tokens"], found["tune_tokens"], found["speed"]) == (333, 222, True)
-    assert (found["quantizer"], found["eval_tokens"]) == ("gptq", PRESETS["fast"]["eval_tokens"])
-    assert found["batch_tokens"] == HealConfig().batch_tokens
+    given = {"tokens": 333, "tune_tokens": 222, "ratio": 0.2}
+    assert resolved(f"--config={file}", "--tokens=333") == flattened(CompressConfig()) | given
 
 
 def test_a_file_may_list_names_that_a_flag_separates_by_commas(resolved, tmp_path):
@@ -177,27 +163,6 @@ def test_a_file_may_list_names_that_a_flag_separates_by_commas(resolved, tmp_pat
     found = resolved(f"--config={file}")
     assert [found[key] for key in lists] == ["8,4", "recall,copy", "piqa,arc_easy"]
     assert from_flat({"preserve": ["recall", "copy"]}).search.preserve == "recall,copy"
-
-
-def test_a_file_may_name_a_preset_and_the_flag_wins(resolved, tmp_path):
-    file = write_yaml(tmp_path / "some.yaml", preset="fast")
-    assert resolved(f"--config={file}")["tokens"] == PRESETS["fast"]["tokens"]
-    assert resolved(f"--config={file}", "--preset=best")["tokens"] == PRESETS["best"]["tokens"]
-    assert "preset" not in resolved("--preset=fast"), "the values speak for themselves"
-
-
-@pytest.mark.parametrize("flags", [["--preset=quick"], ["--preset"], ["--preset", "--force"], ["--config=FILE"]])
-def test_a_preset_that_does_not_exist_is_refused(flags, tmp_path, capsys):
-    file = write_yaml(tmp_path / "preset.yaml", preset="quick")
-    assert main(["compress", "model", "--ratio=0.2", *(flag.replace("FILE", str(file)) for flag in flags)]) == 2
-    assert "preset" in capsys.readouterr().err
-
-
-def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
-    taken: list[Any] = []
-    monkeypatch.setattr("layercut.plan.plan_run", lambda model, config: taken.append(config) or {})
-    assert main(["plan", "model", "--ratio=0.2", "--preset=fast", "--json"]) == 0, capsys.readouterr().err
-    assert (taken[0].text.tokens, taken[0].heal.tune_tokens) == (8192, 32768)
 
 
 # --- a command takes what it uses ---
@@ -249,7 +214,7 @@ def test_the_file_of_a_compress_run_says_to_evaluate_what_it_says_of_evaluation(
     file = tmp_path / "whole.yaml"
     file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "window": 32, "eval_window": 64}))
     main(["evaluate", "model", f"--config={file}"])
-    file.write_text("window: 32\npreset: fast\nno_speed: true\nno_fold: true\nfor: mlx\nstream: off\n")
+    file.write_text("window: 32\nmethod: race\nno_speed: true\nno_fold: true\nfor: mlx\nstream: off\n")
     main(["evaluate", "model", f"--config={file}"])
     main(["evaluate", "model", f"--config={file}", "--window=16"])
     assert [config.eval_window for config in taken] == [64, None, 16], capsys.readouterr().err

@@ -25,7 +25,6 @@ from cyclopts.help import DefaultFormatter
 from layercut import __version__
 from layercut.cli.config_file import take_config
 from layercut.cli.early_checks import check
-from layercut.config import RUN, Preset
 from layercut.config.commands import (
     ChatConfig,
     CompareConfig,
@@ -46,7 +45,7 @@ from layercut.files import disk_refusal
 
 FEW = {
     "--ratio", "--segment", "--target-size", "--max-loss", "--preserve", "--bits", "--for", "--data", "--tune-data",
-    "--tune-tokens", "--eval-data", "--tasks", "--preset", "--out", "--config",
+    "--tune-tokens", "--eval-data", "--tasks", "--out", "--config",
 }  # fmt: skip
 """Options of compress that --help shows; --help-all shows every one."""
 
@@ -87,24 +86,12 @@ app = cyclopts.App(
 
 Model = Annotated[str, Parameter(help="A Hub id, a folder, or a .gguf file.")]
 RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")]
-PresetName = Annotated[
-    Preset,
-    Parameter(
-        group=RUN,
-        help="Fills the flags that neither the command nor --config gives. balanced: every default. "
-        "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --no-speed. "
-        "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072.",
-    ),
-]
-"""Not used in a command: `take_config` has filled the config's flags before."""
 Log = LogConfig | None
 """Not used in a command: `_run` has set up the messages before."""
 
 
 @app.command
-def compress(
-    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
-) -> None:
+def compress(model: Model, *, config: CompressConfig | None = None, log: Log = None) -> None:
     """The whole journey: search, cut, heal, measure, export, report.
 
     For example, a fifth of the layers out; in 4 bits too; layers and bits for a size; a file for llama.cpp:
@@ -122,7 +109,7 @@ def compress(
 
 
 @app.command
-def search(model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+def search(model: Model, *, config: FindConfig | None = None, log: Log = None) -> None:
     """Find the segment to remove by plain cuts, and stop there; compress with the same --out goes on.
 
     For example:
@@ -137,7 +124,7 @@ def search(model: Model, *, config: FindConfig | None = None, log: Log = None, p
 
 
 @app.command
-def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None) -> None:
     """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out resumes after it.
 
     For example:
@@ -241,7 +228,7 @@ def compare(model: Model, *, config: CompareConfig | None = None, log: Log = Non
 
 
 @app.command
-def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None) -> None:
     """What compress with the same flags would take: parameters, memory, time, from the config alone.
 
     For example:

@@ -1,37 +1,28 @@
-"""The flags that --config FILE and --preset NAME fill, where the command line does not give them."""
+"""The flags that --config FILE fills, where the command line does not give them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import cyclopts
 
-from layercut.config import PRESETS
 from layercut.config.commands import joined_names
 from layercut.errors import ConfigError
 
 
 def take_config(app: cyclopts.App, arguments: list[str]) -> set[str]:
-    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open.
-
-    The flags that are given, by either.
-    """
+    """Let --config FILE fill the flags that are not given; the flags that are given, here or there."""
     app.config = ()
     given: dict[str, Any] = {}
-    file, preset = _value(arguments, "--config"), _value(arguments, "--preset")
+    file = _value(arguments, "--config")
     if file is not None:
         if not file or file.startswith("-"):
             raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
         given = _for_command(app, _yaml(Path(file)), arguments[0])
-        app.config = (_source(given, file),)
-    # a preset that does not exist is refused with the flags
-    filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
-    # `plan` takes some of the flags of `compress`, not all
-    app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
+        app.config = (cyclopts.config.Dict(given, source=file, use_commands_as_keys=False),)
     flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
     return flags | {f"--{key.replace('_', '-')}" for key in given}
 
@@ -65,10 +56,6 @@ def _value(arguments: list[str], flag: str) -> str | None:
         elif argument.startswith(f"{flag}="):
             found = argument.partition("=")[2]
     return found
-
-
-def _source(values: dict[str, Any], name: str, *, allow_unknown: bool = False) -> Callable[..., Any]:
-    return cyclopts.config.Dict(values, source=name, use_commands_as_keys=False, allow_unknown=allow_unknown)
 
 
 def _yaml(path: Path) -> dict[str, Any]:

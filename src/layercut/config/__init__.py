@@ -55,15 +55,6 @@ HUB_SETS = {
 """Texts that have a name here, and where the Hub has them; `data/sources.py` says how each is read."""
 OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
 """Options whose value is names, or numbers, separated by commas."""
-Preset = Literal["fast", "balanced", "best"]
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"tokens": 8192, "tune_tokens": 32768, "eval_tokens": 16384, "speed": False},
-    "balanced": {},
-    "best": {"tokens": 65536, "tune_tokens": 1048576, "eval_tokens": 131072},
-}
-"""What --preset fills in where neither a flag nor --config does. Nothing that another flag could forbid, and no other
-method: fast is less text. More tokens heal more (measured); how many are enough is a guess."""
-
 WHAT, RUN, TEXT, SEARCH, HEALING, QUANTIZATION, MEASURING, LOADING, RARE = (
     Group(name, sort_key=place)
     for place, name in enumerate(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercut.config import PRESETS
 from layercut.config.commands import CompressConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.files import restored
@@ -53,15 +52,12 @@ class RunResult:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def compress(
-    model: str | Path, *, config: CompressConfig | None = None, preset: str | None = None, **options: Any
-) -> RunResult:
+def compress(model: str | Path, *, config: CompressConfig | None = None, **options: Any) -> RunResult:
     """Search, cut, heal, measure, export and report; a run that was stopped is resumed.
 
     Args:
         model: a Hub id, a folder, or a .gguf file. A model that is in memory goes through `search`, `cut`, … instead.
         config: all options at once; no others may be given then.
-        preset: "fast", "balanced" (None) or "best": how much text is used, where `options` do not say it.
         **options: the command's flags with underscores: `ratio=0.2`, `segment="13:19"`, `bits=4`, `out="runs/mine"`.
 
     Returns:
@@ -75,14 +71,9 @@ def compress(
             f"compress takes a model's name or path, not a {type(model).__name__}",
             "for a model in memory: layercut.search, cut, fold_, tune_, quantize, evaluate, save",
         )
-    given = [*(["preset"] if preset is not None else []), *options]
-    if config is not None and given:
-        raise ConfigError(f"both config and {', '.join(given)} are given", "give one of them")
-    preset = preset or "balanced"
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown", f"allowed are {', '.join(PRESETS)}")
-    settings = config or from_flat({**PRESETS[preset], **options})
-    folder = journey.compress(str(model), settings)
+    if config is not None and options:
+        raise ConfigError(f"both config and {', '.join(options)} are given", "give one of them")
+    folder = journey.compress(str(model), config or from_flat(options))
     summary = restored(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     return RunResult(folder, summary)
 
