@@ -16,7 +16,7 @@ from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Mixt
 import tiny
 from layercut.cli.command_line import main
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, QuantizeConfig, SearchConfig
-from layercut.config.commands import CompressConfig, PlanConfig
+from layercut.config.commands import CompressConfig, PlanConfig, from_flat
 from layercut.errors import LayercutError
 from layercut.evaluation import speed
 from layercut.healing import tune_
@@ -25,7 +25,8 @@ from layercut.layer_search import search
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner
-from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, sizes, what_folds
+from layercut.pipeline.resolve_options import resolve
+from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, shares, sizes, what_folds
 from layercut.plan.costs import Planned, Stage, Work, stages
 from layercut.plan.shape import count_parts, measure_shape
 from layercut.registries import criteria
@@ -233,6 +234,14 @@ def test_time_is_work_over_rates(llama):
     rates = Rates(flops=10.0, flops64=5.0, matvec=4.0, launch=0.0, memory=2.0, disk=None)
     work = Work(flops=20, flops64=5, moved=4, decoded=8, read=2, fixed=3)
     assert rates.seconds(llama[1], work) == 20 / 10 + 5 / 5 + 4 / 2 + 8 / 4 + 2 / 2 + 3
+
+
+def test_progress_has_the_share_of_each_stage_of_a_run(tiny_model):
+    few = {"ratio": 0.25, "data": "python-docs", "tokens": 64, "window": 16, "tune_tokens": 64, "eval_tokens": 64}
+    found = shares(resolve(str(tiny_model), from_flat(few), "report"))
+    assert [*found] == ["text-tuning", "search", "fold", "heal", "eval", "capabilities", "export"]
+    assert min(found.values()) > 0
+    assert shares(resolve(str(tiny_model), from_flat(few | {"ratio": None, "max_loss": 0.1}), "report")) == {}
 
 
 # --- what fits ---
