@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "token_blocks": "data", "probe_rows": "data", "ProbeRows": "data",
+    "token_blocks": "data.blocks", "probe_rows": "data.probes", "ProbeRows": "data.probes",
     "search": "layer_search", "SearchResult": "layer_search", "Candidate": "layer_search", "Cost": "layer_search",
     "capability_map": "layer_search", "CapabilityMap": "layer_search",
     "cut": "surgery",
@@ -38,18 +38,19 @@ _WHERE = {
     "CapabilityFigures": "evaluation",
     "save": "export", "Exported": "export",
     "compress": "pipeline", "RunResult": "pipeline",
-    "Segment": "segments", "DecoderRunner": "models", "Objective": "models",
+    "Segment": "segments", "DecoderRunner": "models.runner", "Objective": "models.losses",
     "criteria": "registries", "objectives": "registries", "quantizers": "registries", "evaluations": "registries",
     "exporters": "registries",
-    "progress_to": "progress", "LayercutError": "errors", "memory_limit": "models",
+    "progress_to": "progress", "LayercutError": "errors", "memory_limit": "models.memory",
 }  # fmt: skip
-"""Public name -> the room that has it."""
+"""Public name -> the module that has it."""
 
 __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
     # isort: off
-    from layercut.data import ProbeRows as ProbeRows, probe_rows as probe_rows, token_blocks as token_blocks
+    from layercut.data.blocks import token_blocks as token_blocks
+    from layercut.data.probes import ProbeRows as ProbeRows, probe_rows as probe_rows
     from layercut.errors import LayercutError as LayercutError
     from layercut.evaluation import CapabilityFigures as CapabilityFigures, Evaluation as Evaluation
     from layercut.evaluation import capability_figures as capability_figures, evaluate as evaluate
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
     from layercut.healing import tune_ as tune_
     from layercut.layer_search import Candidate as Candidate, CapabilityMap as CapabilityMap, Cost as Cost
     from layercut.layer_search import SearchResult as SearchResult, capability_map as capability_map, search as search
-    from layercut.models import DecoderRunner as DecoderRunner, Objective as Objective, memory_limit as memory_limit
+    from layercut.models.losses import Objective as Objective
+    from layercut.models.memory import memory_limit as memory_limit
+    from layercut.models.runner import DecoderRunner as DecoderRunner
     from layercut.pipeline import RunResult as RunResult, compress as compress
     from layercut.progress import progress_to as progress_to
     from layercut.quantization import Quantized as Quantized, quantize as quantize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 import msgspec
 import psutil
@@ -439,3 +440,41 @@ def size_flag(count: float) -> str:
         if count >= limit:
             return f"{math.ceil(count / limit * 10) / 10:.10g}{unit}"
     return f"{math.ceil(count)}B"
+
+
+# --- run folders ---
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of layercut: its env.json says with which version it was made."""
+    made_with = read_object(folder / "env.json").get("versions")
+    return isinstance(made_with, dict) and "layercut" in made_with
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a place for a run that is a file, or a folder that holds something else."""
+    hint = "name a folder that is new, empty, or holds a run"
+    if folder.is_file():
+        raise RunError(f"--out {folder} is a file", hint)
+    # what a command leaves that was killed at its very beginning
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not all(name == ".lock" or name.endswith(".partial") for name in held) and not is_run(folder):
+        raise RunError(f"--out {folder} is not empty and holds no layercut run", hint)
+
+
+def hold(lock: IO[str], folder: Path) -> None:
+    """Lock a run folder's .lock until it is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        words = f"another layercut command is using {folder}"
+        raise RunError(words, "wait for it to end, or name another --out") from None

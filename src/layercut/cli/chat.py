@@ -18,9 +18,10 @@ from layercut.config.commands import ChatConfig
 from layercut.data.chat_templates import open_ended, render_chat
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, padding
+from layercut.files import is_run
 from layercut.models import checkpoints, decoder_stack, loading, placement
 from layercut.models.layer_reader import layers_on_disk
-from layercut.pipeline.run_folder import is_run, models_of
+from layercut.pipeline.run_folder import models_of
 from layercut.report.formatting import printable
 
 if TYPE_CHECKING:

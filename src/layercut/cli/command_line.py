@@ -24,7 +24,6 @@ from cyclopts.help import DefaultFormatter
 
 from layercut import __version__
 from layercut.cli.config_file import take_config
-from layercut.cli.early_checks import check
 from layercut.config.commands import (
     ChatConfig,
     CompareConfig,
@@ -369,6 +368,8 @@ def _run(arguments: list[str]) -> Outcome:
         log = asdict(given.arguments.get("log") or LogConfig())
         with progress.shown(**log) if "log" in given.signature.parameters else nullcontext():
             if "model" in given.arguments and arguments[0] in CHECKED:
+                from layercut.cli.early_checks import check  # loads numpy
+
                 config = given.arguments.get("config") or CHECKED[arguments[0]]()
                 given.arguments["config"] = check(given.arguments["model"], config, flags)
             command(*given.args, **given.kwargs)

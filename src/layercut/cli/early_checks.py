@@ -1,28 +1,36 @@
-"""What can be refused of a command before anything slow is imported: paths, texts, packages, the run folder, the disk.
+"""What can be refused of a command before anything slow is imported: its options, the model's files, texts, packages,
+the run folder, the disk.
 
-No torch is needed. What this passes is checked again, with the model's config, by the command itself.
+No torch is needed. By the same functions the command checks again what it comes to, with the config as its class reads
+it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from layercut.config import HUB_SETS
-from layercut.errors import ConfigError, DataError, ModelError, RunError
+from layercut.config import HUB_SETS, check_window, no_device
+from layercut.data import sources
+from layercut.data.probe_families import capability_names
+from layercut.errors import ConfigError, DataError, RunError
+from layercut.files import check_run_folder, hold, is_run
+from layercut.models import checkpoints
+from layercut.segments import checked_segments, layers_to_remove
 
 OFFLINE = {"--data": "python-docstrings", "--eval-data": "python-docs"}
 """Text that takes the place of the defaults where the Hub cannot be reached: it comes with Python."""
+DEVICES = re.compile(r"(auto|cpu|cuda|mps|xpu)(:\d+)?")
 PATIENCE = 1.5
 """Seconds that the Hub has to answer."""
 HEAD = 1 << 16
@@ -33,33 +41,39 @@ MANY = 1 << 62
 def check(model: str, config: Any, given: set[str]) -> Any:
     """The command's configuration, its default texts replaced where there is no Hub. `given`: flags that were given."""
     path, online = Path(model).expanduser(), cache(_online)
-    is_run = (path / "env.json").is_file()
-    if not is_run:
-        _check_model(model, path)
+    journey = config.journey() if hasattr(config, "journey") else None  # evaluate alone has none
+    if journey:
+        journey.check()
+        capability_names(journey.search.preserve)
+    # other devices are of packages that torch loads
+    if not DEVICES.fullmatch(config.load.device) and not entry_points(group="torch.backends"):
+        raise no_device(config.load.device)
+    if checkpoints.is_local(model) and (journey or not is_run(path)):
+        checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
+        if journey:
+            _check_sizes(journey, *checkpoints.stated_sizes(checkpoint))
     for flag, source, tokens in _texts(config):
         if flag in OFFLINE and flag not in given:
             config = _with_default(config, flag, source, online)
         else:
             _check_text(flag, source, tokens, online)
+    if hasattr(config, "evaluate") or hasattr(config, "compare"):
+        sources.check_sources(config.journey())
     _check_packages(path, config)
     if (run := getattr(config, "run", None)) and run.folder:
         _check_out(path, run.out, run.folder)
     return config
 
 
-def _check_model(model: str, path: Path) -> None:
-    local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    try:
-        exists = path.exists()
-    except OSError:
-        return
-    if local and not exists and ":" not in model:
-        raise ModelError(
-            f"no model at {model!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
-            "give a Hub id (owner/name), a folder that holds config.json and weights, or a .gguf file",
-        )
-    if path.suffix == ".gguf" and path.is_file() and find_spec("gguf") is None:
-        raise ModelError("reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"')
+def _check_sizes(journey: Any, layers: int | None, positions: int | None) -> None:
+    """Refuse rows and cuts that do not fit what the model's files say of it."""
+    windows = (journey.text.window, journey.evaluate.eval_window, journey.heal.tune_window)
+    for flag, window in zip(("--window", "--eval-window", "--tune-window"), windows, strict=True):
+        check_window(flag, window, positions)
+    if layers:
+        checked_segments(journey.search.segments, layers)
+        if journey.search.ratio:
+            layers_to_remove(journey.search.ratio, layers)
 
 
 # --- texts ---
@@ -114,23 +128,18 @@ def _online() -> bool:
 
 def _check_text(flag: str, source: str, tokens: int, online: Callable[[], bool]) -> None:
     """Refuse files that are not there, cannot be read, hold no text or too little of it: a token has a byte or more."""
-    parts = [source] if os.path.exists(source) else [part.strip() for part in source.replace(",", "+").split("+")]
+    usual = OFFLINE.get(flag, "python-docstrings")
+    try:
+        parts = [sources.find(part, reported=flag == "--eval-data") for part in sources.split_mix(source)]
+    except DataError as error:
+        hint = error.hint.replace("python-docstrings", usual).replace("--data", flag)
+        raise DataError(f"{flag}: {error.message}", hint) from None
     size = 0
     for part in parts:
-        files = _files(part)
-        if files is None:
-            if part in HUB_SETS and not _there(HUB_SETS[part]) and not online():
-                raise DataError(
-                    f"{flag} {part}: this set is not on this machine and the Hub cannot be reached",
-                    f"{flag} FILE.txt, or {flag} {OFFLINE.get(flag, 'python-docstrings')}",
-                )
-            return
-        if not files:
-            matches = "no file matches" if glob.has_magic(part) else "no file"
-            hint = "put the pattern in quotes and check its folder" if glob.has_magic(part) else "check the path"
-            other = "self" if flag == "--data" else "python-docs"
-            raise DataError(f"{flag}: {matches} {part!r}", f"{hint}; without any text at hand: {flag} {other}")
-        size += sum(_bytes_of(flag, file) for file in files)
+        if part.hub and not _there(part.hub.path) and not online():
+            words = f"{flag} {part.name}: this set is not on this machine and the Hub cannot be reached"
+            raise DataError(words, f"{flag} FILE.txt, or {flag} {usual}")
+        size += sum(_bytes_of(flag, file) for file in part.files) if part.files else MANY
     if size < tokens:
         raise DataError(
             f"{flag} {source} holds {size:,} bytes, no more tokens than that, and {tokens:,} are needed",
@@ -138,21 +147,8 @@ def _check_text(flag: str, source: str, tokens: int, online: Callable[[], bool])
         )
 
 
-def _files(part: str) -> list[Path] | None:
-    """The files that a part of a source names; None where it names no path."""
-    bare, full = part.rpartition(":")[0] or part, os.path.expanduser(part)
-    if os.path.exists(full):
-        return [Path(full)]
-    suffix = Path(bare).suffix or Path(part).suffix
-    if not (part.startswith((".", "/", "~")) or glob.has_magic(part) or suffix in (".txt", ".jsonl", ".parquet")):
-        return None
-    return [Path(file) for name in (part, bare) for file in glob.glob(os.path.expanduser(name), recursive=True)]
-
-
 def _bytes_of(flag: str, file: Path) -> int:
     """Bytes of a .txt file, of another as many as any tokens. DataError: it cannot be read, or is no text."""
-    if file.is_dir():
-        return MANY  # refused with the files that it holds
     try:
         with file.open("rb") as handle:
             head = handle.read(HEAD)
@@ -196,16 +192,13 @@ def _check_packages(path: Path, config: Any) -> None:
 def _check_out(model: Path, out: Path, folder: Path) -> None:
     """Refuse a run folder that another command holds, that cannot be written, or whose disk is too full."""
     above = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), Path("/"))
-    if (folder / ".lock").is_file():
-        try:
+    try:
+        check_run_folder(folder)
+        if (folder / ".lock").is_file():
             with (folder / ".lock").open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another layercut command is using {folder}", "wait for it to end, or name another --out"
-            ) from None
-        except OSError:
-            pass  # the run folder itself says what is wrong with it
+                hold(lock, folder)
+    except OSError:
+        pass  # the run folder itself says what is wrong with it
     weights = [model] if model.is_file() else [*model.glob("*.safetensors")] if model.is_dir() else []
     need, disk = 2 * sum(file.stat().st_size for file in weights), shutil.disk_usage(above)
     if need > disk.free and disk.total:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut import evaluation, surgery
-from layercut.config import AskedBits, DataConfig, GgufType, consumer_names
+from layercut.config import AskedBits, DataConfig, GgufType, check_window, consumer_names
 from layercut.config.commands import CutConfig, ExportConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import CHATS, SELF, has
@@ -20,14 +20,14 @@ from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.probe_scores import probed, probes_for
 from layercut.export import engines
 from layercut.export.checkpoint import save, text_to_check
-from layercut.files import check_replaceable, digest, jsonable, parse_bytes, write_json
+from layercut.files import check_replaceable, digest, is_run, jsonable, parse_bytes, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.checkpoints import source_card
 from layercut.models.layer_reader import layers_on_disk
 from layercut.pipeline.environment import versions
 from layercut.pipeline.handover import describe_, export
-from layercut.pipeline.resolve_options import check_window, needs_memory
-from layercut.pipeline.run_folder import is_run, models_of
+from layercut.pipeline.resolve_options import needs_memory
+from layercut.pipeline.run_folder import models_of
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
 from layercut.quantization import bit_choice, quantize_
@@ -180,7 +180,7 @@ def _evaluate(target: str, config: PerplexityConfig, run: Path | None) -> dict[s
         if source is not None:
             stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
             window = config.eval_window or decoder_stack.reported_window(stock)
-            check_window("--eval-window", window, stock)
+            check_window("--eval-window", window, decoder_stack.positions(stock))
         loaded = placement.load(checkpoint, **asdict(config.load))
         model, tokenizer = loaded.model, loaded.tokenizer
         by_one = wanted.names or functions or wanted.probes or (source is not None and has(source, SELF, CHATS))

@@ -82,6 +82,20 @@ def at_least(name: str, value: float | None, least: float) -> None:
         raise ConfigError(f"--{name.replace('_', '-')} {value:g} is too small", f"allowed is {least:g} or more")
 
 
+def no_device(device: str) -> ConfigError:
+    """The refusal of a name that torch gives to no device."""
+    return ConfigError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu")
+
+
+def check_window(flag: str, window: int | None, positions: int | None) -> None:
+    """Refuse rows of tokens that do not fit the positions that the model knows."""
+    if positions and window and window > positions:
+        raise ConfigError(
+            f"{flag} {window} is longer than the model's {positions} positions",
+            f"allowed is up to {positions}: {flag} {min(positions, 256)}",
+        )
+
+
 def refuse(*rules: tuple[bool, str, str]) -> None:
     """Of (is wrong, message, hint) raise the first that is wrong."""
     for is_wrong, message, hint in rules:

@@ -15,6 +15,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from layercut.errors import ConfigError
+
 EDITION = 6  # of what is written here and in `data/probes.py`: a run's rows of another one are drawn anew
 MANY = 8  # entries of a list that is asked about thoroughly
 
@@ -398,3 +400,14 @@ CAPABILITIES: dict[str, Writer] = {
 }  # fmt: skip
 """What is probed, in the order of tables."""
 GROWING: Sequence[str] = ("recall", "lists", "copy")  # those that may be of any length
+
+
+def capability_names(asked: str) -> tuple[str, ...]:
+    """The capabilities that "all", "none" or names separated by commas mean, in the order of tables."""
+    if asked in ("all", "none"):
+        return tuple(CAPABILITIES) if asked == "all" else ()
+    names = [name.strip() for name in asked.split(",")]
+    if unknown := [name for name in names if name not in CAPABILITIES]:
+        words = f"no capability is called {', '.join(map(repr, unknown))}"
+        raise ConfigError(words, f"allowed are all, none, or some of {','.join(CAPABILITIES)}")
+    return tuple(name for name in CAPABILITIES if name in names)

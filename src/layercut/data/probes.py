@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from layercut.data.chat_templates import render_chat
-from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item, capability_names
 from layercut.errors import ConfigError, DataError
 
 FOCUS_SHARE = 0.6  # share of a row that one or two growing capabilities have; the short ones share the rest
@@ -106,17 +106,6 @@ class ProbeRows:
 
     def facts(self) -> dict[str, Any]:
         return {"rows": len(self.tokens), "window": self.tokens.shape[1], "capabilities": list(self.names)}
-
-
-def capability_names(asked: str) -> tuple[str, ...]:
-    """The capabilities that "all", "none" or names separated by commas mean, in the order of tables."""
-    if asked in ("all", "none"):
-        return tuple(CAPABILITIES) if asked == "all" else ()
-    names = [name.strip() for name in asked.split(",")]
-    if unknown := [name for name in names if name not in CAPABILITIES]:
-        words = f"no capability is called {', '.join(map(repr, unknown))}"
-        raise ConfigError(words, f"allowed are all, none, or some of {','.join(CAPABILITIES)}")
-    return tuple(name for name in CAPABILITIES if name in names)
 
 
 def probe_rows(

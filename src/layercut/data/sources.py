@@ -15,9 +15,10 @@ from math import lcm
 from pathlib import Path
 
 from layercut.config import HUB_SETS
+from layercut.config.commands import CompressConfig
 from layercut.data import documents
 from layercut.data.documents import SUFFIXES, Document, HubSet
-from layercut.errors import DataError
+from layercut.errors import ConfigError, DataError
 
 NAMED = {
     "wikitext2": HubSet(HUB_SETS["wikitext2"], "wikitext-2-raw-v1", column="text", streamed=False, lines=True),
@@ -110,7 +111,7 @@ def _matching_files(name: str) -> tuple[list[Path], str | None]:
     if not files and glob.has_magic(name):
         raise DataError(f"no file matches {name!r}", "put the pattern in quotes and check its folder")
     if not files:
-        raise DataError(f"no file {name!r}", "check the path; without any data at hand use --data self")
+        raise DataError(f"no file {name!r}", "check the path; without any text at hand: --data python-docstrings")
     if wrong := [f for f in files if f.suffix not in SUFFIXES or not f.is_file()]:
         kind = "a folder" if wrong[0].is_dir() else f"a {wrong[0].suffix or 'file without a suffix'}"
         raise DataError(
@@ -133,9 +134,9 @@ def split_mix(source: str) -> list[str]:
         return [file, *shares]
     parts = [part.strip() for part in re.split(r"[+,]", source)]
     if not all(parts):
-        raise DataError(f"--data {source!r} names an empty source", "for example: --data wikitext2, or --data self")
+        raise DataError(f"{source!r} names an empty source", "for example: --data wikitext2, or --data self")
     if len({*parts}) < len(parts):
-        raise DataError(f"--data {source!r} names a source twice", "name each part of a mix once")
+        raise DataError(f"{source!r} names a source twice", "name each part of a mix once")
     return parts
 
 
@@ -177,6 +178,19 @@ def turns(parts: Sequence[Source]) -> tuple[int, ...]:
 
 def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
     return {read: part for part in split_mix(source) for read in find(part, reported=reported).reads}
+
+
+def check_sources(config: CompressConfig) -> None:
+    """Refuse text that is reported on and also searched or tuned on."""
+    reported = what_is_read(config.evaluate.eval_data, reported=True)
+    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
+    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - MADE_ANEW}
+    if both:
+        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
+        raise ConfigError(
+            f"{', '.join(words)} would be searched or tuned on and reported on as well",
+            "give --eval-data another text than --data and --tune-data",
+        )
 
 
 def public_name(source: str) -> str:

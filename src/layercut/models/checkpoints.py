@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from huggingface_hub import errors, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
@@ -26,6 +26,9 @@ from layercut.errors import ModelError, first_line
 from layercut.files import content_digest, open_regular, read_json, write_json
 from layercut.models import config_files
 from layercut.models.gguf_header import read_header
+
+if TYPE_CHECKING:
+    import torch
 
 DIGESTS = ".digests.json"  # in a run folder: the hashes of the files that its model was read from
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -112,6 +115,13 @@ def _remembered(memo: Path | None) -> dict[str, list[Any]]:
 # --- from a name to files -------------------------------------------------------------------------------------
 
 
+def is_local(name: str) -> bool:
+    """Whether MODEL names a path of this machine, there or not; else it is fetched from the Hub."""
+    path = Path(name).expanduser()
+    rooted = path.suffix == ".gguf" or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip()
+    return os.path.exists(path) or (rooted and not HUB_FILE.fullmatch(name))
+
+
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
     """Turn MODEL into files on this machine; downloads where needed. weights: whether they are, and are checked."""
     path = Path(name).expanduser()
@@ -131,7 +141,7 @@ def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> C
         if ggufs:
             return _gguf_at(name, ggufs[0])
         folder = path.resolve()
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
+    elif is_local(name):
         words = f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)"
         raise ModelError(words, f"give {ALLOWED}")
     else:
@@ -278,6 +288,14 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def stated_sizes(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
+    """Decoder layers and positions that the files state; None where they do not. What counts is the config's class."""
+    if checkpoint.gguf:
+        header = read_header(checkpoint.file)
+        return header.layers, header.facts().get("context_length")
+    return config_files.stated_sizes(read_json(checkpoint.folder / "config.json"))
+
+
 def weight_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weight files on disk, in whatever dtype; pickled ones where there are no others."""
     folder = checkpoint.folder
@@ -300,6 +318,8 @@ class Stored:
         return self
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        import torch
+
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
@@ -311,7 +331,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in weight_files(folder):
         try:
             # a sound header; not mapped: a mapping of the whole file would count against a limit on the memory
-            with safe_open(file, framework="pt", backend="pread"), file.open("rb") as stream:
+            with safe_open(file, framework="np", backend="pread"), file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
             header.pop("__metadata__", None)

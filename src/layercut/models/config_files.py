@@ -22,6 +22,8 @@ COUNTS = (
     "num_decoder_layers", "layers",
 )  # fmt: skip
 """Names under which configs count their decoder layers."""
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""What configs call their number of positions: MPT the second, the decoders of Whisper the third."""
 MOST_LAYERS = 2048
 """Sixteen times as many as the deepest published model has; such a stack is built without weights in seconds."""
 SIZES = (
@@ -43,6 +45,8 @@ NAMED = {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
 }  # fmt: skip
+USUAL = (None, "float32", "bfloat16", "float16", "eager")
+"""Values of these that are known without importing torch."""
 OPEN = ("quantization_config", "compression_config", "per_layer_config")  # parts whose numbers mean something else
 
 
@@ -81,14 +85,21 @@ def _check_part(part: dict[str, Any], name: str, text: bool) -> None:
         if part.get(key) is not None and not isinstance(part[key], str if key in texts else dict):
             raise _wrong(name, key, part[key], "text" if key in texts else "an object")
     for key in [key for key in part if key in NAMED and part[key] is not None]:
-        known = _known(key)
         for one in part[key].values() if isinstance(part[key], dict) else [part[key]]:  # perhaps one for each part
-            if one is not None and not (isinstance(one, str) and one in known):
-                raise _wrong(name, key, part[key], ", ".join(sorted(known)))
+            if one not in USUAL and not (isinstance(one, str) and one in _known(key)):
+                raise _wrong(name, key, part[key], ", ".join(sorted(_known(key))))
     for key, value in part.items():
         if isinstance(value, dict) and key.endswith("config") and key not in OPEN:
             of_text = text and any(word in key for word in ("text", "llm", "language", "decoder"))
             _check_part(value, f"{name}: {key}", of_text)
+
+
+def stated_sizes(config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Decoder layers and positions that a config.json states; None where it does not, or not clearly."""
+    part = [config, *_parts(config)][-1]
+    counts = {part[name] for name in COUNTS if isinstance(part.get(name), int)}
+    limits = (part[name] for name in POSITIONS if isinstance(part.get(name), int))
+    return counts.pop() if len(counts) == 1 else None, next(limits, None)
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

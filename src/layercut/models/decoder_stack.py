@@ -16,14 +16,12 @@ from torch import nn
 
 from layercut.distributed import sharding
 from layercut.errors import ModelError
-from layercut.models.config_files import COUNTS
+from layercut.models.config_files import COUNTS, POSITIONS
 
 OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
 """Parts of a model whose layers are not the decoder's, by a word in their path."""
 REPORTED_WINDOW = 2048
 """Tokens in the windows that perplexities are reported on, where a model reaches so far: the field's length."""
-POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
-"""What configs call their number of positions: MPT the second, the decoders of Whisper the third."""
 BEHIND_PADDING = {
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip

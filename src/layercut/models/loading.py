@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from layercut.config import no_device
 from layercut.distributed import processes
 from layercut.errors import ModelError, first_line
 from layercut.files import LARGEST_JSON, REFETCH, open_regular, read_json
@@ -59,7 +60,7 @@ def pick_device(device: str) -> torch.device:
     try:
         place = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
     except RuntimeError:
-        raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
+        raise no_device(device) from None
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
         raise ModelError(f"device {device!r} is not available on this machine", "use --device cpu, or --device auto")
     if place.type != "cpu" and (place.index or 0) >= torch.accelerator.device_count():

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
+from layercut.config import check_window
 from layercut.config.commands import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
 from layercut.data.blocks import by_origin, in_rows
-from layercut.data.probe_families import EDITION
-from layercut.data.probes import capability_names
-from layercut.data.sources import split_mix
+from layercut.data.probe_families import EDITION, capability_names
+from layercut.data.sources import check_sources, split_mix
 from layercut.distributed import processes
 from layercut.errors import ConfigError, SurgeryError
 from layercut.evaluation.probe_scores import Grid, Probes, found_of, probed, probes_for
@@ -36,7 +36,7 @@ from layercut.healing.least_squares import Fold, fold_cut_
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_windows
+from layercut.pipeline.resolve_options import default_folder, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import Run
 from layercut.pipeline.stages.heal import keyed, tune_settings
@@ -112,7 +112,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     if config.tasks.names:
         evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window("--window", config.text.window, architecture)
+    check_window("--window", config.text.window, decoder_stack.positions(architecture))
     journey = with_windows(journey, architecture)
     if "lora" in asked.state_names:
         lora.check_lora(loading.skeleton(architecture, torch.float32))

@@ -18,10 +18,10 @@ from layercut.errors import ConfigError
 from layercut.export import engines, hub
 from layercut.export.formats import AS_THEY_CAME, FLOATS, ExportSource
 from layercut.export.modelfile import modelfile
-from layercut.files import appearing, read_json, write_json, write_text
+from layercut.files import appearing, is_run, read_json, write_json, write_text
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
-from layercut.pipeline.run_folder import check_finished, is_run
+from layercut.pipeline.run_folder import check_finished
 from layercut.progress import say
 from layercut.registries import exporters
 from layercut.report.model_card import Made, addressed, checkpoint_card, from_folder, of_run, perplexity_again

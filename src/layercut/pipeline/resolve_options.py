@@ -14,20 +14,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from layercut import evaluation
-from layercut.config import SearchConfig, consumer_names, refuse
+from layercut.config import SearchConfig, check_window, consumer_names, refuse
 from layercut.config.commands import CompressConfig
-from layercut.data.probes import capability_names
-from layercut.data.sources import MADE_ANEW, what_is_read
+from layercut.data.probe_families import capability_names
+from layercut.data.sources import check_sources
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import engines
 from layercut.export.formats import AS_THEY_CAME, FINER, SAME, healed_type, is_mixture
 from layercut.export.gguf_tensors import PLAIN, architecture_of, check_converts, possible_names, require_llama_cpp
+from layercut.files import is_run
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments, names
 from layercut.models import checkpoints, decoder_stack, loading, placement
 from layercut.models.gguf_header import block_of, open_gguf
-from layercut.pipeline.run_folder import is_run
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
 from layercut.registries import criteria
@@ -68,7 +68,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         raise ConfigError("--target-size with --max-loss is measured after healing", "use tune or compress")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window("--window", config.text.window, architecture)
+    check_window("--window", config.text.window, decoder_stack.positions(architecture))
     config = with_windows(config, architecture)
     layers = decoder_stack.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
@@ -77,7 +77,8 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_names(config, checkpoint, architecture)
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
-    check_sources(config, until)
+    if until == "report":  # a run that ends before reports on nothing
+        check_sources(config)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
     on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
@@ -156,21 +157,6 @@ def check_consumers(
         engines.restriction(architecture, names, length)
 
 
-def check_sources(config: CompressConfig, until: Stage = "report") -> None:
-    """Refuse text that is reported on and also searched or tuned on; a run that ends before reports on nothing."""
-    if until != "report":
-        return
-    reported = what_is_read(config.evaluate.eval_data, reported=True)
-    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
-    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - MADE_ANEW}
-    if both:
-        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
-        raise ConfigError(
-            f"{', '.join(words)} would be searched or tuned on and reported on as well",
-            "give --eval-data another text than --data and --tune-data",
-        )
-
-
 def check_spread(config: CompressConfig) -> None:
     """Refuse what cannot be done over weights that are sharded over several processes."""
     search, mends = config.search, "where the model fits each process's memory: --shard off"
@@ -211,25 +197,16 @@ def needs_memory(flag: str) -> ConfigError:
     return ConfigError(f"{flag} needs the model in memory, and its layers are left on disk", hint)
 
 
-def check_window(flag: str, window: int, architecture: Any) -> None:
-    """Refuse rows of tokens that do not fit the positions that the model knows."""
-    limit = decoder_stack.positions(architecture)
-    if limit and window > limit:
-        raise ConfigError(
-            f"{flag} {window} is longer than the model's {limit} positions",
-            f"allowed is up to {limit}: {flag} {min(limit, 256)}",
-        )
-
-
 def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
     """The config with the windows that are tuned on and that perplexity is reported on filled in."""
     reported, heal = config.evaluate.eval_window or decoder_stack.reported_window(architecture), config.heal
-    fits = (decoder_stack.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
+    positions = decoder_stack.positions(architecture)
+    fits = (positions or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
     long = min(LONG_ROW, heal.batch_tokens) if fits else 0
     short = config.text.window
     tuned = heal.tune_window or max(short, long // short * short)
-    check_window("--eval-window", reported, architecture)
-    check_window("--tune-window", tuned, architecture)
+    check_window("--eval-window", reported, positions)
+    check_window("--tune-window", tuned, positions)
     if tuned < config.text.window:
         raise ConfigError(
             f"--tune-window {tuned} is shorter than --window {config.text.window}",

@@ -19,8 +19,8 @@ from layercut import evaluation, surgery
 from layercut.config import ShardMode
 from layercut.config.commands import CompressConfig
 from layercut.data.blocks import TextFacts, by_origin
-from layercut.data.probe_families import CAPABILITIES
-from layercut.data.probes import capability_names, probe_rows
+from layercut.data.probe_families import CAPABILITIES, capability_names
+from layercut.data.probes import probe_rows
 from layercut.data.self_sampled import writes_chats
 from layercut.data.sources import SHARED
 from layercut.distributed import processes, sharding

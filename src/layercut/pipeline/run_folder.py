@@ -15,7 +15,6 @@ artefact. The folder must lie where all of them can read it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -32,12 +31,15 @@ from layercut.distributed import processes
 from layercut.errors import RunError
 from layercut.files import (
     Damaged,
+    check_run_folder,
     check_seal,
     decode,
     differing,
     digest,
     disk_refusal,
+    hold,
     jsonable,
+    read_object,
     record,
     restored,
     seal,
@@ -340,24 +342,13 @@ class Run:
 
     def _take(self) -> None:
         """Create the folder where it is not there, and lock it; with --force what it holds is computed anew."""
-        hint = "name a folder that is new, empty, or holds a run"
-        if self.folder.is_file():
-            raise RunError(f"--out {self.folder} is a file", hint)
         with writing(self.folder):
+            check_run_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            # what a command leaves that was killed at its very beginning
-            begun = all(path.name == ".lock" or path.name.endswith(".partial") for path in self.folder.iterdir())
-            if not begun and not is_run(self.folder):
-                raise RunError(f"--out {self.folder} is not empty and holds no layercut run", hint)
             # never through a link, of whoever made the folder, and nothing is truncated
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._lock = os.fdopen(os.open(self / ".lock", flags, 0o666), "r+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"another layercut command is using {self.folder}", "wait for it to end, or name another --out"
-            ) from None
+        hold(self._lock, self.folder)
         if self.force:
             kept, states = {self / "env.json"}, self.folder.glob("*-state.safetensors")
             for stale in {*self.folder.glob("*.json"), *self.folder.glob("tasks/*.json"), *states} - kept:
@@ -402,21 +393,6 @@ class KnownCosts:
 
 
 # --- folders of runs, for other commands -----------------------------------------------------------------------------
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run of layercut: its env.json says with which version it was made."""
-    made_with = read_object(folder / "env.json").get("versions")
-    return isinstance(made_with, dict) and "layercut" in made_with
 
 
 def check_finished(run: Path, command: str) -> None:

@@ -24,8 +24,9 @@ import psutil
 import torch
 
 from layercut import registries
+from layercut.config import check_window
 from layercut.config.commands import CompressConfig, PlanConfig
-from layercut.data.probes import capability_names
+from layercut.data.probe_families import capability_names
 from layercut.errors import ConfigError, LayercutError, SurgeryError
 from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
@@ -41,7 +42,6 @@ from layercut.pipeline.resolve_options import (
     check_output,
     check_streamed,
     check_target,
-    check_window,
     keeps_gguf,
     length_for_saved_size,
     length_for_target,
@@ -349,7 +349,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     card, layers = config.on or ("a100" if wants_gpu else None), decoder_stack.count_layers(stock)
     device = torch.device("cuda") if card else loading.pick_device(config.load.device)
     stored = loading.pick_dtype(config.load.dtype, stock, checkpoint)
-    check_window("--window", asked.text.window, stock)
+    check_window("--window", asked.text.window, decoder_stack.positions(stock))
     capability_names(asked.search.preserve)
     given = checked_segments(asked.search.segments, layers)
     check_consumers(asked, stock, given, wanted_length(asked.search, layers), gguf=keeps_gguf(asked, checkpoint))

@@ -16,8 +16,8 @@ import torch
 from layercut import quantization as rounding
 from layercut.config import DataConfig, QuantizeConfig
 from layercut.config.commands import CompressConfig
-from layercut.data.probe_families import EDITION
-from layercut.data.probes import ProbeRows, capability_names, probe_rows
+from layercut.data.probe_families import EDITION, capability_names
+from layercut.data.probes import ProbeRows, probe_rows
 from layercut.data.sources import TESTS, has
 from layercut.distributed import processes
 from layercut.export.formats import CutGguf, is_mixture, write_cut

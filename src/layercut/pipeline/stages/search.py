@@ -13,8 +13,8 @@ import torch
 from layercut import layer_search
 from layercut.config import DataConfig, SearchConfig, consumer_names
 from layercut.config.commands import CompressConfig
-from layercut.data.probe_families import EDITION
-from layercut.data.probes import ProbeRows, capability_names, probe_rows
+from layercut.data.probe_families import EDITION, capability_names
+from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import ConfigError
 from layercut.export.engines import restriction
 from layercut.files import jsonable
