@@ -73,7 +73,7 @@ def test_the_installed_command_is_the_module():
 
 
 def parameters(command: str) -> list[Any]:
-    return [a for a in app[command].assemble_argument_collection(parse_docstring=True) if not a.children]
+    return [a for a in app[command].assemble_argument_collection(parse_docstring=True) if a.parse and not a.children]
 
 
 def test_search_and_tune_take_their_options_from_compress():

@@ -112,10 +112,7 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     many = ENOUGH_TOKENS
     assert tuned_on(2048, tune_tokens=many) == LONG_ROW
     assert tuned_on(2048, tune_tokens=many - 1) == tuned_on(1023, tune_tokens=many) == 32
-    assert tuned_on(2048, tune_tokens=many, tune_window=128) == 128
-    for positions, window, words in ((100, 128, "100 positions"), (2048, 16, "shorter than --window 32")):
-        with pytest.raises(ConfigError, match=words):
-            tuned_on(positions, tune_window=window)
+    assert tuned_on(2048, tune_tokens=many, batch_tokens=140) == 128
 
     config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
     config = replace(config, heal=HealConfig(tune_tokens=1000, tune_window=256, probe_share=0))

@@ -32,6 +32,7 @@ from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.losses import KL
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner, prepared
+from layercut.pipeline import compress
 from layercut.pipeline.stages import quantize as stage
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
@@ -304,15 +305,15 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     model = half(tiny.llama(5, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--segment=2:3", "--bits=3", "--embedding-bits=3", "--quantizer=rtn"]
-    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=2048", "--batch-tokens=32", "--no-fold"]
-    flags += ["--tune-window=64"]
-    flags += ["--eval-tokens=256", "--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
-    argv = ["compress", str(tmp_path / "model"), *flags]
+    options = {
+        "segment": "2:3", "bits": 3, "embedding_bits": 3, "quantizer": "rtn", "speed": False, "tokens": 256,
+        "window": 32, "tune_tokens": 2048, "tune_window": 64, "batch_tokens": 32, "fold": False, "eval_tokens": 256,
+        "preserve": "none", "data": str(texts[0]), "eval_data": str(texts[1]),
+    }  # fmt: skip
     runs = {}
     for way in ("auto", "none"):
         out = tmp_path / way
-        assert main([*argv, f"--out={out}", f"--tune-quantized={way}"]) == 0
+        compress(tmp_path / "model", **options, out=out, tune_quantized=way)
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
         assert not {file.name for file in out.glob("*-state.safetensors")}
         quick.leave_out(monkeypatch)

@@ -276,7 +276,7 @@ def test_flags_are_named_until_it_fits(monkeypatch):
     assert judged(whole - 1, devices=8)[:2] == (8, True)
     assert judged(whole // 20, devices=4)[2] is None
     shortest, _ = [*savings(replace(config, text=DataConfig(window=256)), spread=False)][-1]
-    assert shortest == ["--stream on", "--batch-tokens 1", "--tune-window 64", "--window 64"]
+    assert shortest == ["--stream on", "--batch-tokens 1", "--window 64"]
 
 
 # --- the command ---

@@ -313,8 +313,8 @@ class HealConfig(TuneSettings):
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
-    tune_window: Annotated[int | None, rare] = None
-    """Tokens in every second row to tune on, of text or probes; the others are as --window, of probes 256. Not given:
+    tune_window: Annotated[int | None, Parameter(parse=False)] = None
+    """Tokens in every second row to tune on, of text or probes; the others are as --window, of probes 256. Of a run
     1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
     else as --window."""
     probe_share: float = 0.1
@@ -331,7 +331,6 @@ class HealConfig(TuneSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("tune_tokens", self.tune_tokens, 0)
-        at_least("tune_window", self.tune_window, 8)
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")

@@ -487,4 +487,5 @@ def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
     """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
     found = {key: value for stage in asdict(config).values() for key, value in stage.items()}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k not in ("config", "force")}
+    left = {"config", "force", "tune_window"}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k not in left}

@@ -281,7 +281,7 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
     if not ran_out(error) or limits is None:
         raise error
     if limits.halvings == MOST_HALVINGS:
-        window = "--tune-window 128 --window" if stage == "tune" else "--window"
+        window = "--batch-tokens 128 --window" if stage == "tune" else "--window"
         raise ModelError(
             f"{stage} runs out of memory on {device} even with the least that can be done at once",
             f"read the layers from disk: --stream on; or give shorter rows: {window} 128",

@@ -206,12 +206,6 @@ def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
     short = config.text.window
     tuned = heal.tune_window or max(short, long // short * short)
     check_window("--eval-window", reported, positions)
-    check_window("--tune-window", tuned, positions)
-    if tuned < config.text.window:
-        raise ConfigError(
-            f"--tune-window {tuned} is shorter than --window {config.text.window}",
-            f"allowed is {config.text.window} or more; or shorten --window as well",
-        )
     evaluate, heal = replace(config.evaluate, eval_window=reported), replace(heal, tune_window=tuned)
     return replace(config, evaluate=evaluate, heal=heal)
 

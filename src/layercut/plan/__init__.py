@@ -306,17 +306,16 @@ def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], C
             flags, less = ["--stream on"], replace(config, load=replace(load, stream="on"))
             yield flags, less
         if (heal.tune_window or window) > window:
-            flags, less = [*flags, f"--tune-window {window}"], replace(less, heal=replace(heal, tune_window=window))
-            yield flags, less
+            short = replace(heal, batch_tokens=window, tune_window=window)  # rows are no longer than a step
+            yield [*flags, f"--batch-tokens {window}"], replace(less, heal=short)
         if heal.batch_tokens > 1:
             flags = [*flags, "--batch-tokens 1"]
-            less = replace(less, heal=replace(less.heal, batch_tokens=1))
+            less = replace(less, heal=replace(heal, batch_tokens=1, tune_window=window))
             yield flags, less
-    kept = [flag for flag in flags if not flag.startswith("--tune-window")]
     while window > 64:
         window //= 2
         shorter = replace(less, text=replace(text, window=window), heal=replace(less.heal, tune_window=window))
-        yield [*kept, f"--tune-window {window}", f"--window {window}"], shorter
+        yield [*flags, f"--window {window}"], shorter
 
 
 def shares(run: ResolvedRun) -> dict[str, float]:
