@@ -196,7 +196,7 @@ def test_a_runs_card_holds_its_figures_and_no_name_breaks_it(tmp_path):
     card = model_card(make_run(tmp_path))
     assert "`13:19`" in card
     assert json.dumps([*range(13), *range(19, 30)]) in card
-    assert "| tuned | 67.40 | 1.49× | 50.4% |" in card
+    assert "| tuned | 67.40 | – | 50.4% |" in card
     assert "| parameters | 134,515,008 | 113,276,160 | −15.8% |" in card
     assert "| tuning | self | 120,832 | 88b1c0aa42fe |" in card
     assert "\n\n\n" not in card

@@ -96,7 +96,8 @@ def closing(run: Path, file: Path) -> list[Text]:
     if speed := known.get("Speed"):
         lines["speed"] = f"{speed.figure}, {speed.text}"
     if quality := known.get("Quality"):
-        lines["quality"] = f"{quality.figure}, {quality.text}"
+        states = f"{figure(found.summary.perplexity.dense)} → {figure((last_stage(found.summary) or ('', None))[1])}"
+        lines["quality"] = f"{states}, {quality.figure} {quality.text}"
         kept = [f"{name.lower()} {one.figure} {one.text}" for name, one in known.items()
                 if name in ("Recall and skills", "Tasks")]  # fmt: skip
         lines["quality"] = " ".join([lines["quality"], *kept])

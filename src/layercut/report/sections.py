@@ -18,6 +18,7 @@ from layercut.report.formatting import (
     command_line,
     count,
     dash,
+    deviation,
     duration,
     figure,
     finite,
@@ -41,7 +42,6 @@ from layercut.report.run_facts import (
     ProbeShare,
     RunFacts,
     evaluation_rows,
-    final_factor,
     found_in_context,
     gap_closed,
     held_out_losses,
@@ -130,14 +130,13 @@ def probe_map(run: RunFacts) -> Section:
 def stages(run: RunFacts) -> Section:
     summary, found, tuning, rows = run.summary, perplexities(run.summary), run.heal.tuning, []
     for name, value in ((name, found[name]) for name in STAGES if name in found):
-        factor = final_factor(Json({"perplexity": {"dense": found.get("dense"), name: value}}))
-        over, gap = times(factor, summary.perplexity.standard_error[name]), gap_closed(summary, name)
+        error, gap = finite(summary.perplexity.standard_error[name]), gap_closed(summary, name)
         closed = "–" if gap is None else percent(gap) if gap >= 0 else "none"
-        rows.append([name, figure(value), "1×" if name == "dense" else "–" if factor is None else over, closed])
+        rows.append([name, figure(value), "–" if error is None else deviation(value * error), closed])
     text = summary.perplexity
     note = (
         f"Perplexity on {whole(text.tokens)} tokens of {source_name(text.dataset)} in windows of {whole(text.window)}, "
-        "± one standard error over the windows; of states before the last on a quarter of them. "
+        "± one standard error beside the dense model's windows; states before the last on a quarter of them. "
         "Gap closed: the share of the cut's log-perplexity loss that is undone."
     )
     for fold in run.heal.fold:
@@ -146,12 +145,14 @@ def stages(run: RunFacts) -> Section:
             f"error {figure(fold.error_before)} → {figure(fold.error_after)} on {whole(fold.tokens)} tokens."
         )
     if tuning:
-        layers, objective = ", ".join(map(str, tuning.trained_layers)), printable(tuning.label or tuning.objective)
+        before = {str(i): layer for i, layer in enumerate(summary.original_layer_index)}  # as the picture counts
+        layers = ", ".join(str(before.get(str(i), i)) for i in tuning.trained_layers)
+        objective = printable(tuning.label or tuning.objective)
         note += f" Tuned: {count(tuning.trained_parameters)} weights of layers {layers}, {whole(tuning.steps)} steps"
         note += f", objective {objective}." if objective else "."
     if losses := held_out_losses(run.quantization.tuning):
         note += f" Trained after rounding: held-out loss {figure(losses[0])} → {figure(min(losses))}."
-    heads = ["stage", "perplexity", "over dense", "gap closed"]
+    heads = ["stage", "perplexity", "±", "gap closed"]
     tables = [Table(heads, rows, strong=rows[-1][0] if rows else "")]
     return Section("healing", "Healing", note, tables, [charts.tuning_chart(tuning)])
 
@@ -187,15 +188,16 @@ def probe_table(probes: Iterable[ProbeShare]) -> Table:
     """Shares of the answers, with n and the 95 % interval of the pruned model's."""
     rows = []
     for probe in probes:
-        between = "–" if probe.interval is None else " to ".join(f"{100 * end:.0f}" for end in probe.interval) + "%"
+        between = "–" if probe.interval is None else "–".join(f"{100 * end:.0f}" for end in probe.interval) + "%"
         shown = (dash(value, percent) for value in (probe.dense, probe.pruned))
-        rows.append([probe.name, dash(probe.items, whole), *shown, between, dash(probe.kl)])
+        kl = "–" if (found := number(probe.kl)) is None else deviation(found)
+        rows.append([probe.name, dash(probe.items, whole), *shown, between, kl])
     return Table(["probe", "n", "dense", "pruned", "95% interval", "KL, nats"], rows)
 
 
 def abilities(run: RunFacts) -> Section:
     lengths = [
-        ProbeShare(name=f"{one.capability}, rows of {whole(one.length)} tokens", items=int(finite(one.answers) or 0),
+        ProbeShare(name=f"{one.capability}, {whole(one.length)} tokens", items=int(finite(one.answers) or 0),
                    dense=finite(one.dense), pruned=finite(one.compressed)) for one in run.capabilities.by_length
     ]  # fmt: skip
     table = probe_table([*skills(run.capabilities.judged), *lengths, *recall(run.summary)])

@@ -109,7 +109,7 @@ def _quality(run: RunFacts) -> Verdict | None:
     if factor is None or last is None:
         return None
     on = f" on {text}" if (text := source_name(summary.perplexity.dataset)) else ""
-    words = f"perplexity {figure(summary.perplexity.dense)} → {figure(last[1])}{on}; lower is better."
+    words = f"the dense model's perplexity{on}; lower is better."
     figures = times(factor, summary.perplexity.standard_error[last[0]])
     return Verdict("Quality", _graded(factor, CLOSE, FAIR), figures, words)
 
