@@ -1,6 +1,7 @@
 """Processor time from a wrong command to its error: `python research/misuse.py`, for the commands of tests/misuses.py.
 
-Each is a process of its own, run three times beside a model of 8 layers and 128 positions; the medians are written to
+Each is a process of its own beside a model of 8 layers and 128 positions, run three times, or once where torch is
+imported; the medians are written to
 research/results/misuse.json. Seconds by the clock stand beside them: they depend on what else the machine does.
 """
 
@@ -37,7 +38,7 @@ def main() -> None:
         with misuses.litter(place, texts[0]):
             for command in (*misuses.EARLY, *misuses.LATER):
                 took = []
-                for _ in range(TIMES):
+                for _ in range(TIMES if command in misuses.EARLY else 1):
                     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                     done = subprocess.run(
                         [sys.executable, "-m", "layercut.cli", *misuses.argv(command, names)],
