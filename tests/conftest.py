@@ -47,9 +47,9 @@ def _libraries_are_no_garbage() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _runs_take_less_time() -> Iterator[None]:
-    """What verifies an export without a GPU finds the libraries loaded, but in test_journey.py.
+    """What is slow is left out, and no run waits for the disk; `quick.bring_back` has it done where it is tested.
 
-    And no run waits for the disk, or plans for its progress.
+    What verifies an export without a GPU finds the libraries loaded, but in test_journey.py.
     """
 
     def popen(command: list[str], **how: Any) -> Any:
@@ -60,7 +60,7 @@ def _runs_take_less_time() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr("layercut.plan.shares", lambda _: {})  # 0.7 s of each
+        quick.leave_out(patch)
         yield
 
 
@@ -85,11 +85,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two .txt files that have no sentence in common: one to calibrate and tune on, one to evaluate on."""
     folder = tmp_path_factory.mktemp("texts")
     return folders.write_text(folder / "calibration.txt", 1), folders.write_text(folder / "evaluation.txt", 2)
-
-
-@pytest.fixture
-def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick.leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")

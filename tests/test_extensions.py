@@ -35,7 +35,7 @@ def installed(monkeypatch):
             yield
 
 
-def test_the_command_runs_with_parts_of_another_package(installed, tiny_model, texts, tmp_path, quick_runs):
+def test_the_command_runs_with_parts_of_another_package(installed, tiny_model, texts, tmp_path):
     out = tmp_path / "run"
     where = [f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}"]
     assert main(["compress", str(tiny_model), *where, *FEW, *FLAGS]) == 0

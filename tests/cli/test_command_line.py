@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-import quick
 from layercut.cli.command_line import FEW, app, main
 from layercut.config.commands import (
     CompressConfig,
@@ -113,8 +112,7 @@ def test_a_config_fills_flags_and_flags_win(tiny_model, texts, tmp_path, capsys)
     assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
 
 
-def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
+def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path):
     folder = tmp_path / "run"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if not isinstance(value, bool)]
     argv = ["compress", str(tiny_model), *flags, "--no-speed", "--no-fold", "--segment=3:5", "--force"]
@@ -228,7 +226,6 @@ def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny
         raise AssertionError("the Hub is not asked")
 
     monkeypatch.setattr("layercut.data.documents.from_hub", offline)
-    quick.leave_out(monkeypatch)
     same = [str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--ratio=0.2", f"--out={tmp_path}"]
 
     def begun() -> list[str]:

@@ -7,16 +7,12 @@ import json
 import pytest
 
 import layercut as lc
-import quick
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.models import checkpoints, loading
 
 
-def test_the_ratio_of_two_perplexities_has_the_error_that_the_api_gives(
-    tiny_model, texts, tmp_path, capsys, monkeypatch
-):
-    quick.leave_out(monkeypatch)
+def test_the_ratio_of_two_perplexities_has_the_error_that_the_api_gives(tiny_model, texts, tmp_path, capsys):
     run = tmp_path / "run"
     measured = [f"--eval-data={texts[1]}", "--eval-tokens=64", "--eval-window=16"]
     argv = ["compress", str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--segment=3:5"]

@@ -28,7 +28,7 @@ def few(tiny_model: Path, texts: tuple[Path, Path], out: Path) -> dict[str, list
     }
 
 
-def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch, quick_runs):
+def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(layercut.criteria, "registered", {})
     arguments = few(tiny_model, texts, tmp_path)
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(arguments)
@@ -49,7 +49,7 @@ def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch, quic
     assert set(notebook["steps"]) == {"cut", "folded", "tuned"}
 
 
-def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch, quick_runs):
+def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     few = {'"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(tiny_model)), '"c4"': repr(str(texts[0])),
@@ -63,7 +63,7 @@ def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_configs_run(tiny_model, texts, tmp_path, capsys, quick_runs):
+def test_configs_run(tiny_model, texts, tmp_path, capsys):
     """Settings by goal: those of `compress` as far as the search, or healing where the search needs it; `compare`."""
     common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16"]
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))

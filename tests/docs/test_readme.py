@@ -27,7 +27,7 @@ def commands(*pages: Path) -> list[str]:
     return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.startswith("layercut ")))
 
 
-def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys, quick_runs):
+def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     calibration, evaluation = texts
     (tmp_path / "mytext.txt").write_text(Path(calibration).read_text())

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import quick
 import tiny
 from layercut import evaluation, progress, registries
 from layercut.cli import main
@@ -217,8 +216,7 @@ def test_an_evaluation_that_returns_no_figures_is_told(pair, returned):
         evaluate(pair[1], TOKENS, evaluations=[wrong], tokenizer="any")
 
 
-def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, texts, tmp_path, capsys, monkeypatch):
-    quick.leave_out(monkeypatch)
+def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, texts, tmp_path, capsys):
     calls = []
 
     @registries.evaluations.register("mypackage-head")

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import folders
-import quick
 import tiny
 from layercut import evaluation, memory_limit
 from layercut.cli.command_line import main
@@ -197,7 +196,7 @@ def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
         evaluation.load_tasks(["tiny_broken"], tmp_path)
 
 
-def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
+def test_without_lm_eval_the_install_line_is_given(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match="not installed") as refused:
         evaluation.check_tasks(("arc_easy",), None)
@@ -229,7 +228,6 @@ def scored(task_folder, tiny_model, texts, tmp_path_factory):
     run = tmp_path_factory.mktemp("scored") / "run"
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]
     with pytest.MonkeyPatch.context() as patch:
-        quick.leave_out(patch)
         for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.single_stage"):
             patch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
         patch.setattr("layercut.evaluation.probe_scores.first_answer", lambda reply: "")

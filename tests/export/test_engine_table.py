@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import folders
-import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.config import CONSUMER_NAMES
@@ -212,8 +211,7 @@ def cut(source: dict[str, Any], what: str, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_to_a_folder(what, source, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
+def test_to_a_folder(what, source, tmp_path, capsys):
     out = cut(source, what, tmp_path / "out")
     assert off(in_transformers(out), source) < (0.02 if what == "file" else 1e-6)  # of a file, bfloat16 is written
     by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", *["sliding_attention"] * 5]}

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import folders
-import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
@@ -141,9 +140,7 @@ def gguf_run(source, texts, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     text = [f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     argv = ["compress", str(source), *SHORT, "--format=safetensors", *text, f"--out={run}"]
-    with pytest.MonkeyPatch.context() as patch:
-        quick.leave_out(patch)
-        assert main(argv) == 0
+    assert main(argv) == 0
     return run
 
 
@@ -198,7 +195,6 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
 
 
 def test_a_model_that_rounding_ruins_is_not_exported(texts, tmp_path, capsys, monkeypatch):
-    quick.leave_out(monkeypatch)
     monkeypatch.setattr("layercut.export.formats.convert", converted_here)
     model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
     flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]

@@ -160,7 +160,7 @@ def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
     assert lines[2:] == ['PARAMETER stop "</s>"']
 
 
-def test_quantize_writes_a_card_and_what_is_packed_is_not_cut(tiny_model, tmp_path, quick_runs, capsys):
+def test_quantize_writes_a_card_and_what_is_packed_is_not_cut(tiny_model, tmp_path, capsys):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "int8"
     assert main(["quantize", str(tiny_model), "--bits", "8", "--quantizer", "rtn", "--out", str(out), "--quiet"]) == 0
@@ -242,7 +242,6 @@ def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_what_neither_model_nor_tokenizer_writes_comes_with_a_run_and_with_fewer_bits(tiny_model, texts, tmp_path):
     pytest.importorskip("compressed_tensors")
     source = shutil.copytree(tiny_model, tmp_path / "source")

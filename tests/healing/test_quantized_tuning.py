@@ -115,8 +115,7 @@ def test_gradients_are_those_of_the_decoded_weight(monkeypatch, block):
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["scales", "rounding"])
-def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path):
     dense = half(tiny.llama(2, tie_word_embeddings=True))
     kept = {name: weight.clone() for name, weight in dense.named_parameters()}
     found = rounded(dense, bits=3, embedding_bits=3)
@@ -246,7 +245,6 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
     half(tiny.llama(3, vocab_size=folders.VOCABULARY, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
     flags = ["--segment=1:2", "--bits=4", "--embedding-bits=4", "--no-speed", "--no-fold"]
@@ -313,10 +311,12 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     runs = {}
     for way in ("auto", "none"):
         out = tmp_path / way
-        compress(tmp_path / "model", **options, out=out, tune_quantized=way)
+        with monkeypatch.context() as patch:
+            if way == "auto":
+                quick.bring_back(patch, "verify_reload")
+            compress(tmp_path / "model", **options, out=out, tune_quantized=way)
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
         assert not {file.name for file in out.glob("*-state.safetensors")}
-        quick.leave_out(monkeypatch)
     trained = trainable.Trainable.of_(rounded(half(tiny.llama(2)), bits=3), half(tiny.llama(2)))
     assert trained.rate < Trainable.of_(rounded(half(tiny.llama(2)), bits=3)).rate, "of rounding, and of scales alone"
     tuning = runs["auto"]["quantize"]["tuning"]
@@ -368,8 +368,7 @@ BIASED: dict[str, Any] = {
     ],
     ids=["biases beside projections", "a head with a bias"],
 )  # fmt: skip
-def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path):
     dense = half(tiny.tiny(config))
     found = quantize_(decoder_stack.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
     parts = Trainable.of_(found)

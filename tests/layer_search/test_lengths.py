@@ -112,7 +112,6 @@ def search(tiny_model, texts, out, *flags):
     return code, json.loads((out / "search.json").read_text()) if code == 0 else None
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_size_is_counted_in_the_bits_that_are_saved(tiny_model, texts, tmp_path, capsys):
     """As few layers as meet it once they are rounded, by plan and run; in 16 bits far more would have to go."""
     flags = [f"--data={texts[0]}", "--tokens=128", "--window=16", "--bits=4", "--quantizer=rtn", "--group-size=16"]

@@ -64,7 +64,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) 
         """verified: by a fresh process; stopped: while tuning at first, and resumed."""
         options = {"data": str(texts[0]), "eval_data": str(texts[1]), "out": folder / name, **OPTIONS, **load}
         with pytest.MonkeyPatch.context() as patch:
-            (quick.leave_out_samples if verified else quick.leave_out)(patch)
+            if verified:
+                quick.bring_back(patch, "verify_reload")
             if stopped:
                 with patch.context() as until:
                     until.setattr(tuning_state.StateFile, "due", lambda _: True)

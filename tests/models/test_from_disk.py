@@ -42,7 +42,7 @@ def read(run, name):
     return json.loads((run / f"{name}.json").read_text())
 
 
-def test_every_stage_finds_the_same(tiny_model, texts, tmp_path, quick_runs, monkeypatch):
+def test_every_stage_finds_the_same(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.models.memory.PASS_TOKENS", 16)  # a step is several passes
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     for mode in ("on", "off"):
@@ -175,7 +175,7 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
     assert all(torch.equal(written[key], expected[key]) for key in expected)
 
 
-def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path):
+def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama):
     with pytest.raises(SurgeryError, match="another way"):
         check_checkpoint_cut(llama.folder, CUT, {"model.layers.9.mlp.down_proj.weight": torch.zeros(32, 64)})
 

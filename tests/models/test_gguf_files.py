@@ -209,7 +209,7 @@ def test_llama_cpp_takes_the_head_from_the_embeddings_that_are_left(plain, tmp_p
 
 
 @needs_llama_cpp
-def test_every_command_writes_them_once(texts, tmp_path, quick_runs):
+def test_every_command_writes_them_once(texts, tmp_path):
     plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")
     file, out = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0"), tmp_path / "out.gguf"
     assert main(["quantize", str(file), "--gguf-type=iq4_xs", f"--out={tmp_path / 'rounded.gguf'}"]) == 0

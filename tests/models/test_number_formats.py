@@ -79,7 +79,7 @@ def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypa
 @pytest.mark.parametrize("bits", [[], ["--bits=4", "--embedding-bits=8"]], ids=["16 bits", "4 bits"])
 def test_a_run_measures_in_float32_what_it_saves_in_bfloat16(checkpoint, texts, tmp_path, monkeypatch, bits):
     lacking(monkeypatch)
-    quick.leave_out_samples(monkeypatch)
+    quick.bring_back(monkeypatch, "verify_reload")
     run = tmp_path / "run"
     flags = [*SHORT, *bits, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
     assert main(["compress", str(checkpoint), *flags]) == 0

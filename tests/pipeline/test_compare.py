@@ -157,7 +157,7 @@ def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatc
     assert main([*command, "--tune-tokens=48"]) == 2, "a finished comparison is not replaced"
 
 
-def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch, capsys):
+def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch):
     tried = []
     real = module.layer_search.search
 

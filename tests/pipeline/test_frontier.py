@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import folders
-import quick
 import tiny
 from layercut.models import checkpoints, decoder_stack, loading
 
@@ -75,7 +74,6 @@ def benchmark(monkeypatch, tmp_path, texts):
     model = tiny.llama(5, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     file = write_gguf(model, folders.tokenizer(), tmp_path / "tiny.gguf", "Q4_1")
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "research")
-    quick.leave_out(monkeypatch)
     frontier = import_module("frontier")
     # no key fits a tiny tokenizer's context
     monkeypatch.setattr(frontier, "retrieval_grid", lambda *asked: [{"found": 1, "trials": 2}])

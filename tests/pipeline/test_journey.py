@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import quick
 from layercut import evaluation
 from layercut.cli.demo import fetch_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
@@ -51,6 +52,7 @@ def dense():
 def run(dense, tmp_path_factory):
     config = small_config(tmp_path_factory.mktemp("journey") / "run")
     with pytest.MonkeyPatch.context() as patch:
+        quick.bring_back(patch)
         patch.setattr(checkpoint, "subprocess", subprocess)  # which conftest.py has replaced
         patch.setattr(text, "FEWEST_HELD_OUT", 256)
         for written in ("generations", "generation_health"):

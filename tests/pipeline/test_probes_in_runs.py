@@ -84,7 +84,7 @@ def test_few_bits_are_rounded_on_probes_as_well(asked, preserve, source, window,
         assert all(each in refused.value.args[0] for each in told), "what the stage is redone for"
 
 
-@pytest.mark.usefixtures("quick_runs", "_letters")
+@pytest.mark.usefixtures("_letters")
 def test_a_run_rounds_on_probes_wherever_it_rounds(tiny_model, texts, tmp_path, monkeypatch):
     seen, round_, measure = [], quantization.quantize, quantization.bit_choice.measured
 
@@ -109,7 +109,7 @@ def test_a_run_rounds_on_probes_wherever_it_rounds(tiny_model, texts, tmp_path, 
     assert all(torch.equal(tokens, both) for tokens in seen)
 
 
-@pytest.mark.usefixtures("quick_runs", "_letters")
+@pytest.mark.usefixtures("_letters")
 def test_answers_count_more_where_a_run_tunes_and_where_it_compares(tiny_model, texts, tmp_path, monkeypatch):
     seen = []
 
@@ -187,7 +187,7 @@ def test_shares_leave_some_text_to_tune_on(given):
     assert "0.1" in error.value.hint
 
 
-def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys, quick_runs):
+def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--tune-tokens=0"]
     flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]

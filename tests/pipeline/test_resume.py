@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-import quick
 from layercut.cli.command_line import main
 from layercut.pipeline.stages import heal
 from layercut.pipeline.stages.heal import TUNING_STATE
@@ -62,14 +61,12 @@ def arguments(model: Path, texts: tuple[Path, Path], out: Path, *more: str) -> l
 def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that nothing interrupted."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        quick.leave_out(patch)
-        assert main(arguments(tiny_model, texts, run)) == 0
+    assert main(arguments(tiny_model, texts, run)) == 0
     return run
 
 
 @pytest.fixture
-def again(whole, tiny_model, texts, tmp_path, monkeypatch, quick_runs):
+def again(whole, tiny_model, texts, tmp_path, monkeypatch):
     """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran.
 
     With `stopped` the copy is of a run that was stopped when it was evaluated: nothing forbids other settings.
@@ -95,9 +92,7 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch, quick_runs):
 # --- killed ---
 
 
-def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(
-    whole, tiny_model, texts, tmp_path, run_until, quick_runs
-):
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path, run_until):
     run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
     finished: dict[str, int] = {}
@@ -121,7 +116,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(
     assert weights[0] == weights[1]
 
 
-def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts, tmp_path, run_until, quick_runs):
+def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts, tmp_path, run_until):
     """Killed after step 1, where the state was due; terminated within step 3; Ctrl-C within step 4, the last."""
     run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
@@ -216,7 +211,7 @@ def test_a_finished_search_is_not_replaced_by_another(first, other, tiny_model, 
     assert contents(run)["search.json"] != before["search.json"]
 
 
-def test_a_search_is_gone_on_from(tiny_model, texts, tmp_path, quick_runs):
+def test_a_search_is_gone_on_from(tiny_model, texts, tmp_path):
     run = tmp_path / "run"
     search = ["--tokens=64", "--window=16", "--ratio=0.25", f"--data={texts[0]}", f"--out={run}"]
     assert main(["search", str(tiny_model), *search]) == 0

@@ -12,9 +12,6 @@ from layercut.cli.command_line import main
 SHORT = ["--tokens=96", "--window=16", "--tune-tokens=128", "--eval-tokens=64", "--no-speed", "--learning-rate=0.001"]
 BUDGETS = ["--target-size=1GB", "--max-loss=1e9", "--quantizer=rtn"]
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
 def command(model: Path, texts: tuple[Path, Path], out: Path, *flags: str) -> list[str]:
     return ["compress", str(model), *SHORT, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}", *flags]
 
@@ -23,7 +20,7 @@ def artefact(run: Path, name: str) -> dict:
     return json.loads((run / f"{name}.json").read_text())
 
 
-def test_the_fewest_layers_inside_both_budgets_go(tiny_model, texts, tmp_path, capsys):
+def test_the_fewest_layers_inside_both_budgets_go(tiny_model, texts, tmp_path):
     run = tmp_path / "run"
     assert main(command(tiny_model, texts, run, *BUDGETS)) == 0
     found = artefact(run, "frontier")

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import folders
-import quick
 import tiny
 from layercut import quantize
 from layercut.cli.command_line import main
@@ -135,8 +134,7 @@ def test_a_mixture_costs_less_than_one_width_of_its_size():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", ["100kB", "least"])
-def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path):
     model = half(tiny.llama(3, tie_word_embeddings=tied, vocab_size=folders.VOCABULARY, **SIZES))
     with pytest.raises(ConfigError, match="the least possible is") as refusal:
         quantize(model, TOKENS, bits="auto", target_size="1kB")
@@ -195,8 +193,7 @@ def test_what_does_not_go_together_is_refused(given, words):
 # --- the command ---
 
 
-def test_a_run_that_removes_no_layer_chooses_bits(texts, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
+def test_a_run_that_removes_no_layer_chooses_bits(texts, tmp_path, capsys):
     model = half(tiny.llama(3, vocab_size=folders.VOCABULARY, tie_word_embeddings=True, **SIZES))
     model.save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
@@ -216,8 +213,7 @@ def test_a_run_that_removes_no_layer_chooses_bits(texts, tmp_path, monkeypatch, 
     assert "Bits of each matrix" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_quantize_alone_chooses_bits(tiny_model, texts, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
+def test_quantize_alone_chooses_bits(tiny_model, texts, tmp_path, capsys):
     argv = ["quantize", str(tiny_model), "--bits=auto", "--tokens=256", "--window=32", f"--data={texts[0]}"]
     assert main([*argv, f"--out={tmp_path / 'q'}", "--target-size=120kB"]) == 0
     told = json.loads((tmp_path / "q" / "quantize.json").read_text())
@@ -257,8 +253,7 @@ def compressed(folder: Path, model: Any, texts: Any, size: int, code: int = 0) -
 
 
 @pytest.mark.parametrize(("weigh", "size", "go"), [(0.0, 110_000, True), (1.0, 300_000, False)])
-def test_layers_go_where_they_are_cheaper_than_bits(weigh, size, go, texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
+def test_layers_go_where_they_are_cheaper_than_bits(weigh, size, go, texts, tmp_path):
     run = compressed(tmp_path, model_whose_layers(weigh), texts, size)
     points, after = run["shares"]["points"], len(run["cut"]["original_layer_index"])
     assert [point["layers"] for point in points] == sorted({point["layers"] for point in points})
@@ -272,7 +267,6 @@ def test_layers_go_where_they_are_cheaper_than_bits(weigh, size, go, texts, tmp_
 
 
 def test_a_number_that_no_cut_can_have_is_passed_over_and_a_stopped_one_goes_on(texts, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
     asked = []
 
     def searched(*args, n_layers, **more):

@@ -14,7 +14,6 @@ import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 import folders
-import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.config.commands import from_flat
@@ -126,8 +125,7 @@ def test_a_larger_and_worse_file_is_planned_and_called_so(source, texts, tmp_pat
     assert marks["Size"] == "bad"
 
 
-def test_evaluate_and_export_take_such_a_run(source, made, texts, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
+def test_evaluate_and_export_take_such_a_run(source, made, texts, tmp_path, capsys):
     run = made.with_name("small.gguf-run")
     assert main(["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--eval-window=16"]) == 0
     assert main(["export", str(run), "--format=safetensors", f"--out={tmp_path / 'folder'}"]) == 0

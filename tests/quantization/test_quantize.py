@@ -221,8 +221,7 @@ def written(found: Any, folder: Path) -> dict[str, Any]:
     [Qwen3Config(**SIZES, tie_word_embeddings=True), Phi3Config(**SIZES), GPTNeoXConfig(**SIZES)],
     ids=lambda config: config.model_type,
 )
-def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
-    quick.leave_out(monkeypatch)
+def test_other_architectures_reload_to_the_bit(config, tmp_path):
     model = half(tiny.tiny(config))
     written(quantize_(model, TOKENS, QuantizeConfig(bits=4, embedding_bits=8)), tmp_path / "model")
     loaded = loading.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
@@ -233,9 +232,8 @@ def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("bits", "tied", "embeddings"), [(2, False, 2), (3, True, 3), (6, True, 6), (6, False, 6), (3, False, None)]
 )
-def test_one_width_throughout_reloads_to_the_bit(bits, tied, embeddings, tmp_path, monkeypatch):
+def test_one_width_throughout_reloads_to_the_bit(bits, tied, embeddings, tmp_path):
     """Embeddings packed as all other weights, which stock transformers unpacks while loading; tied ones stored once."""
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     model = half(tiny.llama(2, tie_word_embeddings=tied))
     config = QuantizeConfig(bits=bits, quantizer="rtn", embedding_bits=embeddings)
     found = quantize_(model, TOKENS, config)
@@ -326,7 +324,7 @@ def quantized_run(texts, tmp_path_factory) -> Path:
     flags = [*SHORT, "--segment=2:4", "--bits=4", "--embedding-bits=8"]
     argv = ["compress", str(folder / "model"), *flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     with pytest.MonkeyPatch.context() as patch:
-        quick.leave_out_samples(patch)
+        quick.bring_back(patch, "verify_reload")
         assert main([*argv, f"--out={folder / 'run'}"]) == 0
     return folder / "run"
 
@@ -366,8 +364,7 @@ def test_a_quantized_model_is_loaded_as_a_plain_one_and_not_quantized_again(quan
     assert "quantized already" in capsys.readouterr().err
 
 
-def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
-    quick.leave_out(monkeypatch)
+def test_quantize_alone(tiny_model, texts, tmp_path, capsys):
     out = tmp_path / "int4"
     argv = ["quantize", str(tiny_model), "--bits=4", "--tokens=256", "--window=32", f"--data={texts[0]}"]
     assert main([*argv, f"--out={out}"]) == 0

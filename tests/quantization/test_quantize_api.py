@@ -16,6 +16,7 @@ from torch import nn
 
 import folders
 import layercut as lc
+import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
@@ -178,6 +179,7 @@ def test_what_cannot_be_quantized_is_refused(error, words, tokens, asked):
 
 def test_saved_as_a_caller_holds_it_and_verified(tmp_path, monkeypatch):
     """In training mode, with an attention of the caller's choice: neither may make the fresh process differ."""
+    quick.bring_back(monkeypatch, "verify_reload")
     given = Unchanged(vocab_size=folders.VOCABULARY, attention_dropout=0.5, attn_implementation="eager")
     monkeypatch.chdir(tmp_path)
     text = tiny.some_tokens(4)
