@@ -1,10 +1,10 @@
 """A checkpoint larger than a memory limit on the process goes through the whole journey, its layers left on disk.
 
 Writes a checkpoint of random bfloat16 weights (3.0 GB, 120 narrow layers), then runs `layercut
-compress --stream on --device cpu` on it to the end, in a process of its own that may not have more than `--limit` GB
+compress --place disk --device cpu` on it to the end, in a process of its own that may not have more than `--limit` GB
 of data (RLIMIT_DATA: heap and private mappings; its children have the same limit each). The peak of the resident size
 is read from the kernel and set back at the beginning of every stage (Linux), so that each stage's own can be set
-beside what `layercut plan --stream on` says of it; of the export, which starts a process to check the checkpoint, the
+beside what `layercut plan --place disk` says of it; of the export, which starts a process to check the checkpoint, the
 two together, sampled, as the plan counts them. The text is Python's own documentation, and little of it: memory is
 what is looked at. The checkpoint is deleted at the end.
 
@@ -43,7 +43,7 @@ SHAPE = {
 STAGES = ["text-evaluation", "text-calibration", "text-heldout", "text-tuning"]
 STAGES += ["search", "cut", "fold", "heal", "eval", "export"]
 PLANNED = {"search": ["load", "search"], "fold": ["fold"], "heal": ["tune"], "eval": ["eval"], "export": ["export"]}
-FLAGS = ["--stream=on", "--device=cpu", "--ratio=0.2", "--method=angular", "--window=64"]
+FLAGS = ["--place=disk", "--device=cpu", "--ratio=0.2", "--method=angular", "--window=64"]
 
 
 def flags(args: Any) -> list[str]:

@@ -103,9 +103,9 @@ def work(args: Namespace) -> None:
     """Search, fold and tune, timed; the main process writes what came out."""
     torch.set_num_threads(args.threads)
     processes.start()
-    shard: Any = os.environ["LAYERCUT_SHARD"]
+    place: Any = "processes" if os.environ["LAYERCUT_SHARD"] == "on" else "memory"
     checkpoint = checkpoints.resolve(args.model or str(fetch_model()))
-    loaded = placement.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
+    loaded = placement.load(checkpoint, place=place, device="cpu", dtype=args.dtype)
     draw = {"window": args.window, "seed": 0}
     calibration = blocks(loaded, args.data, args.tokens, **draw).tokens
     text = blocks(loaded, args.tune_data, HELD_OUT + max(args.fold_tokens, args.tune_tokens), **draw).tokens

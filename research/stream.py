@@ -118,7 +118,7 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     """What one fresh process does."""
     before, begun = proc("io", "rchar"), time.perf_counter()
     imported = proc("status", "VmHWM") * 1024
-    loaded = placement.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
+    loaded = placement.load(checkpoints.resolve(folder), place="disk" if mode == "on" else "memory")
     opened = time.perf_counter()
     resident = proc("status", "VmHWM") * 1024
     stack = DecoderRunner(loaded.model)

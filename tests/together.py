@@ -105,7 +105,7 @@ def spreading(model: Path) -> dict[str, Any]:
 
     layer_reader.LayerFiles._install_ = counted  # type: ignore[method-assign]
     try:
-        spread = placement.load(checkpoints.resolve(str(model)), shard="on").model
+        spread = placement.load(checkpoints.resolve(str(model)), place="processes").model
     finally:
         layer_reader.LayerFiles._install_ = install  # type: ignore[method-assign]
     before = [sharding.local(p).clone() for p in spread.parameters()]

@@ -212,11 +212,11 @@ def test_the_file_of_a_compress_run_says_to_evaluate_what_it_says_of_evaluation(
     file = tmp_path / "whole.yaml"
     file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "window": 32, "eval_window": 64}))
     main(["evaluate", "model", f"--config={file}"])
-    file.write_text("window: 32\nmethod: race\nno_speed: true\nno_fold: true\nfor: mlx\nstream: off\n")
+    file.write_text("window: 32\nmethod: race\nno_speed: true\nno_fold: true\nfor: mlx\nplace: memory\n")
     main(["evaluate", "model", f"--config={file}"])
     main(["evaluate", "model", f"--config={file}", "--window=16"])
     assert [config.eval_window for config in taken] == [64, None, 16], capsys.readouterr().err
-    assert taken[1].load.stream == "off"
+    assert taken[1].load.place == "memory"
 
 
 def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny_model, texts, tmp_path, monkeypatch):

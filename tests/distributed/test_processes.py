@@ -47,9 +47,9 @@ def folder(tiny_model, texts, tmp_path_factory):
     command = compress(tiny_model, texts, folder / "run")
     commands = {
         "compress": command, "again": command,
-        "spread": [*compress(tiny_model, texts, folder / "spread"), "--shard=on"],
+        "spread": [*compress(tiny_model, texts, folder / "spread"), "--place=processes"],
         "evaluate": ["evaluate", str(folder / "run" / "model"), f"--eval-data={texts[1]}", "--eval-tokens=112",
-                     "--window=16", "--shard=on"],
+                     "--window=16", "--place=processes"],
         "no-text": compress(tiny_model, (Path("nowhere.txt"), texts[1]), folder / "no-text"),
         "no-flag": [*command, "--ratoi=0.2"],
         "last": compress(tiny_model, texts, folder / "last"),
@@ -133,9 +133,8 @@ def test_a_spread_model_is_searched_and_healed_alike(folder):
 
 
 def test_spreading_needs_several_processes(tiny_model, texts, tmp_path, capsys):
-    for flags, words in ((["--shard=on"], "there is one"), (["--shard=on", "--stream=on"], "both --stream on and")):
-        assert main([*compress(tiny_model, texts, tmp_path / "run"), *flags]) == 2
-        assert words in capsys.readouterr().err
+    assert main([*compress(tiny_model, texts, tmp_path / "run"), "--place=processes"]) == 2
+    assert "there is one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["run", "spread"])
@@ -231,11 +230,11 @@ def test_processes_do_not_crowd_on_one_device(monkeypatch):
 
 @pytest.mark.parametrize(("share", "how", "spread"), [
     (1.2, {}, True), (0.5, {}, False), (2.0, {}, False),  # nor is there room for a half
-    (1.2, {"stream": "on"}, False), (1.2, {"shard": "off"}, False), (0.5, {"shard": "on"}, True),
+    (1.2, {"place": "disk"}, False), (1.2, {"place": "memory"}, False), (0.5, {"place": "processes"}, True),
 ])  # fmt: skip
 def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, tiny_model, monkeypatch):
     """share: of the weights in one process's memory, of which there are two."""
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "launched", lambda: True)
     monkeypatch.setattr(placement, "_share_of_memory", lambda *_, **__: share)
-    assert placement.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
+    assert (placement.place_of(checkpoints.resolve(str(tiny_model)), **how) == "processes") is spread

@@ -153,7 +153,7 @@ def test_there_is_one_where_probes_are_weighed_and_enough_is_tuned_on(flags, hea
 
 def test_there_is_none_where_the_layers_are_on_disk_and_what_was_found_stays(tiny_model):
     flags = {"ratio": 0.25, "window": 128}
-    whole, streamed = (resolve(str(tiny_model), from_flat(flags | {"stream": s}), "report") for s in ("off", "on"))
+    whole, streamed = (resolve(str(tiny_model), from_flat(flags | {"place": p}), "report") for p in ("memory", "disk"))
     assert (whole.shortlist, whole.shortlist_now) == (True, True)
     assert (streamed.shortlist, streamed.shortlist_now) == (True, False)
     assert not resolve(str(tiny_model), from_flat(flags), "search").shortlist

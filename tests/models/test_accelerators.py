@@ -102,7 +102,7 @@ def test_the_whole_journey_stopped_and_resumed_gives_what_the_cpu_gives(counts, 
 
 
 def test_layers_on_two_devices_go_through_compress_to_the_end(counts, journey, on_cpu):
-    assert_same(journey("two", device_map="on", verified=True), on_cpu)
+    assert_same(journey("two", place="devices", verified=True), on_cpu)
     assert counts.between > 0
 
 
@@ -115,7 +115,7 @@ def test_a_journey_on_the_accelerator_stopped_and_resumed_gives_what_the_cpu_giv
 @pytest.mark.gpu
 @SEVERAL
 def test_layers_on_several_accelerators_go_through_compress_to_the_end(journey, on_cpu):
-    assert_same(journey("several", device_map="on", verified=True), on_cpu, tolerance=1e-2)
+    assert_same(journey("several", place="devices", verified=True), on_cpu, tolerance=1e-2)
 
 
 @pytest.mark.gpu
@@ -140,14 +140,13 @@ def test_layers_are_divided_so_that_the_fullest_device_is_as_empty_as_can_be():
 def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model, monkeypatch):
     """Hidden states follow the layers, of a clone too; logits are where the tokens are."""
     files = checkpoints.resolve(str(tiny_model))
-    assert not placement.over_devices(files)
+    assert placement.place_of(files) == "memory"
     weights = placement.weight_bytes(files)
     monkeypatch.setattr(placement, "available_bytes", lambda _: weights)  # 0.8 of it is not enough, of two it is
-    assert placement.over_devices(files)
-    assert not placement.wanted(files)  # not on disk then
-    assert not placement.over_devices(files, device="standin:0")
+    assert placement.place_of(files) == "devices"
+    assert placement.place_of(files, device="standin:0") == "disk"
     with pytest.raises(ConfigError, match="are 1"):
-        placement.over_devices(files, device="standin:0", device_map="on")
+        placement.place_of(files, "devices", device="standin:0")
     model = placement.load(files).model
     assert placement.placed_over(model) == [torch.device("standin", 0), torch.device("standin", 1)]
     clone, tokens = surgery.cut(model, "3:5"), tiny.some_tokens(2, 8)
@@ -164,7 +163,7 @@ def test_layers_on_disk_are_read_onto_it(counts, tiny_model):
     files, tokens, left = checkpoints.resolve(str(tiny_model)), tiny.some_tokens(3, 8), []
     elsewhere = torch.accelerator.memory_allocated(0)
     torch.accelerator.reset_peak_memory_stats(0)
-    for where in ({"stream": "off", "device": "cpu"}, {"stream": "on", "device": "standin:1"}):
+    for where in ({"place": "memory", "device": "cpu"}, {"place": "disk", "device": "standin:1"}):
         model = placement.load(files, **where).model
         for layers, method in ((1, "exhaustive"), (2, "fisher")):  # forwards, and backwards too
             found = lc.search(model, tokens, n_layers=layers, method=method)

@@ -132,7 +132,7 @@ def test_what_no_halving_helps_ends_with_a_hint_and_other_errors_are_not_taken_f
         short_of_memory(patch, DecoderRunner, "enter", 0)
         with pytest.raises(ModelError, match="out of memory on cpu even with the least") as caught:
             set_costs(stack, tiny.some_tokens(2), PAIRS, Cost())
-    assert "--stream on" in caught.value.hint
+    assert "--place disk" in caught.value.hint
     monkeypatch.setattr(sweep, "sweep", lambda *_: (_ for _ in ()).throw(RuntimeError("size mismatch")))
     with memory_limit(), pytest.raises(RuntimeError, match="size mismatch"):
         set_costs(stack, tiny.some_tokens(2), PAIRS, Cost())

@@ -45,9 +45,9 @@ def read(run, name):
 def test_every_stage_finds_the_same(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.models.memory.PASS_TOKENS", 16)  # a step is several passes
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
-    for mode in ("on", "off"):
-        assert main([*argv, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
-    both = disk, memory = tmp_path / "on", tmp_path / "off"
+    both = disk, memory = tmp_path / "disk", tmp_path / "memory"
+    for run in both:
+        assert main([*argv, f"--place={run.name}", f"--out={run}"]) == 0
     for stage, told in {
         "search": ("segments", "candidates"), "cut": ("segments", "original_layer_index", "parameters", "bytes"),
         "fold": ("fold", "changed"), "eval": ("perplexity",),
@@ -90,7 +90,7 @@ def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny
 
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
-    model = placement.load(checkpoint, stream=mode, **how).model
+    model = placement.load(checkpoint, place=mode, **how).model
     student = decoder_stack.share(model)
     cut_segment_(student, segments)
     return DecoderRunner(model), DecoderRunner(student)
@@ -106,9 +106,9 @@ CUT = [Segment(3, 5)]
 
 
 def test_a_cut_copy_borrows_the_layers_it_has(llama):
-    dense, student = opened(llama, CUT, "on")
+    dense, student = opened(llama, CUT, "disk")
     disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
-    expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
+    expected = opened(llama, CUT, "memory")[1].model(input_ids=tokens).logits
     read = disk.files.bytes_read
     assert torch.equal(student.model(input_ids=tokens).logits, expected)
     assert disk.files.layers_read == [1, 1, 1, 0, 0, 1, 1, 1]  # and none read ahead in vain
@@ -117,7 +117,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     assert all(p.is_meta for p in student.layers.parameters())
     again = decoder_stack.share(student.model)  # a copy of a copy, from which more is cut
     cut_segment_(again, [Segment(0, 1)])
-    twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
+    twice = opened(llama, [Segment(0, 1), *CUT], "memory")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
     assert disk.files.layers_read == [1, 2, 2, 0, 0, 2, 2, 2]
     weights, clone_layers = student.model.state_dict(), sum(map(len, disk.files.clones))
@@ -127,12 +127,12 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
 
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
-    dense, student = opened(llama, CUT, "on")
+    dense, student = opened(llama, CUT, "disk")
     disk, tokens = layer_reader.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
     decoder_stack.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
-    memory = opened(llama, CUT, "off")[1].model
+    memory = opened(llama, CUT, "memory")[1].model
     decoder_stack.replace_parameters_(memory, {name: torch.zeros(32, 64)})
     assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
@@ -142,7 +142,7 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
 
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
-    student = decoder_stack.share(placement.load(llama, stream="on").model)
+    student = decoder_stack.share(placement.load(llama, place="disk").model)
     other = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
     student.model.layers[2].mlp.up_proj.weight = other
     with pytest.raises(ModelError, match="other weights in layer 2"):
@@ -156,12 +156,12 @@ def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
 def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_path):
     checkpoint, segments = saved(MODELS[name](), tmp_path / "source"), [Segment(2, 3)]
     tokens, found, students = tiny.some_tokens(24), [], []
-    for mode in ("on", "off"):
+    for mode in ("disk", "memory"):
         dense, student = opened(checkpoint, segments, mode)
         folds = [fold_cut_(student, dense, segment, tokens) for segment in segments]
         found.append([folds, mean_kl(dense, student, tokens[:4], 1), perplexity(student.model, tokens[:6])])
         students.append(student.model)
-        if mode == "on":
+        if mode == "disk":
             shared = {id(p) for p in dense.model.parameters()}
             healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
             stored = layer_reader.as_saved(student.model, healed)
@@ -183,7 +183,7 @@ def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama):
 def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "cpu_has", lambda feature: False)
     narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
-    dense, student = opened(narrow, CUT, "on")
+    dense, student = opened(narrow, CUT, "disk")
     fold_cut_(student, dense, CUT[0], tiny.some_tokens(24))
     assert (student.model.dtype, student.stored_dtype) == (torch.float32, torch.bfloat16)
     shared = {id(p) for p in dense.model.parameters()}
@@ -205,7 +205,7 @@ def tuned(checkpoint, mode, folder, segments, settings, tokens, lengths, **how):
     """The report of tuning, the weights after it, and the dense stack."""
     dense, student = opened(checkpoint, segments, mode, **how)
     states = None
-    if mode == "on":
+    if mode == "disk":
         states = frozen_states(student, dense, Rows(tokens=tokens, row_lengths=lengths), settings, folder, key="")
     files, heldout = TuningFiles(states=states), tiny.some_tokens(8, 16, seed=3)
     report = tune_(student, dense, tokens, heldout=heldout, row_lengths=lengths, files=files, settings=settings)
@@ -223,7 +223,7 @@ def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch)
     lengths = LENGTHS if name == "parted" else None
     (ours, left, _), (theirs, right, _) = (
         tuned(llama, mode, tmp_path / "states", segments, settings, tokens, lengths, dtype=dtype)
-        for mode in ("on", "off")
+        for mode in ("disk", "memory")
     )
     assert ours.heldout == theirs.heldout
     assert [p["loss"] for p in ours.curve] == [p["loss"] for p in theirs.curve]
@@ -238,7 +238,7 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     monkeypatch.setattr(room, "SCORES", 1)
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
     rows, parted_rows = Rows(tokens=tokens), Rows(tokens=tokens, row_lengths=LENGTHS)
-    dense, student = opened(llama, CUT, "on")
+    dense, student = opened(llama, CUT, "disk")
     disk = layer_reader.layers_on_disk(dense.model)
     states = frozen_states(student, dense, rows, settings, tmp_path / "states", key="")
     assert disk.files.layers_read == [1] * 8
@@ -262,7 +262,7 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
 
 
 def test_states_need_room(llama, tmp_path, monkeypatch):
-    dense, student = opened(llama, CUT, "on")
+    dense, student = opened(llama, CUT, "disk")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     rows = Rows(tokens=tiny.some_tokens(24, 16))
@@ -275,7 +275,7 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
     monkeypatch.setattr(checkpoint, "verify_streamed", lambda *_: {})  # tested above
     run, log = tmp_path / "run", tmp_path / "log"
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
-    argv.append("--stream=on")
+    argv.append("--place=disk")
     whole = tmp_path / "whole"
     tune = ["tune", *(flag for flag in argv[1:] if not flag.startswith(("--eval", "--no-speed", "--out")))]
     assert main([*tune, f"--out={whole}"]) == 0
@@ -297,7 +297,7 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
 
 @pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--probes", "--long-context=32", "two processes"])
 def test_what_needs_the_model_in_memory_is_refused_at_once(flag, tiny_model, texts, tmp_path, capsys, monkeypatch):
-    argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
+    argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--place=disk"]
     words = f"{flag.partition('=')[0]} needs the model in memory"
     if flag == "two processes":
         monkeypatch.setattr(processes, "world", lambda: 2)

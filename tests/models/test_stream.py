@@ -47,7 +47,7 @@ def saved(model, folder):
 
 def on_disk(checkpoint, **how):
     """The model with its layers on disk, and their reader."""
-    model = placement.load(checkpoint, stream="on", **how).model
+    model = placement.load(checkpoint, place="disk", **how).model
     return model, layer_reader.layers_on_disk(model)
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(
     for change, words in (({"num_hidden_layers": 9}, "lacks 9 weights"), ({"intermediate_size": 48}, "another shape")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match=words):
-            placement.load(checkpoint, stream="on")
+            placement.load(checkpoint, place="disk")
 
 
 def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
@@ -202,7 +202,7 @@ def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
     weights = sum(p.nbytes for p in loading.load(llama).model.parameters())
     for share, on_disk in ((1.1, True), (1.3, False)):
         monkeypatch.setattr(placement, "available_bytes", lambda device, share=share: weights * share)
-        assert placement.wanted(llama) == on_disk
+        assert (placement.place_of(llama) == "disk") == on_disk
         assert bool(layer_reader.layers_on_disk(placement.load(llama).model)) == on_disk
-        assert not placement.wanted(llama, dtype="bfloat16")
-        assert not placement.wanted(llama, stream="off")
+        assert placement.place_of(llama, dtype="bfloat16") == "memory"
+        assert placement.place_of(llama, "memory") == "memory"

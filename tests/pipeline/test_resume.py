@@ -169,8 +169,8 @@ STOPPED: dict[str, list[str]] = {
 }
 """Of a run that was stopped before it was exported."""
 FINISHED: dict[str, list[str]] = {
-    "--device=cpu --max-memory=20GB --device-map=off": [],
-    "--stream=on": [],
+    "--device=cpu --max-memory=20GB --place=memory": [],
+    "--place=disk": [],
     "--speed": ["eval", "summary"],
     "--force --ratio=0.4": list(STAGES),
 }

@@ -197,7 +197,7 @@ def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
 
 def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     shape = llama[1]
-    runs = [run_of(shape, Segment(2, 5), load=ModelConfig(stream=stream)) for stream in ("on", "off")]
+    runs = [run_of(shape, Segment(2, 5), load=ModelConfig(place=place)) for place in ("disk", "memory")]
     on_disk, in_memory = ({name: stage.peak for name, stage in stages(run).items()} for run in runs)
     assert on_disk.keys() == in_memory.keys()
     token = shape.hidden * 4
@@ -259,7 +259,7 @@ def test_flags_are_named_until_it_fits(monkeypatch):
     whole = 4 * shape.dense.total
 
     def costs(_: Any, asked: CompressConfig, on_cpu: bool, room: int) -> dict[str, Stage]:
-        weights = whole // 10 if asked.load.stream == "on" else whole
+        weights = whole // 10 if asked.load.place == "disk" else whole
         return {"tune": Stage({"weights": weights, "kept": asked.heal.batch_tokens}, None)}
 
     monkeypatch.setattr(Planner, "costs", costs)
@@ -270,13 +270,13 @@ def test_flags_are_named_until_it_fits(monkeypatch):
 
     assert judged(whole + 64) == (1, True, [])
     assert judged(whole + 1) == (1, False, ["--batch-tokens 1"])
-    assert judged(whole // 2) == (1, False, ["--stream on"])
+    assert judged(whole // 2) == (1, False, ["--place disk"])
     assert judged(whole // 20) == (1, False, None)
     assert judged(whole - 1, devices=2)[:2] == (2, False), "beside its half each gathers layers"
     assert judged(whole - 1, devices=8)[:2] == (8, True)
     assert judged(whole // 20, devices=4)[2] is None
     shortest, _ = [*savings(replace(config, text=DataConfig(window=256)), spread=False)][-1]
-    assert shortest == ["--stream on", "--batch-tokens 1", "--window 64"]
+    assert shortest == ["--place disk", "--batch-tokens 1", "--window 64"]
 
 
 # --- the command ---
@@ -388,7 +388,7 @@ def test_every_setting_that_costs_something_can_be_planned_and_has_its_default()
     "flags",
     [
         [], ["--ratio=0.01"], ["--segment=4:9"], ["--ratio=0.3", "--window=4096"], ["--ratio=0.3", "--dtype=float8"],
-        ["--ratio=0.3", "--stream=on", "--bits=4"], ["--ratio=0.3", "--for=vllm", "--bits=3"],
+        ["--ratio=0.3", "--place=disk", "--bits=4"], ["--ratio=0.3", "--for=vllm", "--bits=3"],
         ["--ratio=0.3", "--preserve=nonsense"], ["--ratio=0", "--bits=auto", "--target-size=1kB"],
     ],
 )  # fmt: skip

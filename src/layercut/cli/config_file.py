@@ -64,7 +64,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """YAML 1.1 without its numbers of base 60 and its words for true and false but these two.
 
-        Else 13:19 would be read as 799, and `stream: off` would be none of its choices.
+        Else 13:19 would be read as 799, and a name such as `off` as false.
         """
 
     Loader.yaml_implicit_resolvers = {

@@ -93,7 +93,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     check_replaceable(config.out, source.file)
     if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
-    decoder_stack.refuse_on_disk(placement.wanted(source, **asdict(config.load)))
+    decoder_stack.refuse_on_disk(placement.place_of(source, alone=True, **asdict(config.load)) == "disk")
     loaded = placement.load(source, **asdict(config.load))
     tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
     if most:

@@ -20,9 +20,8 @@ from layercut.files import parse_bytes
 from layercut.registries import Registry, criteria, evaluations, objectives, quantizers
 from layercut.segments import Segment
 
-StreamMode = Literal["auto", "on", "off"]
-ShardMode = Literal["auto", "on", "off"]
-DeviceMapMode = Literal["auto", "on", "off"]
+Placement = Literal["auto", "memory", "disk", "devices", "processes"]
+"""Where the weights lie: in one device's memory, the layers on disk, or in parts on several devices or processes."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tested)."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
@@ -144,25 +143,18 @@ class ModelConfig:
     """Run modelling code that comes with the checkpoint."""
     allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
-    stream: StreamMode = "auto"
-    """Leave the decoder layers on disk and read each when it is needed, for what is larger than memory.
-    auto: where the weights would take more than 0.8 of the memory available."""
-    shard: Annotated[ShardMode, rare] = "auto"
-    """Shard the weights over several processes, which gather each layer when it runs, to heal what is larger than
-    one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
+    place: Placement = "auto"
+    """Where the weights lie. memory: all on the device. disk: each decoder layer is read when it is needed, for what is
+    larger than memory. devices: the layers over all accelerators of the machine, in one process. processes: a part of
+    every weight in each of several processes, which gather each layer when it runs. auto: memory, or where the weights
+    would take more than 0.8 of it the first of processes, devices and disk that has room."""
     max_memory: Annotated[str | None, rare] = None
     """Memory of the device that a run may take, weights included, e.g. 20GB: it decides how many rows and tokens are
     done at once. Not given: what is free on a GPU; on a CPU what its caches bear."""
-    device_map: Annotated[DeviceMapMode, rare] = "auto"
-    """Place the layers over all accelerators of the machine, in one process; hidden states follow them.
-    auto: where the weights would take more than 0.8 of one's memory, and not of all."""
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
-        places = {"--stream on": self.stream, "--shard on": self.shard, "--device-map on": self.device_map}
-        on = [flag for flag, mode in places.items() if mode == "on"]
-        refuse((len(on) > 1, f"both {' and '.join(on)} are given", "give one of them"))
 
 
 @options(TEXT)

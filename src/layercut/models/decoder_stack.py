@@ -117,7 +117,7 @@ def refuse_on_disk(on_disk: Any) -> None:
     """Refuse layers that are left on disk, or would be, where the work needs all of them in memory."""
     if on_disk:
         words = "the model's layers are left on disk: for this it has to be in memory"
-        raise ModelError(words, "from disk run search, compress, tune and evaluate; with enough memory: --stream off")
+        raise ModelError(words, "from disk run search, compress, tune and evaluate; with enough memory: --place memory")
 
 
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ from layercut.models.checkpoints import Stored
 from layercut.models.decoder_stack import copied, find_decoder
 from layercut.progress import say
 
-IN_MEMORY = "load it in memory instead: --stream off"
+IN_MEMORY = "load it in memory instead: --place memory"
 
 
 def layers_on_disk(model: Any) -> Any:

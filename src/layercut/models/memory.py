@@ -284,7 +284,7 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
         window = "--batch-tokens 128 --window" if stage == "tune" else "--window"
         raise ModelError(
             f"{stage} runs out of memory on {device} even with the least that can be done at once",
-            f"read the layers from disk: --stream on; or give shorter rows: {window} 128",
+            f"read the layers from disk: --place disk; or give shorter rows: {window} 128",
         ) from error
     limits.halvings += 1
     limits.most_rows = min(limits.most_rows, max(1, rows // 2))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut.config import DeviceMapMode, ShardMode, StreamMode
+from layercut.config import Placement
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError
 from layercut.files import size
@@ -33,82 +33,66 @@ FITS = 0.8
 def load(
     checkpoint: checkpoints.Checkpoint,
     *,
-    stream: StreamMode = "auto",
-    shard: ShardMode = "auto",
+    place: Placement = "auto",
+    alone: bool = False,
     max_memory: str | None = None,
-    device_map: DeviceMapMode = "auto",
     **how: Any,
 ) -> loading.LanguageModel:
     """`loading.load`, or the same model sharded over processes, placed over devices, or with its layers left on disk.
 
-    "auto": where the weights would take more than `FITS` of the memory that is available, they are sharded if there are
-    several processes that have room for a part each; placed over several accelerators if one process has them and they
-    have room for it; else left on disk.
+    `place_of` says which; `alone` loads it in this process, whatever the others do.
     """
     with memory_limit(max_memory):
-        if spread(checkpoint, stream=stream, shard=shard, **how):
-            # a safetensors folder is read layer by layer, by every process in full: two layers, and what is no layer,
-            # are whole at a time; what cannot be read so, by one process after the other into the machine's memory
-            config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-            if not why_not_by_layer(checkpoint, config):
-                loaded = open_on_disk(checkpoint, **how)
-                sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
-                return loaded
-            for turn in range(processes.world()):
-                if turn == processes.rank():
-                    loaded = loading.load(checkpoint, **how, moved=False)
-                    sharding.spread_(loaded.model, find_decoder(loaded.model).layers, loaded.device)
-                processes.barrier()
-            return loaded
-        if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
+        chosen = place_of(checkpoint, place, alone=alone, **how)
+        if chosen == "disk":
+            return open_on_disk(checkpoint, **how)
+        if chosen == "devices":
             loaded = loading.load(checkpoint, **how, moved=False)
             devices = accelerators(loaded.device)
             dispatch_(loaded.model, {device: int(FITS * available_bytes(device)) for device in devices})
             return replace(loaded, device=devices[0])
-        if wanted(checkpoint, stream=stream, device_map=device_map, **how):
-            return open_on_disk(checkpoint, **how)
-        return loading.load(checkpoint, **how)
+        if chosen == "memory":
+            return loading.load(checkpoint, **how)
+        # a safetensors folder is read layer by layer, by every process in full: two layers, and what is no layer, are
+        # whole at a time; what cannot be read so, by one process after the other into the machine's memory
+        config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+        if not why_not_by_layer(checkpoint, config):
+            loaded = open_on_disk(checkpoint, **how)
+            sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
+            return loaded
+        for turn in range(processes.world()):
+            if turn == processes.rank():
+                loaded = loading.load(checkpoint, **how, moved=False)
+                sharding.spread_(loaded.model, find_decoder(loaded.model).layers, loaded.device)
+            processes.barrier()
+        return loaded
 
 
-def over_devices(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", device_map: DeviceMapMode = "auto", **how: Any
-) -> bool:
-    """Whether `load` in one process would place the layers over several accelerators. Reads headers only."""
-    several = processes.on_this_machine() > 1
-    if device_map == "off" or (device_map == "auto" and (stream == "on" or several)):
-        return False
+def place_of(checkpoint: checkpoints.Checkpoint, place: Placement = "auto", *, alone: bool = False, **how: Any) -> str:
+    """Where `load` puts the weights; unless alone, all processes must call this. Reads headers only.
+
+    "auto": where they would take more than `FITS` of the memory that is available, they are sharded if there are
+    several processes that have room for a part each; placed over several accelerators if one process has them and they
+    have room for it; else left on disk.
+    """
+    count, several = 1 if alone else processes.world(), processes.on_this_machine() > 1
     devices = accelerators(pick_device(how.get("device", "auto")))
-    if device_map == "on" and (len(devices) < 2 or several):
-        there = "several processes" if several else len(devices)
-        words = f"--device-map on places the layers over several accelerators of one process, and there are {there}"
-        raise ConfigError(words, "leave it out")
-    if device_map == "on" or len(devices) < 2 or _share_of_memory(checkpoint, **how) <= FITS:
-        return device_map == "on"
-    return weight_bytes(checkpoint, **how) <= FITS * sum(map(available_bytes, devices))
-
-
-def wanted(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", device_map: DeviceMapMode = "auto", **how: Any
-) -> bool:
-    """Whether `load` in one process would leave the layers on disk. Reads headers only."""
-    if stream != "auto":
-        return stream == "on"
-    apart = over_devices(checkpoint, stream=stream, device_map=device_map, **how)
-    return not apart and _share_of_memory(checkpoint, **how) > FITS
-
-
-def spread(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
-) -> bool:
-    """Whether `load` would shard the weights over the processes, all of which must call this. Reads headers only."""
-    count = processes.world()
-    if shard == "on" and not processes.launched():
-        words = "--shard on shards the weights over several processes, and there is one"
+    if place == "processes" and not processes.launched():
+        words = "--place processes shards the weights over several processes, and there is one"
         raise ConfigError(words, "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …")
-    if count == 1 or shard != "auto" or stream == "on":
-        return count > 1 and shard == "on"
+    if place == "devices" and (len(devices) < 2 or several):
+        there = "several processes" if several else len(devices)
+        words = f"--place devices is for several accelerators of one process, and there are {there}"
+        raise ConfigError(words, "leave it out")
+    if place not in ("auto", "processes") or (place == "processes" and count > 1):
+        return place
     share = _share_of_memory(checkpoint, **how)
-    return bool(processes.most(share > FITS)) and not processes.most(share / count > FITS)
+    if count > 1 and processes.most(share > FITS) and not processes.most(share / count > FITS):
+        return "processes"
+    if share <= FITS:
+        return "memory"
+    room = FITS * sum(map(available_bytes, devices))
+    return "devices" if len(devices) > 1 and not several and weight_bytes(checkpoint, **how) <= room else "disk"
 
 
 def _share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
@@ -159,7 +143,7 @@ def dispatch_(model: Any, room: Mapping[torch.device, int]) -> None:
     if places is None:
         needed, there = size(_bytes(model)), size(sum(room.values()))
         words = f"the weights, {needed}, do not fit layer by layer into {len(devices)} devices with {there} for them"
-        raise ModelError(words, "leave the layers on disk: --stream on")
+        raise ModelError(words, "leave the layers on disk: --place disk")
     found = dict.fromkeys(_outside(model, decoder.path), devices[0])
     found |= {name: devices[place] for name, place in zip(names, places, strict=True)}
     dispatch_model(model, found, main_device=devices[0], force_hooks=True)

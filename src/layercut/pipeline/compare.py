@@ -105,10 +105,10 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
     """Run every method on a model and measure what it removes."""
     processes.start()
     asked, journey = config.compare, config.journey()
-    if config.load.shard == "on":
-        raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
+    if config.load.place == "processes":
+        raise ConfigError("compare needs a whole model in every process", "leave out --place processes")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
-    decoder_stack.refuse_on_disk(placement.wanted(checkpoint, **asdict(config.load)))
+    decoder_stack.refuse_on_disk(placement.place_of(checkpoint, alone=True, **asdict(config.load)) == "disk")
     if config.tasks.names:
         evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)

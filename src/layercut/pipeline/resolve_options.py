@@ -80,8 +80,9 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     if until == "report":  # a run that ends before reports on nothing
         check_sources(config)
     loading.pick_device(config.load.device)
-    spread = placement.spread(checkpoint, **asdict(config.load))
-    on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
+    spread = placement.place_of(checkpoint, **asdict(config.load)) == "processes"
+    alone = placement.place_of(checkpoint, alone=True, **asdict(config.load))
+    on_disk = bool(processes.most(alone == "disk"))  # in one, in all
     shortlist = until != "search" and shortlists(config)
     if spread:
         check_spread(config)
@@ -159,7 +160,7 @@ def check_consumers(
 
 def check_spread(config: CompressConfig) -> None:
     """Refuse what cannot be done over weights that are sharded over several processes."""
-    search, mends = config.search, "where the model fits each process's memory: --shard off"
+    search, mends = config.search, "where the model fits each process's memory: --place memory"
     refused = {
         "--target-size with --max-loss": search.two_budgets,
         "--bits auto": config.quantize.bits == "auto",
@@ -176,7 +177,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
     if processes.world() > 1 and not spread:
         raise ConfigError(
             f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
-            "start one process; search and evaluate share their work; with enough memory: --stream off",
+            "start one process; search and evaluate share their work; with enough memory: --place memory",
         )
 
 
@@ -193,7 +194,7 @@ def needing_memory(config: CompressConfig) -> list[str]:
 
 def needs_memory(flag: str) -> ConfigError:
     """The refusal of a flag where layers are left on disk."""
-    hint = f"leave out {flag}; with enough memory: --stream off"
+    hint = f"leave out {flag}; with enough memory: --place memory"
     return ConfigError(f"{flag} needs the model in memory, and its layers are left on disk", hint)
 
 

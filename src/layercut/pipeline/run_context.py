@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
-from layercut.config import ShardMode
 from layercut.config.commands import CompressConfig
 from layercut.data.blocks import TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES, capability_names
@@ -79,10 +78,9 @@ class RunContext:
     @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where it runs and its weights lie."""
-        where = {"device": "auto", "stream": "auto"}  # whatever was asked, as runs by default have it on disk
-        load = asdict(self.config.load) | where
-        for apart in ("shard", "device_map", "max_memory"):
-            del load[apart]
+        load = asdict(self.config.load)
+        for where in ("device", "place", "max_memory"):
+            del load[where]
         finer = read_header(self.checkpoint.file).finer_twin if self.checkpoint.gguf else None
         twins = {"embeddings": finer} if finer else {}  # another model than an earlier version loaded
         return {"checkpoint": processes.on_main(self._fingerprint), "load": load} | twins
@@ -120,20 +118,20 @@ class RunContext:
 
     @cached_property
     def _together(self) -> loading.LanguageModel:
-        return self.load("on" if self.spread else "off")
+        return self.load(sharded=self.spread)
 
     @cached_property
     def _alone(self) -> loading.LanguageModel:
-        return self.load("off")
+        return self.load(sharded=False)
 
     @cached_property
     def stack(self) -> DecoderRunner:
         """For stages that all processes do together."""
         return DecoderRunner(self._together.model)
 
-    def load(self, shard: ShardMode) -> loading.LanguageModel:
-        """The model, sharded over the processes or not, and a line about it."""
-        how = asdict(self.config.load) | {"shard": shard}
+    def load(self, *, sharded: bool) -> loading.LanguageModel:
+        """The model, sharded over the processes or of this one alone, and a line about it."""
+        how = asdict(self.config.load) | ({"place": "processes"} if sharded else {"alone": True})
         loaded = placement.load(self.checkpoint, **how, tokenizer=self.tokenizer)
         where = ", layers left on disk" if layer_reader.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):

@@ -55,7 +55,7 @@ from layercut.segments import Segment
 Kind = TypeVar("Kind")
 MEASURED = ("eval", "export", "summary", "tasks", "capabilities", "compare", "text-shared")
 """Stages that any command makes anew where their inputs changed; of a comparison those that end in -judged."""
-ELSEWHERE = {"out", "device", "stream", "shard", "device_map", "max_memory"}
+ELSEWHERE = {"out", "device", "place", "max_memory"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 
 

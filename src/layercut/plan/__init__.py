@@ -211,7 +211,7 @@ class Planner:
     def costs(self, config: CompressConfig, on_cpu: bool, room: int) -> dict[str, Stage]:
         """Every stage in a place with so much memory for weights and what they compute."""
         window, base = config.text.window, self.base * on_cpu
-        shape, on_disk = self.shape(window, on_cpu), config.load.stream == "on"
+        shape, on_disk = self.shape(window, on_cpu), config.load.place == "disk"
         if config.load.max_memory is not None:
             room = min(room, parse_bytes("--max-memory", config.load.max_memory))
         weights = shape.dense.total * shape.itemsize
@@ -247,7 +247,7 @@ class Planner:
         on_cpu = not place.accelerator
         shape = self.shape(config.text.window, on_cpu)
         weights, layer = shape.dense.total * shape.itemsize, max(shape.dense.layers) * shape.itemsize
-        spread = weights > place.room and place.devices > 1 and config.load.stream != "on"
+        spread = weights > place.room and place.devices > 1 and config.load.place != "disk"
 
         def needs(asked: CompressConfig) -> dict[str, int]:
             room = place.room + (weights - weights // place.devices) * spread
@@ -299,11 +299,11 @@ def places(card: str | None) -> Iterator[Place]:
 def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], CompressConfig]]:
     """Settings that need less and less: first what costs nothing but time, then layers on disk, then shorter rows."""
     window, text, heal, load = config.text.window, config.text, config.heal, config.load
-    from_disk = not spread and load.stream != "on" and not needing_memory(config)
-    for stream in (False, True) if from_disk else (False,):
+    from_disk = not spread and load.place != "disk" and not needing_memory(config)
+    for on_disk in (False, True) if from_disk else (False,):
         flags, less = [], config
-        if stream:
-            flags, less = ["--stream on"], replace(config, load=replace(load, stream="on"))
+        if on_disk:
+            flags, less = ["--place disk"], replace(config, load=replace(load, place="disk"))
             yield flags, less
         if (heal.tune_window or window) > window:
             short = replace(heal, batch_tokens=window, tune_window=window)  # rows are no longer than a step
@@ -353,7 +353,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     given = checked_segments(asked.search.segments, layers)
     check_consumers(asked, stock, given, wanted_length(asked.search, layers), gguf=keeps_gguf(asked, checkpoint))
     check_names(asked, checkpoint, stock)
-    if asked.load.stream == "on":
+    if asked.load.place == "disk":
         check_streamed(asked, spread=False)
     asked = with_windows(asked, stock)
     if asked.quantize.bits == "auto":

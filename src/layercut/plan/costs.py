@@ -107,7 +107,7 @@ class Planned:
     @property
     def on_disk(self) -> bool:
         """Whether layers are left there, so that all rows go through each together."""
-        return self.config.load.stream == "on"
+        return self.config.load.place == "disk"
 
     @property
     def kept(self) -> list[int]:

@@ -342,7 +342,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     edits = plan.edits | config_cut.rescaled(model, plan)
     if (edits or plan.added) and is_spread(model):
         words = f"cutting a {type(model).__name__} changes weights, and they are sharded over several processes"
-        raise SurgeryError(words, "where the model fits each process's memory: --shard off")
+        raise SurgeryError(words, "where the model fits each process's memory: --place memory")
     modules = dict(model.named_modules(remove_duplicate=False))
     configs = _configs(modules, plan)
     edited = {name: edit(lambda key: weights[key].detach()) for name, edit in edits.items()}

@@ -202,7 +202,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
                 raise ConfigError(
                     f"{wanted['source']!r} has the model write text, for which layers on disk would be read for every "
                     "token",
-                    "give another text, or --stream off",
+                    "give another text, or --place memory",
                 )
             reader = Reader(work.tokenizer, seed=text.seed, model=model, capabilities=work.preserved)
             for other in drawn:
