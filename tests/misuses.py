@@ -107,11 +107,18 @@ EARLY = {
     "compress {model} --ratio=0.2 --out={tmp}/held.gguf": "held.gguf-run",
     "compress {model} --ratio=0.2 --out={text}": "--out {text} is a file",
     "compress {model} --ratio=0.2 --out={tmp}": "not empty|no layercut run",
+    "compress {model} --ratio=0.2 --out={text}/run": "cannot be written|Not a directory",
     # other commands
     "evaluate ./nowhere": "./nowhere|neither a folder",
     "evaluate {tmp}/empty --tasks=piqa": "no file|config.json",
     "cut {model} --out={tmp}/run": "--segment|layercut cut --help",
     "cut {model} --segment=3:5": "--out|layercut cut --help",
+    "cut {model} --segment=3:99 --out={tmp}/run": "3:99|8 layers",
+    "cut {model} --segment=3:5 --out={tmp}": "exist|--force",
+    "quantize {model} --out={tmp}/run": "no --bits|--bits 4",
+    "quantize {tmp}/nowhere --bits=4 --out={tmp}/run": "no model|nowhere",
+    "report {tmp}/nowhere": "nowhere|layercut compress",
+    "report {model}": "no summary.json|layercut compress",
     "report {tmp} --ratio=1": "--ratio|layercut report --help",
 }
 """Those that are refused before anything is imported that takes seconds."""
@@ -126,12 +133,7 @@ WITHOUT = {
 LATER = {
     "compress {model} --ratio=0.2 --data={tmp}/broken.jsonl": "line 2|not JSON",
     "compress {model} --ratio=0.2 --data={tmp}/rows.jsonl:body": "no field 'body'|text",
-    "compress {model} --ratio=0.2 --out={text}/run": "cannot be written|Not a directory",
     "compress {model} --ratio=0.2 --out=/proc/run": "cannot be written|--out",
-    "report {tmp}/nowhere": "nowhere|layercut compress",
-    "report {model}": "no summary.json|layercut compress",
-    "cut {model} --segment=3:99 --out={tmp}/run": "3:99|8 layers",
-    "cut {model} --segment=3:5 --out={tmp}": "exist|--force",
 }
 """What takes the tokenizer, the text, torch or the run folder to see; no weights are loaded."""
 

@@ -251,6 +251,11 @@ def remove_written(path: Path) -> None:
         each.unlink(missing_ok=True)
 
 
+def check_new(target: Path, force: bool) -> None:
+    if os.path.lexists(target) and not force:
+        raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
+
+
 def check_replaceable(target: Path, source: Path | None = None) -> None:
     """Refuse to replace what is read, and runs, which hold more than a model, whatever the user allowed."""
     if source is not None and source.exists() and source.resolve().is_relative_to(target.resolve()):
@@ -286,11 +291,7 @@ def appearing(
     work = target.parent / f".{target.name}.layercut-{os.getpid()}"
     old = work.with_name(f"{work.name}-old")
 
-    def check_free() -> None:
-        if os.path.lexists(target) and not force:
-            raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
-
-    check_free()
+    check_new(target, force)
     check_replaceable(target, source)
     with writing(target):
         try:
@@ -303,7 +304,7 @@ def appearing(
                 if left.name.endswith("-old"):
                     _put_back(left, target)
                 _remove(left)
-            check_free()  # what was put back is not replaced unasked either
+            check_new(target, force)  # what was put back is not replaced unasked either
             if need > shutil.disk_usage(target.parent).free:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({need:,} bytes are needed)")
             work.mkdir()

@@ -335,6 +335,7 @@ def test_a_disk_that_refuses_is_the_users_to_mend(error, words, tmp_path, capsys
         raise error
 
     monkeypatch.setattr("layercut.report.page.write_report", fails)
+    (tmp_path / "summary.json").touch()
     refused(["report", str(tmp_path)], capsys, *words)
 
 

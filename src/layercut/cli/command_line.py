@@ -284,6 +284,10 @@ def chat(run: RunFolder, *, config: ChatConfig | None = None, log: Log = None) -
 @app.command
 def report(run: RunFolder, *, log: Log = None) -> None:
     """Write report.html again from what a run folder holds."""
+    from layercut.report.run_facts import check_finished_run
+
+    if not (run / "compare.json").is_file():
+        check_finished_run(run)  # before torch is imported
     from layercut.report.page import write_report
 
     print(shown(str(write_report(run))))
@@ -303,8 +307,9 @@ RESUMED = {"compress", "search", "tune", "compare", "demo"}
 """Commands with a run folder."""
 
 CHECKED: dict[str, Any] = {"compress": CompressConfig, "search": FindConfig, "tune": TuneConfig,
-                           "compare": CompareConfig, "evaluate": PerplexityConfig}  # fmt: skip
-"""Commands that read text, and what they take."""
+                           "compare": CompareConfig, "evaluate": PerplexityConfig, "cut": CutConfig,
+                           "quantize": QuantizeAloneConfig}  # fmt: skip
+"""Commands that read a model, and what they take."""
 Outcome = tuple[int, list[str]]
 """An exit code, and the lines that say why on stderr."""
 

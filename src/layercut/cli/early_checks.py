@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from layercut.config import HUB_SETS, check_window, no_device
+from layercut.config.commands import CutConfig, QuantizeAloneConfig
 from layercut.data import sources
 from layercut.data.probe_families import capability_names
 from layercut.errors import ConfigError, DataError, RunError
-from layercut.files import check_run_folder, hold, is_run
+from layercut.files import check_new, check_run_folder, hold, is_run, writing
 from layercut.models import checkpoints
 from layercut.segments import checked_segments, layers_to_remove
 
@@ -40,18 +41,26 @@ MANY = 1 << 62
 
 def check(model: str, config: Any, given: set[str]) -> Any:
     """The command's configuration, its default texts replaced where there is no Hub. `given`: flags that were given."""
-    path, online = Path(model).expanduser(), cache(_online)
-    journey = config.journey() if hasattr(config, "journey") else None  # evaluate alone has none
+    path, online, load = Path(model).expanduser(), cache(_online), getattr(config, "load", None)
+    journey = config.journey() if hasattr(config, "journey") else None  # evaluate, cut and quantize alone have none
     if journey:
         journey.check()
         capability_names(journey.search.preserve)
+    elif isinstance(config, QuantizeAloneConfig):
+        config.check()
     # other devices are of packages that torch loads
-    if not DEVICES.fullmatch(config.load.device) and not entry_points(group="torch.backends"):
-        raise no_device(config.load.device)
+    if load and not DEVICES.fullmatch(load.device) and not entry_points(group="torch.backends"):
+        raise no_device(load.device)
     if checkpoints.is_local(model) and (journey or not is_run(path)):
-        checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
+        checkpoint = checkpoints.resolve(model, allow_pickle=(load or config).allow_pickle)
+        layers, positions = checkpoints.stated_sizes(checkpoint)
         if journey:
-            _check_sizes(journey, *checkpoints.stated_sizes(checkpoint))
+            _check_sizes(journey, layers, positions)
+        elif isinstance(config, CutConfig) and layers:
+            checked_segments(config.segments, layers)
+    if isinstance(config, CutConfig | QuantizeAloneConfig):
+        check_new(config.out, config.force)
+        return config
     for flag, source, tokens in _texts(config):
         if flag in OFFLINE and flag not in given:
             config = _with_default(config, flag, source, online)
@@ -191,7 +200,10 @@ def _check_packages(path: Path, config: Any) -> None:
 
 def _check_out(model: Path, out: Path, folder: Path) -> None:
     """Refuse a run folder that another command holds, that cannot be written, or whose disk is too full."""
-    above = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), Path("/"))
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if above != folder:
+        with writing(folder):  # of a file in a folder's place the system says so
+            os.scandir(above).close()
     try:
         check_run_folder(folder)
         if (folder / ".lock").is_file():

@@ -20,7 +20,7 @@ from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.probe_scores import probed, probes_for
 from layercut.export import engines
 from layercut.export.checkpoint import save, text_to_check
-from layercut.files import check_replaceable, digest, is_run, jsonable, parse_bytes, write_json
+from layercut.files import check_new, check_replaceable, digest, is_run, jsonable, parse_bytes, write_json
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.checkpoints import source_card
 from layercut.models.layer_reader import layers_on_disk
@@ -59,8 +59,7 @@ def cut(model: str, config: CutConfig) -> Path:
     elif config.out.suffix == ".gguf":
         cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
     else:
-        if config.out.exists() and not config.force:
-            raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        check_new(config.out, config.force)
         check_replaceable(config.out, checkpoint.file)
         loaded = loading.load(checkpoint)
         save(surgery.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
@@ -86,8 +85,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         asked = ExportConfig(out=config.out, consumers=config.consumers, force=config.force)
         return export(target, replace(asked, gguf_type=kind))
     engines.check_written(consumer_names(config.consumers), engines.written_by(config.quantize))
-    if config.out.exists() and not config.force:
-        raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+    check_new(config.out, config.force)
     run = Path(target) if is_run(Path(target)) and (Path(target) / "summary.json").is_file() else None
     source = checkpoints.resolve(str(run / "model") if run else target, allow_pickle=config.load.allow_pickle)
     check_replaceable(config.out, source.file)

@@ -19,11 +19,11 @@ from layercut.config.commands import CompressConfig
 from layercut.data.probe_families import capability_names
 from layercut.data.sources import check_sources
 from layercut.distributed import processes
-from layercut.errors import ConfigError, ModelError, RunError
+from layercut.errors import ConfigError, ModelError
 from layercut.export import engines
 from layercut.export.formats import AS_THEY_CAME, FINER, SAME, healed_type, is_mixture
 from layercut.export.gguf_tensors import PLAIN, architecture_of, check_converts, possible_names, require_llama_cpp
-from layercut.files import is_run
+from layercut.files import check_new, is_run
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments, names
 from layercut.models import checkpoints, decoder_stack, loading, placement
@@ -265,8 +265,8 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
             "give another, or leave it out for q8_0",
         )
     folder = config.run.folder
-    if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
-        raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
+    if file and not (folder and is_run(folder)):
+        check_new(file, config.run.force)
     if not gguf:
         check_converts(checkpoint.folder)
 

@@ -69,13 +69,17 @@ class RunFacts:
         return max(later, key=lambda found: printable(found.date)) if later else self.summary
 
 
-def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
-    """What is known of a run. RunError if it is no finished run's folder."""
+def check_finished_run(folder: Path) -> None:
     if not (folder / "summary.json").is_file():
         raise RunError(
             f"{folder} has no summary.json, so it is not the folder of a finished run",
             f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
+
+
+def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
+    """What is known of a run. RunError if it is no finished run's folder."""
+    check_finished_run(folder)
     found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
     settings, summary = _settings(folder / "config.yaml"), found["summary"]
     keys = {str(summary.config_hash), str(found["quantization"].config_hash or summary.config_hash)}
