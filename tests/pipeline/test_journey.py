@@ -36,13 +36,13 @@ print(json.dumps({"layers": len(model.model.layers), "missing": sorted(info["mis
 
 @pytest.fixture(scope="module")
 def dense():
-    """The real model, whose file of 49,152 words takes ten seconds to read: it is read once for all runs."""
+    """The real model, whose file of 49,152 words takes seconds to read: it is read once for all runs."""
     try:
         checkpoint = checkpoints.resolve(str(fetch_model()))
     except ModelError as error:
         pytest.skip(f"the real model is not to be had: {error.message}")
-    loaded = placement.load(checkpoint, **asdict(ModelConfig()))
     with pytest.MonkeyPatch.context() as patch:
+        loaded = placement.load(checkpoint, **asdict(ModelConfig()))
         patch.setattr(placement, "load", lambda *_, **__: loaded)
         patch.setattr(loading, "load_tokenizer", lambda *_, **__: loaded.tokenizer)
         yield loaded.model
@@ -56,7 +56,7 @@ def run(dense, tmp_path_factory):
         patch.setattr(checkpoint, "subprocess", subprocess)  # which conftest.py has replaced
         patch.setattr(text, "FEWEST_HELD_OUT", 256)
         for written in ("generations", "generation_health"):
-            patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=8))
+            patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=3))
         return compress(str(fetch_model()), config)
 
 

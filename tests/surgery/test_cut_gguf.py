@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -293,13 +294,18 @@ def test_a_real_q4_k_m_file_is_cut_to_one_of_the_same_types(tmp_path):
     if not source.is_file():
         pytest.skip(f"the real model is not to be had: {source} is missing")
     assert main(["cut", str(source), "--segment=10:12", f"--out={tmp_path / 'small.gguf'}"]) == 0
-    before, after = (gguf.GGUFReader(file) for file in (source, tmp_path / "small.gguf"))
-    assert after.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
-    assert after.get_field("qwen2.block_count").contents() == 22
-    came = {tensor.name: tensor for tensor in before.tensors}
-    assert {tensor.tensor_type.name for tensor in after.tensors} >= {"Q4_K", "Q6_K"}
-    for tensor in after.tensors:
-        block = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else 0
-        twin = came[tensor.name.replace(f"blk.{block}.", f"blk.{block + 2}.") if block >= 10 else tensor.name]
-        assert tensor.tensor_type == twin.tensor_type
-        assert (tensor.data == twin.data).all()
+    before, after = (read_header(file) for file in (source, tmp_path / "small.gguf"))  # gguf's takes 15 s for each
+    assert after.values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert after.layers == 22
+    assert {gguf.GGMLQuantizationType(place.kind).name for place in after.tensors.values()} >= {"Q4_K", "Q6_K"}
+
+    def stored(header, name):
+        place = header.tensors[name]
+        numbers, size = gguf.GGML_QUANT_SIZES[place.kind]
+        return np.memmap(header.file, np.uint8, "r", place.start, (math.prod(place.shape) // numbers * size,))
+
+    for name, place in after.tensors.items():
+        block = int(name.split(".")[1]) if name.startswith("blk.") else 0
+        twin = name.replace(f"blk.{block}.", f"blk.{block + 2}.") if block >= 10 else name
+        assert (place.kind, place.shape) == (before.tensors[twin].kind, before.tensors[twin].shape)
+        assert np.array_equal(stored(after, name), stored(before, twin))

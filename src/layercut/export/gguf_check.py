@@ -28,7 +28,7 @@ from layercut.export.gguf_tensors import tensor_types
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.decoder_stack import as_stored, positions
-from layercut.models.gguf_header import read_header
+from layercut.models.gguf_header import quick_gguf, read_header
 from layercut.models.loading import check_loading, load_config, quiet_transformers
 
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
@@ -106,7 +106,7 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
     source = Checkpoint(str(file), file.parent, file.name)
     config = copy.deepcopy(config or load_config(source))
     config.dtype = torch.float32
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
+    with quiet_transformers(), redirect_stderr(io.StringIO()), quick_gguf():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.folder, config=config, gguf_file=source.gguf_path, dtype=torch.float32, output_loading_info=True

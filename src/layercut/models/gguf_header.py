@@ -10,9 +10,11 @@ import copy
 import math
 import re
 import struct
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,13 +121,33 @@ def read_header(file: Path, texts: Container[str] = ()) -> Header:
     return header
 
 
+@contextmanager
+def quick_gguf() -> Iterator[None]:
+    """While open, `gguf` slices a plain array: half a minute for 152,000 tokens is that of its memmap, by Python.
+
+    And it makes a map of tensor names once, of which transformers asks for one per tensor.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        data = property(attrgetter("_array"), lambda self, mapped: setattr(self, "_array", mapped.view(np.ndarray)))
+
+    stock = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = Reader, cache(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = stock
+
+
 def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
     """A file's header and a `gguf.GGUFReader` of it; as_loaded: embeddings that are stored twice shown once."""
     header = read_header(file)
-    from gguf import GGUFReader
+    import gguf
 
     try:
-        reader = GGUFReader(file, "r")
+        with quick_gguf():
+            reader = gguf.GGUFReader(file, "r")
     except Exception as error:  # the reader raises whatever its parsing runs into
         raise corrupt(file, first_line(error)) from None
     if as_loaded and (finer := header.finer_twin):
@@ -344,10 +366,12 @@ def read_config(file: Path) -> Any:
 
 @lru_cache(maxsize=4)
 def _read_config(file: Path, told: tuple[int, ...]) -> Any:
-    """Kept until the file's stamp is another: transformers reads every token's text, 10 seconds for 152,000 tokens."""
+    """Kept until the file's stamp is another: transformers reads every token's text, seconds for 152,000 tokens."""
     from transformers import AutoConfig
 
-    header, config = read_header(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    header = read_header(file)
+    with quick_gguf():
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     config.tie_word_embeddings = config.tie_word_embeddings or header.finer_twin is not None
     facts, layers = header.facts(), header.layers
     if getattr(config, "num_hidden_layers", layers) != layers:

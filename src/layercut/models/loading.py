@@ -25,7 +25,7 @@ from layercut.files import LARGEST_JSON, REFETCH, open_regular, read_json
 from layercut.models import checkpoints, config_files, gguf_header
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.decoder_stack import convert_parameters_
-from layercut.models.gguf_header import HEAD, corrupt, read_header
+from layercut.models.gguf_header import HEAD, corrupt, quick_gguf, read_header
 from layercut.progress import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -228,7 +228,7 @@ def load(
     hint = "check that the checkpoint is complete and that this version of transformers knows it"
     bars = redirect_stderr(io.StringIO()) if checkpoint.gguf or quantized else nullcontext()
     with quiet_transformers(), _said(f"{checkpoint.name} cannot be loaded", hint):
-        with bars:  # they do not ask whether they are wanted
+        with bars, quick_gguf() if checkpoint.gguf else nullcontext():  # bars do not ask whether they are wanted
             model, info = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -365,7 +365,7 @@ def _tokenizer_in(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool)
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quick_gguf() if checkpoint.gguf else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
             )
