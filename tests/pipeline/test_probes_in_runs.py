@@ -190,7 +190,8 @@ def test_shares_leave_some_text_to_tune_on(given):
 def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--tune-tokens=0"]
-    flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]
+    flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25"]
+    flags += ["--probes", f"--out={out}"]
     assert main(["compress", str(tiny_model), *flags, "--preserve=sums,recall"]) == 2
     assert "of recall fits rows of 128 tokens" in capsys.readouterr().err
     assert main(["compress", str(tiny_model), *flags]) == 0, capsys.readouterr().err

@@ -469,7 +469,8 @@ class TasksConfig:
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
     probes: Annotated[bool, no_negative] = False
     """Measure as well what is found of keys hidden in long text and of values in lists as long, up to 1,024 tokens, and
-    what the cut costs on probes of each capability, all generated from the tokenizer."""
+    what the cut costs on probes of each capability, all generated from the tokenizer; of a run also which layers hold
+    which capability."""
     evaluations: Annotated[
         str,
         Parameter(

@@ -200,8 +200,8 @@ class FoundByLength:
 
 @dataclass(frozen=True, kw_only=True)
 class CapabilitiesArtefact:
-    map: dict[str, Any]
-    """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what."""
+    map: dict[str, Any] | None
+    """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what; with --probes."""
     words: list[str]
     """Which layers hold what, in sentences."""
     judged: CapabilityFigures

@@ -417,10 +417,12 @@ def evaluate(run: Planned) -> Stage:
 
 
 def capabilities(run: Planned) -> Stage:
-    """The map of single layers on twelve rows, and probes: 48 rows of 256 tokens, and of four longer lengths."""
+    """Probes: 48 rows of 256 tokens, and of four longer lengths; with --probes the map of layers on twelve rows."""
     shape, layers, kept = run.shape, run.shape.layers, len(run.after.layers)
-    entered = 12 * layers * (layers + 1) / 2 + (48 * 256 + 8 * 1920) / shape.window * (layers + kept)
-    return Stage({"layer": shape.most("live")}, passes(shape, entered, heads=12 * (layers + 1)))
+    entered, heads = (48 * 256 + 8 * 1920) / shape.window * (layers + kept), 0
+    if run.config.tasks.probes:
+        entered, heads = entered + 12 * layers * (layers + 1) / 2, 12 * (layers + 1)
+    return Stage({"layer": shape.most("live")}, passes(shape, entered, heads=heads))
 
 
 def export(run: Planned) -> Stage:

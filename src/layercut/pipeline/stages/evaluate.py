@@ -191,7 +191,7 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongContext:
 
 
 def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
-    """Which layers hold what, and what the compressed model can still do of probes that it was not tuned on."""
+    """What the pruned model can still do of probes that it was not tuned on; with --probes, which layers hold what."""
     text = work.config.text
     if work.config.search.preserve == "none" and not work.config.tasks.probes:
         return None
@@ -199,10 +199,12 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     if not tests.names:
         say("capabilities", f"no probe fits rows of {text.window} tokens: not looked at")
         return None
-    inputs = [work.source, text.seed, text.window, text.tokens, len(segments), EDITION]
+    mapped = work.config.tasks.probes
+    inputs = [work.source, text.seed, text.window, text.tokens, len(segments), EDITION, mapped]
     with work.run.stage(CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
-            found = capability_map(work.stack, probes=tests, text=work.blocks["calibration"][:TEXT_OF_MAP])
+            some = work.blocks["calibration"][:TEXT_OF_MAP]
+            found = capability_map(work.stack, probes=tests, text=some) if mapped else None
             models, by_length = (DecoderRunner(work.compressed(segments)), work.stack), list[HitsByLength]()
             of: dict[str, Any] = {"tokenizer": work.tokenizer, "seed": text.seed}
             longest = min(LONGEST_PROBE, decoder_stack.positions(work.architecture) or LONGEST_PROBE)
@@ -222,7 +224,7 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
                                 )
                             )  # fmt: skip
             stage.found = CapabilitiesArtefact(
-                map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
+                map=found and found.to_dict(), words=found.words() if found else [], judged=judged, by_length=by_length
             )  # fmt: skip
     told = stage.artefact.judged
     kept = ", ".join(
