@@ -12,6 +12,7 @@ import torch
 from layercut.data.chat_templates import render_chat
 from layercut.data.probes import SHORT_ROW
 from layercut.errors import DataError
+from layercut.models.decoder_stack import as_just_loaded
 from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ran_out
 from layercut.progress import bar
@@ -103,8 +104,9 @@ def generating(model: Any, plain: Any) -> Iterator[None]:
     devices, of_kind = [model.device] if kind == "cuda" else [], "cuda" if kind == "cpu" else kind
     model.generation_config = plain
     try:
-        with torch.random.fork_rng(devices, device_type=of_kind), torch.inference_mode(), quiet_transformers():
-            yield
+        with as_just_loaded(model), torch.random.fork_rng(devices, device_type=of_kind), torch.inference_mode():
+            with quiet_transformers():
+                yield
     finally:
         model.generation_config = own
 

@@ -379,7 +379,8 @@ def measure_again(
                 theirs["source_perplexity"] = perplexity_by_llama_cpp(source, tokens)
                 theirs["source_bytes"] = source.stat().st_size
     refuse_jump(file, theirs["perplexity"] if theirs else found["file"], before)
-    return {"tokens": tokens.numel(), "window": tokens.shape[1], "perplexity": found, "llama_cpp": theirs}
+    asked = {"tokens": tokens.numel(), "window": tokens.shape[1], "read": read is not None}
+    return asked | {"perplexity": found, "llama_cpp": theirs}
 
 
 def refuse_jump(file: Path, found: float | None, wanted: float) -> None:

@@ -106,11 +106,11 @@ def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
     def risen(perplexity: float) -> str:
         return f"{times(perplexity / found['model'])} the perplexity of before it was written"
 
-    if found["file"] is None:
+    if not again["read"]:
         lines = ["transformers cannot read this architecture from GGUF, so no weight was compared"]
     else:
         off = f", at most {max(facts['errors'].values()):.2g} off where rounded" if facts["errors"] else ""
-        lines = [f"transformers: every weight read back{off}; {risen(found['file'])}"]
+        lines = [f"transformers: every weight read back{off}" + (f"; {risen(found['file'])}" if found["file"] else "")]
     if theirs is None:
         return [*lines, "llama.cpp itself has not read it: pip install 'layercut[gguf]'"]
     same = "same token ids" if theirs["same_token_ids"] else "other token ids than the model's own tokenizer"
