@@ -420,6 +420,16 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)).eval()
 
 
+def test_sampling_multiplies_the_heads_weight_once_and_not_by_row(llama, tokenizer):
+    llama.requires_grad_(False)  # as a model is loaded
+    with pytest.MonkeyPatch.context() as patch, torch.profiler.profile(record_shapes=True) as seen:
+        patch.setattr(self_sampled, "chat_prefix", lambda *_: [0, 2, 3])
+        load_blocks("chats", make_tokenizer(CHAT), tokens=64 * 4, window=64, seed=0, model=llama)
+    by_row = [each.input_shapes[1] for each in seen.events() if each.name == "aten::bmm"]
+    assert all(shape[-1] != llama.config.vocab_size for shape in by_row)
+    assert not llama.lm_head.weight.requires_grad
+
+
 def test_self_is_seeded_and_leaves_no_trace(llama, tokenizer, capsys):
     def draw(seed=0, **more):
         return load_blocks("self", tokenizer, seed=seed, tokens=40 * 12, window=12, model=llama, **more).tokens

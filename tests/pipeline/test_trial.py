@@ -14,7 +14,7 @@ import folders
 import tiny
 from layercut import layer_search, surgery
 from layercut.cli.command_line import main
-from layercut.config import DataConfig, HealConfig
+from layercut.config import DataConfig, HealConfig, SearchConfig
 from layercut.config.commands import CompressConfig
 from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
@@ -34,7 +34,7 @@ from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
 
-NORMAL, HIGH = EFFORTS["normal"], EFFORTS["high"]
+HIGH = EFFORTS["high"]
 SEARCH = ["--tokens=1024", "--window=128", "--ratio=0.25", "--preserve=sums"]
 TUNE = ["--tune-tokens=4096", "--learning-rate=3e-3", "--probe-share=0"]
 
@@ -128,13 +128,14 @@ def test_what_is_left_of_several_models_takes_one_run_of_the_dense_one(monkeypat
 
 def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
     work = SimpleNamespace(
-        config=CompressConfig(text=DataConfig(window=128), heal=HealConfig(tune_window=512)),
+        config=CompressConfig(text=DataConfig(window=128), heal=HealConfig(tune_window=512),
+            search=SearchConfig(effort="high")),
         tokenizer=folders.tokenizer(), held_out_text=tiny.some_tokens(4),
     )  # fmt: skip
     tests = probe_rows(work.tokenizer, rows=4, window=128, weight=0.5)
     text, long, short = trial.unseen_rows(work, tests)
     assert torch.equal(text.tokens, work.held_out_text)
-    sizes = [(NORMAL.long_tests, 512), (NORMAL.short_tests, 128)]
+    sizes = [(HIGH.long_tests, 512), (HIGH.short_tests, 128)]
     assert [tuple(each.tokens.shape) for each in (long, short)] == sizes
     assert long.probe_weight == short.probe_weight == 0.25, "both together count what was asked for"
     seen = {tuple(row) for row in tests.tokens.tolist()}
@@ -143,14 +144,16 @@ def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
 
 def test_no_probe_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
     checkpoint, rows = checkpoints.resolve(str(tiny_model)), tiny.some_tokens(12)
-    work = RunContext(checkpoint, CompressConfig(text=DataConfig(window=16)), Run(tmp_path))
+    work = RunContext(
+        checkpoint, CompressConfig(text=DataConfig(window=16), search=SearchConfig(effort="high")), Run(tmp_path)
+    )
     work.blocks = {"heldout": rows}
     of_text, all_tests = rows[[i for i in range(12) if i % 5 != 4]], rows
     for origins, judged in ((["web", "wiki", "web", "wiki", "probes"], of_text), (["probes"], all_tests)):
         work.text["heldout"] = SimpleNamespace(origins=origins)
         work.__dict__.pop("heldout_perplexity", None)
         assert torch.equal(trial.unseen_rows(work, None)[0].tokens, judged)
-        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: NORMAL.judged])
+        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: HIGH.judged])
 
 
 def test_each_source_has_its_share_of_what_heals_a_candidate():
@@ -164,16 +167,25 @@ def test_each_source_has_its_share_of_what_heals_a_candidate():
 # --- runs that go on ---
 
 
+def test_with_a_normal_effort_the_quick_fold_decides(tiny_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "healed_for_a_while", None)
+    assert main(["tune", str(tiny_model), *SEARCH, *TUNE, f"--data={texts[0]}", f"--out={tmp_path}"]) == 0
+    found = read(tmp_path)
+    least = min(found["shortlist"], key=lambda one: one["folded"])
+    assert found["segments"] == least["segments"]
+    assert len({one["folded"] for one in found["shortlist"]}) > 3
+
+
 @pytest.fixture(scope="module")
 def flags(texts):
-    return [*SEARCH, *TUNE, f"--data={texts[0]}"]
+    return [*SEARCH, *TUNE, "--effort=high", f"--data={texts[0]}"]
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, texts, flags, tmp_path_factory):
     """The folder of a run that nothing disturbed, which went on from a search by itself."""
     run = tmp_path_factory.mktemp("whole")
-    assert main(["search", str(tiny_model), *SEARCH, f"--data={texts[0]}", f"--out={run}"]) == 0
+    assert main(["search", str(tiny_model), *SEARCH, "--effort=high", f"--data={texts[0]}", f"--out={run}"]) == 0
     plain = read(run)
     assert not plain["shortlist"]
     with pytest.MonkeyPatch.context() as patch:

@@ -215,8 +215,8 @@ class SearchConfig:
         ),
     ] = "auto"
     effort: Literal["low", "normal", "high"] = "normal"
-    """What finding the layers may take. low: an estimate and real cuts. normal: a few cuts are folded, and the best of
-    them healed for a while, which may take longer than tuning. high: more of both, in several times as long."""
+    """What finding the layers may take. low: an estimate and real cuts. normal: a few cuts are folded as well, and
+    the best of them taken. high: on more text, and the best are healed for a while, in several times as long."""
     consumers: Consumers = ""
 
     def __post_init__(self) -> None:

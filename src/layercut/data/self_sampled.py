@@ -104,9 +104,9 @@ def generating(model: Any, plain: Any) -> Iterator[None]:
     devices, of_kind = [model.device] if kind == "cuda" else [], "cuda" if kind == "cpu" else kind
     model.generation_config = plain
     try:
-        with as_just_loaded(model), torch.random.fork_rng(devices, device_type=of_kind), torch.inference_mode():
-            with quiet_transformers():
-                yield
+        apart = torch.random.fork_rng(devices, device_type=of_kind)
+        with as_just_loaded(model), apart, torch.inference_mode(), quiet_transformers():
+            yield
     finally:
         model.generation_config = own
 

@@ -1,12 +1,12 @@
-"""The shortlist: candidates are compared after a quick fold, and the best few after a short healing.
+"""The shortlist: candidates are compared after a quick fold, and with a high effort the best after a short healing.
 
     1. the search's best by plain cuts, of each number of segments and by the text alone, and the proposals in which
        probes count less, are folded
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. the best by then that differ are healed for a while, with the best by text alone, then variants of the best of
-       them, and of the next where it is CLOSE: those that do not differ from it
-    5. with a high effort, where several of these are CLOSE, they are healed LONGER times as long
+    4. with a high effort the best by then that differ are healed for a while, with the best by text alone, then
+       variants of the best of them, and of the next where it is CLOSE: those that do not differ from it
+    5. where several of these are CLOSE, they are healed LONGER times as long
     6. the one of least cost is taken
 
 How many of each the `Effort` says. Plain cuts only propose; what decides is `healing/fold_prices.py`, and healing.
@@ -42,36 +42,33 @@ class Effort:
     """Moves that are folded in each round."""
     rounds: int
     """Rounds of moves, at most."""
-    healed: int
-    """Cuts healed that differ from each other, at most."""
-    places: int
-    """How many close ones have variants healed, at most."""
-    variants: int
-    """Variants healed of each."""
-    finalists: int
-    """Close ones that are healed longer, at most."""
     fit_tokens: int
     """Tokens that a quick fold is solved on."""
     fold_tokens: int
     """Tokens that the fold of a short healing is solved on, at most."""
     judged: int
     """Held-out rows by which a quick fold is judged, and a short healing steered."""
-    heldout: int
+    healed: int = 0
+    """Cuts healed that differ from each other, at most; with none the quick fold decides."""
+    places: int = 0
+    """How many close ones have variants healed, at most."""
+    variants: int = 0
+    """Variants healed of each."""
+    finalists: int = 0
+    """Close ones that are healed longer, at most."""
+    heldout: int = 0
     """Held-out rows of text that judge a healed cut, at most."""
-    short_tests: int
+    short_tests: int = 0
     """Rows of probes that judge it, half of the weight of all; as long as those of the search."""
-    long_tests: int
+    long_tests: int = 0
     """The same, as long as the rows that are tuned on, where these are longer."""
 
 
 EFFORTS = {
-    "normal": Effort(
-        pool=4, proposed=6, rounds=1, healed=3, places=1, variants=2, finalists=0, fit_tokens=4096, fold_tokens=8192,
-        judged=4, heldout=12, short_tests=16, long_tests=6,
-    ),
+    "normal": Effort(pool=4, proposed=6, rounds=1, fit_tokens=4096, fold_tokens=8192, judged=4),
     "high": Effort(
-        pool=6, proposed=8, rounds=6, healed=4, places=2, variants=2, finalists=4, fit_tokens=10240, fold_tokens=65536,
-        judged=8, heldout=64, short_tests=32, long_tests=16,
+        pool=6, proposed=8, rounds=6, fit_tokens=10240, fold_tokens=65536, judged=8, healed=4, places=2, variants=2,
+        finalists=4, heldout=64, short_tests=32, long_tests=16,
     ),
 }  # fmt: skip
 """By `--effort`. A high one takes several times as long as tuning does; a low one has no shortlist."""
@@ -108,7 +105,9 @@ def shortlist(
             break
         best = ahead
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
-    short, longer = after_healing(ordered, healed, effort, [each.segments for each in by_text]) if healed else ({}, {})
+    short, longer = dict[Cuts, float](), dict[Cuts, float]()
+    if healed and effort.healed:
+        short, longer = after_healing(ordered, healed, effort, [each.segments for each in by_text])
     ordered.sort(key=lambda cuts: (longer.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
     chosen = found.get(ordered[0]) or costs.candidates(ordered[:1])[0]

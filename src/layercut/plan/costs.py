@@ -250,7 +250,7 @@ def concave_gate(run: Planned, count: int) -> tuple[Work, Peak]:
 
 
 def shortlist(run: Planned) -> Stage:
-    """Candidates after a quick fold, some after a short healing, and with a high effort a few after a longer one."""
+    """Candidates after a quick fold; with a high effort some after a short healing, and a few after a longer one."""
     shape, wide, effort = run.shape, widest(run.shape), EFFORTS[run.config.search.effort]
     fit, probed = min(max(1, effort.fit_tokens // shape.window), run.text), run.tests > 0
     judged = min(run.heldout, effort.judged) * (1 + probed)
@@ -258,11 +258,12 @@ def shortlist(run: Planned) -> Stage:
     each = passes(shape, (fit + judged) * shape.layers / 2, heads=2 * judged, flops64=solved)
     states = min(2**31, (shape.layers + 1) * shape.stream(fit + judged))
     rows, long = min(run.heldout, effort.heldout) + effort.short_tests * probed, effort.long_tests * probed
-    folded, healed = 2 * effort.pool + 3 + effort.proposed, effort.healed + 1 + effort.places * effort.variants
-    longer = min(3, effort.finalists)
+    folded, healed = 2 * effort.pool + 3 + effort.proposed, effort.healed + effort.places * effort.variants
+    healed, longer = healed + bool(healed), min(3, effort.finalists)  # with the best by text alone
     once, trained = fold(run, effort.fold_tokens), tune(run)
     held = {"dense states": states + shape.stream(rows) + run.tuned.stream(long)}
-    peak = held | max(once.peak, trained.peak, {"normal equations": 32 * wide * (wide + shape.hidden)}, key=total)
+    solving = {"normal equations": 32 * wide * (wide + shape.hidden)}
+    peak = held | max(*([once.peak, trained.peak] if healed else []), solving, key=total)
     seen = passes(shape, rows * shape.layers, heads=2 * rows) + passes(run.tuned, long * shape.layers, heads=long / 4)
     work = ((once.work or Work()) + seen) * (healed + longer)
     return Stage(peak, each * folded + work + (trained.work or Work()) * ((healed + 4 * longer) / 16))

@@ -133,8 +133,8 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
 
 
 def searched_rows(rows: int, config: SearchConfig) -> int:
-    """Of the rows of calibration text, those that are searched on: half of many, unless a high effort is asked."""
-    return rows if config.effort == "high" else min(rows, max(FEWEST_ROWS, rows // 2))
+    """Of the rows of calibration text, those that are searched on: a quarter of many, unless a high effort is asked."""
+    return rows if config.effort == "high" else min(rows, max(FEWEST_ROWS, rows // 4))
 
 
 def rows_of_tests(text: DataConfig, config: SearchConfig) -> int:

@@ -70,11 +70,15 @@ def go_on(
     tests = how["probes"]
     if not work.shortlist_now:
         return result
-    left_of = Left(work.stack, unseen_rows(work, tests))
+    folds, foldable = cache(lambda: fold_prices(work, tokens, tests)), has_fold(work.stack, tokens)
+    heals = effort_of(work).healed > 0
+    if not (foldable or heals):
+        say("search", "no layer of this model has a linear output to fold: plain cuts decide, or --effort high")
+        return result
+    left_of = Left(work.stack, unseen_rows(work, tests) if heals else [])
     count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
     prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
-    folds, foldable = cache(lambda: fold_prices(work, tokens, tests)), has_fold(work.stack, tokens)
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
         if foldable:
@@ -82,16 +86,23 @@ def go_on(
         else:
             say("trial", "no layer of this model has a linear output to fold, so no cut has a quick fold")
 
+        @cache
+        def can_be_cut(cuts: tuple[Segment, ...]) -> bool:
+            try:
+                surgery.cut(work.dense.model, cuts)
+            except SurgeryError as error:  # other cuts of this model can be expressed: the search found one
+                say("search", f"{', '.join(map(str, cuts))}: {error.message}")
+                return False
+            return True
+
         def fold_price(cuts: Sequence[Segment]) -> float:
-            return known("folded", cuts, lambda: folds()(cuts))
+            return known("folded", cuts, lambda: folds()(cuts)) if can_be_cut(tuple(cuts)) else math.inf
 
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
-            try:
-                left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(work, cuts, tokens, times)))
-            except SurgeryError as error:  # other cuts of this model can be expressed: the search found one
-                say("trial", f"{', '.join(map(str, cuts))}: {error.message}")
+            if not can_be_cut(tuple(cuts)):
                 return math.inf
+            left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(work, cuts, tokens, times)))
             if times == 1:
                 of_text[tuple(cuts)] = left[0]
             parts = f"{left[0]:.4g} nats on text" + (f" and {sum(left[1:]):.4g} of tests" if left[1:] else "")
@@ -100,7 +111,7 @@ def go_on(
             return sum(left)
 
         quick = fold_price if foldable else None
-        found = shortlist(result, prices, quick, limits, count, healed_price, effort_of(work))
+        found = shortlist(result, prices, quick, limits, count, healed_price if heals else None, effort_of(work))
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
