@@ -224,7 +224,8 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
                                 )
                             )  # fmt: skip
             stage.found = CapabilitiesArtefact(
-                map=found and found.to_dict(), words=found.words() if found else [], judged=judged, by_length=by_length
+                map=found.to_dict() if found else None, words=found.words() if found else [], judged=judged,
+                by_length=by_length,
             )  # fmt: skip
     told = stage.artefact.judged
     kept = ", ".join(
