@@ -263,7 +263,7 @@ def shortlist(run: Planned) -> Stage:
     once, trained = fold(run, effort.fold_tokens), tune(run)
     held = {"dense states": states + shape.stream(rows) + run.tuned.stream(long)}
     solving = {"normal equations": 32 * wide * (wide + shape.hidden)}
-    peak = held | max(*([once.peak, trained.peak] if healed else []), solving, key=total)
+    peak = held | max([solving, *([once.peak, trained.peak] if healed else [])], key=total)
     seen = passes(shape, rows * shape.layers, heads=2 * rows) + passes(run.tuned, long * shape.layers, heads=long / 4)
     work = ((once.work or Work()) + seen) * (healed + longer)
     return Stage(peak, each * folded + work + (trained.work or Work()) * ((healed + 4 * longer) / 16))
