@@ -123,8 +123,8 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_compares(tiny_model, 
     monkeypatch.setattr("layercut.pipeline.resolve_options.ENOUGH_TOKENS", 4096)
     for stage in (heal, trial, compare):
         monkeypatch.setattr(stage, "tune_", noted(stage))
-    flags = [f"--data={texts[0]}", "--window=128", "--ratio=0.25", "--probe-share=0.3", "--effort=high"]
-    asked = [*flags, "--tokens=1024", "--tune-tokens=4096", f"--out={tmp_path / 'run'}"]
+    flags = [f"--data={texts[0]}", "--window=128", "--ratio=0.25", "--probe-share=0.3"]
+    asked = [*flags, "--effort=high", "--tokens=1024", "--tune-tokens=4096", f"--out={tmp_path / 'run'}"]
     assert main(["tune", str(tiny_model), *asked]) == 0
     assert len(seen) > 2
     marks, rows = (found(tmp_path / "run", "tuning") for found in (stored_marks, stored_blocks))
