@@ -26,11 +26,11 @@ from layercut import evaluation, layer_search
 from layercut.cli.command_line import main
 from layercut.evaluation import speed
 from layercut.files import write_atomically
-from layercut.healing.fold_prices import FoldPrices
+from layercut.healing.quick_fold import FoldCosts
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.pipeline import stages
 from layercut.pipeline.environment import environment
-from layercut.pipeline.stages import evaluate, export, quantize, text, trial
+from layercut.pipeline.stages import evaluate, export, quantize, shortlisting, text
 
 STAGES = {
     "text": (text, "draw_all"),
@@ -46,11 +46,11 @@ STAGES = {
 PARTS: dict[str, tuple[Any, str]] = {
     "the search": (layer_search, "search"),
     "cuts priced": (CutCosts, "_run"),
-    "dense states of quick folds": (trial, "fold_prices"),
-    "quick folds": (FoldPrices, "__call__"),
-    "short healings: fold": (trial, "fold_"),
-    "short healings: tuning": (trial, "tune_"),
-    "short healings: judging": (trial.Left, "__call__"),
+    "dense states of quick folds": (shortlisting, "fold_costs"),
+    "quick folds": (FoldCosts, "__call__"),
+    "short healings: fold": (shortlisting, "fold_"),
+    "short healings: tuning": (shortlisting, "tune_"),
+    "short healings: judging": (shortlisting.HealedCosts, "__call__"),
     "perplexity": (evaluation, "window_losses"),
     "generations": (evaluation, "generations"),
     "generation health": (evaluation, "generation_health"),

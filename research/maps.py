@@ -3,7 +3,7 @@
     python research/maps.py --data C4                                           # results/maps.json and .svg
     python research/maps.py --model QWEN.gguf --data C4 --out results/maps-qwen.json
 
-Each layer is removed alone: damage to generated tests of every capability, of the family that searches, and KL on
+Each layer is removed alone: its cost on generated tests of every capability, of the family that searches, and KL on
 text, in one sweep.
 """
 

@@ -8,7 +8,7 @@ A cut is its segments, and what its healing has otherwise: `share` of generated 
 that the dense model writes, `mix` of the next-token loss, `radius`, `tokens` to tune on, peak `rate`,
 `window` of the rows and whether some are `parted`, `answer_weight`, another text `beside` the first, and other ways to
 teach (teaching.py). Each is folded and tuned as a run does it; then perplexity, hidden keys, values found in lists, the
-damage to tests of the judging family, and replies to eight questions are measured, beside the dense model; with
+the cost on tests of the judging family, and replies to eight questions are measured, beside the dense model; with
 `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the scores of lm-eval's tasks too.
 "nothing" is the dense model, "… unhealed" the cut alone.
 """
@@ -33,7 +33,7 @@ from teaching import Healing, healed
 
 
 def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:
-    """What is left: perplexity by text, keys and values found, damage and hit rates of generated tests."""
+    """What was measured: perplexity by text, keys and values found, cost and hit rates of generated tests."""
     found: dict[str, Any] = {"perplexity": {name: evaluation.perplexity(small, text) for name, text in texts.items()}}
     told = probed(small, model.model, model.tokenizer, probes)
     for name, cells in (("keys", told["keys"]), ("lists", told["lists"])):

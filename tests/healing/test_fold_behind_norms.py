@@ -9,10 +9,10 @@ import transformers
 
 import tiny
 from layercut.healing import least_squares, normalised
-from layercut.healing.fold_prices import FoldPrices
 from layercut.healing.least_squares import fold_cut_, sums_of_turns
 from layercut.healing.linear_outputs import LinearOutput, OutputNorm, find_targets
 from layercut.healing.normalised import Alternation, FoldBatch
+from layercut.healing.quick_fold import FoldCosts
 from layercut.models import decoder_stack
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
@@ -186,7 +186,7 @@ def test_a_quick_fold_costs_what_the_fold_of_the_mlp_leaves(monkeypatch):
     model, tokens = family("gemma3"), tiny.some_tokens(96, 16)
     dense, student = DecoderRunner(model), DecoderRunner(cut_copy(model))
     plain = mean_kl(dense, student, tokens[:8])
-    quick = FoldPrices(dense, tokens[8:], tokens[:8])([CUT])
+    quick = FoldCosts(dense, tokens[8:], tokens[:8])([CUT])
     monkeypatch.setattr(least_squares, "find_targets", lambda *given: find_targets(*given)[-1:])
     monkeypatch.setattr(least_squares, "STEPS", 3)
     fold_cut_(student, dense, CUT, tokens[8:])

@@ -56,7 +56,7 @@ def test_closed_gates_give_the_kl_of_the_real_cut(walls):
 
 def test_wells_that_share_the_dense_stream_give_the_losses_of_the_formula_and_their_slopes_are_differences():
     stack, tokens = DecoderRunner(tiny.llama(layers=6).double()), tiny.some_tokens(1)
-    prices = CutCosts(stack, tokens, Cost())
+    costs = CutCosts(stack, tokens, Cost())
 
     def plain(walls: torch.Tensor) -> float:
         h, calls = stack.enter(tokens)
@@ -67,7 +67,7 @@ def test_wells_that_share_the_dense_stream_give_the_losses_of_the_formula_and_th
 
     sets = [torch.tensor(w, requires_grad=True) for w in ([[0.7, 2.4]], [[2.2, 3.9]], [[0.4, 1.4], [3.6, 4.3]])]
     with torch.enable_grad():
-        losses = gated_losses(prices, ROW, WHOLE, sets, 3.0)
+        losses = gated_losses(costs, ROW, WHOLE, sets, 3.0)
         found = slopes(losses, sets, 1.0)
     assert losses.log().tolist() == pytest.approx([plain(w.detach()) for w in sets], abs=1e-5)
     for walls, slope in zip(sets, found, strict=True):

@@ -53,13 +53,13 @@ def sound() -> Any:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_the_worst_price(value):
+def test_what_is_not_finite_is_the_worst_cost(value):
     assert as_cost(value) == as_cost(value, 0.0) == math.inf
     assert (as_cost(-1e-9, 0.0), as_cost(-1.0), as_cost(2.0)) == (0.0, -1.0, 2.0)
 
 
 LOOK = {"fisher", "race", "exhaustive", "perplexity", "sleb", "evolution"}
-"""Methods that run the cut model; the others choose by the dense one, and what they choose is priced."""
+"""Methods that run the cut model; the others choose by the dense one, and what they choose is measured."""
 
 
 @pytest.mark.parametrize("method", [name for name in criteria if name != "auto"])
@@ -70,11 +70,11 @@ def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method):
         result = search(stack, tokens, n_layers=1, method=method, seed=seed)
         assert result.segments != [BAD] or method not in LOOK
         for candidate in result.candidates:
-            prices = [candidate.kl, *([] if candidate.score is None else [candidate.score])]
-            assert all(math.isinf(price) == (candidate.segments == (BAD,)) for price in prices)
+            costs = [candidate.kl, *([] if candidate.score is None else [candidate.score])]
+            assert all(math.isinf(found) == (candidate.segments == (BAD,)) for found in costs)
         if result.segments == [BAD]:
             break
-    assert method != "random" or result.segments == [BAD], "drawn once, and not priced as free"
+    assert method != "random" or result.segments == [BAD], "drawn once, and not as free"
 
 
 def test_two_segments_avoid_it_too(sound):

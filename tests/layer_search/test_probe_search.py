@@ -15,8 +15,8 @@ from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import capability_figures
 from layercut.layer_search import search
+from layercut.layer_search.cost_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.cut_costs import CutCosts
-from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.fisher import estimate
 from layercut.layer_search.race import least_sums
 from layercut.layer_search.restriction import Restriction
@@ -37,12 +37,12 @@ def test_the_map_holds_the_cost_of_every_window(model, probes, tokenizer):
     text = tiny.some_tokens(3, 16)
     found = capability_map(model, probes=probes, text=text, lengths=(1, 2))
     assert found.lengths() == [1, 2]
-    assert len(found.damage) == 5 + 4
+    assert len(found.costs) == 5 + 4
     assert found.names == (*probes.names, TEXT)
     direct = capability_figures(cut(model, [Segment(2, 4)]), model, probes).kl
-    assert found.damage[2, 4] == pytest.approx(direct | {TEXT: found.damage[2, 4][TEXT]}, rel=1e-4)
+    assert found.costs[2, 4] == pytest.approx(direct | {TEXT: found.costs[2, 4][TEXT]}, rel=1e-4)
     of_text = set_costs(DecoderRunner(model), text, [(Segment(2, 3),)], Cost())[0]
-    assert found.damage[2, 3][TEXT] == pytest.approx(of_text.kl)
+    assert found.costs[2, 3][TEXT] == pytest.approx(of_text.kl)
     assert len(found.to_dict()["windows"]) == 9
     assert len(found.words()) == len(probes.names)
     assert found.holders()["recall"][0] in range(5)

@@ -1,4 +1,4 @@
-"""Search: the sweep is brute force, a race ends with exact prices, and all find what was planted."""
+"""Search: the sweep is brute force, a race ends with exact costs, and all find what was planted."""
 
 import itertools
 
@@ -105,14 +105,14 @@ def test_prices_are_those_of_the_sweep_and_no_row_is_priced_twice():
     model, tokens, cost = tiny.llama(), tiny.some_tokens(8), Cost()
     stack = DecoderRunner(model)
     sets = [(segment,) for segment in all_segments(2, len(stack))]
-    prices = CutCosts(stack, tokens, cost)
-    prices.of(sets[:3], 2)
-    prices.of(sets, 5)
+    costs = CutCosts(stack, tokens, cost)
+    costs.of(sets[:3], 2)
+    costs.of(sets, 5)
     exact = {c.segments: c.kl for c in set_costs(stack, tokens, sets, Cost())}
-    means = prices.of(sets, 8).mean(-1).tolist()
+    means = costs.of(sets, 8).mean(-1).tolist()
     assert means == pytest.approx([exact[cuts] for cuts in sets], rel=1e-4)
     spent = cost.layer_forwards
-    prices.of(sets, 8)
+    costs.of(sets, 8)
     assert cost.layer_forwards == spent
     # three sets on two rows, then the other four on these; all seven on the rest: the dense stream along each time
     assert spent == 2 * (8 + 6 + 5 + 4) + 2 * (8 + 3 + 2 + 1 + 0) + 6 * (8 + 21)
@@ -129,12 +129,12 @@ def test_a_race_ends_with_the_best_priced_on_all_rows():
 
 
 def test_a_race_says_how_far_it_is():
-    """In prices of single rows, those that were known before among them."""
+    """In costs of single rows, those that were known before among them."""
     stack, tokens, seen = DecoderRunner(tiny.llama()), tiny.some_tokens(16), []
     sets = [(segment,) for segment in all_segments(2, len(stack))]
-    prices = CutCosts(stack, tokens, Cost())
+    costs = CutCosts(stack, tokens, Cost())
     with progress_to(lambda *task: seen.append(task[:3])):
-        halving(prices, sets, "all of them")
+        halving(costs, sets, "all of them")
         assert {name for name, *_ in seen} == {"all of them"}
         (_, done, total), firsts = seen[-1], [done for _, done, _ in seen]
         assert done == total == 2 * 7 + 2 * 4 + 4 * 3 + 8 * 3

@@ -21,7 +21,7 @@ import folders
 import tiny
 from layercut.errors import ModelError
 from layercut.export.checkpoint import verify_reload
-from layercut.healing.fold_prices import FoldPrices
+from layercut.healing.quick_fold import FoldCosts
 from layercut.models.decoder_stack import BEHIND_PADDING, positions, share
 from layercut.models.losses import Teacher, kl_divergence, mean_kl, next_token_loss
 from layercut.models.runner import DecoderRunner, intercepted
@@ -145,7 +145,7 @@ def test_a_row_as_long_as_the_positions_is_run_and_a_longer_one_cannot_be(model_
 def test_rows_that_are_put_together_are_longer_than_the_positions():
     stack, segments = DecoderRunner(gpt2(24)), [Segment(1, 2)]
     fit, judged = (torch.randint(40, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (8, 3))
-    together, alone = FoldPrices(stack, fit, judged), [FoldPrices(stack, fit, judged[i : i + 1]) for i in range(3)]
+    together, alone = FoldCosts(stack, fit, judged), [FoldCosts(stack, fit, judged[i : i + 1]) for i in range(3)]
     assert together(segments) == pytest.approx(math.fsum(cost(segments) for cost in alone) / 3, rel=1e-4)
 
 

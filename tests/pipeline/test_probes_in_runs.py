@@ -26,7 +26,7 @@ from layercut.evaluation.probe_scores import TEST_ROWS
 from layercut.healing import tune_
 from layercut.models import checkpoints, loading
 from layercut.pipeline import compare
-from layercut.pipeline.stages import evaluate, heal, quantize, trial
+from layercut.pipeline.stages import evaluate, heal, quantize, shortlisting
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -121,7 +121,7 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_compares(tiny_model, 
         return noted
 
     monkeypatch.setattr("layercut.pipeline.resolve_options.ENOUGH_TOKENS", 4096)
-    for stage in (heal, trial, compare):
+    for stage in (heal, shortlisting, compare):
         monkeypatch.setattr(stage, "tune_", noted(stage))
     flags = [f"--data={texts[0]}", "--window=128", "--ratio=0.25", "--probe-share=0.3"]
     asked = [*flags, "--effort=high", "--tokens=1024", "--tune-tokens=4096", f"--out={tmp_path / 'run'}"]
@@ -134,7 +134,7 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_compares(tiny_model, 
     for stage, tokens, weights, answers in seen:
         of = [next(i for i, row in enumerate(rows) if torch.equal(row, some)) for some in tokens]
         # a candidate of the shortlist is judged by what the dense model predicts, and so is what heals it
-        assert answers is None if stage is trial else torch.equal(answers, marks.answers[of])
+        assert answers is None if stage is shortlisting else torch.equal(answers, marks.answers[of])
         assert torch.equal(weights, 1 + 3.0 * marks.answers[of])
     seen.clear()
     asked = [*flags, "--tokens=512", "--tune-tokens=2048", f"--eval-data={texts[1]}", "--eval-tokens=256"]

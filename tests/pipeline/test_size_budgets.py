@@ -12,6 +12,7 @@ from layercut.cli.command_line import main
 SHORT = ["--tokens=96", "--window=16", "--tune-tokens=128", "--eval-tokens=64", "--no-speed", "--learning-rate=0.001"]
 BUDGETS = ["--target-size=1GB", "--max-loss=1e9", "--quantizer=rtn"]
 
+
 def command(model: Path, texts: tuple[Path, Path], out: Path, *flags: str) -> list[str]:
     return ["compress", str(model), *SHORT, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}", *flags]
 

@@ -78,7 +78,7 @@ def table_of(run: Path, section: str) -> list[list[str]]:
 @pytest.mark.usefixtures("drawn")
 def test_a_full_run_fills_every_section_and_needs_nothing_outside_the_page(tmp_path: Path) -> None:
     skills = skill_figures(recall=(1.0, 0.5), copying=(1.0, 0.75))
-    windows = [{"start": i, "stop": i + n, "damage": {"recall": 0.1 + i}} for n in (1, 6) for i in range(12)]
+    windows = [{"start": i, "stop": i + n, "costs": {"recall": 0.1 + i}} for n in (1, 6) for i in range(12)]
     page = Page(make_run(
         tmp_path, summary=survival(capabilities=skills), export={"check": {"how": "to the bit"}},
         capabilities={"judged": skills, "map": {"names": ["recall"], "windows": windows}, "words": ["layer 3 recalls"]},
@@ -285,7 +285,7 @@ def test_layers_or_bits_are_shown_of_this_run_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("drawn")
 def test_charts_draw_what_they_are_given(tmp_path: Path) -> None:
-    windows = [{"start": a, "stop": a + n, "damage": {"recall": a + n}} for n in (1, 3) for a in range(8 - n)]
+    windows = [{"start": a, "stop": a + n, "costs": {"recall": a + n}} for n in (1, 3) for a in range(8 - n)]
     run = make_run(tmp_path, summary={"segments": [[2, 4], [5, 6]], "capabilities": {"hits": {}}},
                    capabilities={"map": {"names": ["recall"], "windows": windows}})  # fmt: skip
     found = read_run(run)

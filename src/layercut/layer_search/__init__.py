@@ -20,9 +20,9 @@ from layercut.layer_search.budgets import (
     perplexity_rise,
     split_rows,
 )
+from layercut.layer_search.cost_map import CapabilityMap, capability_map
 from layercut.layer_search.criteria import Criterion, lowest, names, takes
 from layercut.layer_search.cut_costs import CutCosts
-from layercut.layer_search.damage_map import CapabilityMap, capability_map
 from layercut.layer_search.race import MOST_SETS
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult

@@ -39,7 +39,7 @@ class Shortlisted:
 
     segments: tuple[Segment, ...]
     folded: float | None
-    """After a quick fold (`healing/fold_prices.py`); None where no layer of the model has one."""
+    """After a quick fold (`healing/quick_fold.py`); None where no layer of the model has one."""
     healed: float | None = field(default=None, metadata=OPTIONAL)
     """After a short healing; None where it went no further."""
     longer: float | None = field(default=None, metadata=OPTIONAL)

@@ -9,7 +9,7 @@
     5. where several of these are CLOSE, they are healed LONGER times as long
     6. the one of least cost is taken
 
-How many of each the `Effort` says. Plain cuts only propose; what decides is `healing/fold_prices.py`, and healing.
+How many of each the `Effort` says. Plain cuts only propose; what decides is `healing/quick_fold.py`, and healing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def shortlist(
     """Go on from a search's candidates by their costs after a quick fold, and after healing on so many times the rows.
 
     Without `healed` the fold decides. Without `folded`, of a model that has no fold, costs of plain cuts take its place
-    and no moves are tried, since the search has tried them.
+    and no moves are made, since the search has made them.
     """
     by_text = [result.by_text] if result.by_text else []
     begun = [each.segments for each in [*result.candidates[: effort.pool], *result.by_number, *by_text]]

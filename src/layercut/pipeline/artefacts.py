@@ -58,7 +58,7 @@ class CutArtefact:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldRecord(Fold):
-    """One fold, and the student's held-out KL before and after all, nats per token; None where none was tried."""
+    """One fold, and the student's held-out KL before and after all, nats per token; None where none was fitted."""
 
     kl_before: float | None
     kl_after: float | None

@@ -142,7 +142,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tuple[Grid,
 
 
 class _Kept:
-    """Of the grids and codes that were tried, row by row, those with the least error at the output."""
+    """Of grids and codes, row by row, those with the least error at the output."""
 
     grid: Grid
     codes: torch.Tensor

@@ -203,7 +203,7 @@ def probe_maps(run: RunFacts) -> list[str]:
     for window in found.windows:
         for start, stop in spans([[plain(window.start), plain(window.stop)]]):
             for i, name in enumerate(names):
-                if (kl := finite(window.damage[name])) is not None and stop > start:
+                if (kl := finite(window.costs[name])) is not None and stop > start:
                     by_length.setdefault(stop - start, {})[start, i] = kl
     charts = []
     for length, known in sorted(by_length.items()):

@@ -25,7 +25,7 @@ from layercut.pipeline.resolve_options import keeps_gguf, length_for_saved_size
 from layercut.pipeline.resolve_options import length_for_target as length_in_gguf
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import KnownCosts
-from layercut.pipeline.stages import trial
+from layercut.pipeline.stages import shortlisting
 from layercut.progress import say
 from layercut.registries import criteria
 from layercut.report.stage_lines import describe_shortlist
@@ -51,7 +51,7 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
     if not wanted and length != 0 and not (length is None and config.max_loss is not None):
         number = (lambda: length_for_target(work)) if length is None else (lambda: length)
         work.run.check("search-plain", lambda: plain_inputs(work, number()))
-    scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
+    scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *shortlisting.inputs(work)]
     with work.run.stage(SearchArtefact, "search", scored, together=True) as stage:
         if stage.open:
             result: SearchResult
@@ -83,12 +83,12 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
 
 
 def gone_on_from(work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
-    """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again."""
-    name = "search-tried"
-    inputs = [*plain_inputs(work, how["n_layers"]), work.config.search, *trial.inputs(work)]
+    """The shortlist, a stage of its own: the plain search may go on without healing its cuts again."""
+    name = "search-shortlist"
+    inputs = [*plain_inputs(work, how["n_layers"]), work.config.search, *shortlisting.inputs(work)]
     with work.run.stage(SearchArtefact, name, inputs, together=True) as stage:
         if stage.open:
-            stage.found = recorded(trial.go_on(work, result, tokens, how, name), work)
+            stage.found = recorded(shortlisting.go_on(work, result, tokens, how, name), work)
     KnownCosts(work.run, name).forget_()
     return stage.artefact
 

@@ -27,7 +27,7 @@ from layercut.models import decoder_stack
 from layercut.models.losses import as_cost
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import KnownCosts
-from layercut.pipeline.stages import quantize, trial
+from layercut.pipeline.stages import quantize, shortlisting
 from layercut.pipeline.stages.search import edition, generated_tests, search_options
 from layercut.progress import say
 from layercut.quantization import bit_choice
@@ -128,7 +128,7 @@ def every_number(work: RunContext) -> list[ShareRecord]:
     dense, target, config = work.dense.model, work.config.search.target_bytes, work.config.quantize
     calibration, tests = work.blocks["calibration"], generated_tests(work)
     costs = bit_choice.measured(dense, quantize.rows_to_round_on(work, config)[0], config)
-    folds = cache(lambda: trial.fold_prices(work, calibration, tests))
+    folds = cache(lambda: shortlisting.fold_costs(work, calibration, tests))
     few = calibration[: max(1, TOKENS // calibration.shape[1])]
     known, points, refused = KnownCosts(work.run, "shares"), list[ShareRecord](), None
 
@@ -171,7 +171,7 @@ def layers_and_bits(work: RunContext) -> tuple[int, Bits]:
     rounded = [replace(asked, bits=one) for one in bits if one != 16]
     how = [quantize.how_rounded(work.config, each) for each in rounded]
     how += [quantizers.edition(asked.quantizer)] if rounded else []
-    inputs = inputs_of(work, bits, trial.healing_inputs(work), how)
+    inputs = inputs_of(work, bits, shortlisting.healing_inputs(work), how)
     with work.run.stage(FrontierArtefact, "frontier", inputs) as stage:
         if stage.open:
             known, points, chosen = KnownCosts(work.run, "frontier"), list[FrontierRecord](), None
@@ -201,7 +201,7 @@ def measured(work: RunContext, removed: int, bits: Sequence[Bits]) -> list[dict[
     if removed:
         how = search_options(work, removed, generated_tests(work))
         cuts = layer_search.search(work.stack, calibration, **how, seed=work.config.text.seed).segments
-        model = trial.healed_for_a_while(work, cuts, calibration, LONGER).at_rest
+        model = shortlisting.healed_for_a_while(work, cuts, calibration, LONGER).at_rest
     for one in bits:
         smaller, size = model, decoder_stack.parameter_bytes(model)
         if one < 16:

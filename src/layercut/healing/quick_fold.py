@@ -1,7 +1,7 @@
-"""What cuts cost once each has a quick fold: a price nearer to what healing leaves, for a search.
+"""What cuts cost once each has a quick fold: nearer to the cost after healing, for a search.
 
-A plain cut's price is that of a model that nobody will use. Of SmolLM2's pairs of segments this one tells the good
-from the bad where plain prices do not, but not neighbours from each other (measured). It is the fold of
+The cost of a plain cut is that of a model that nobody will use. Of SmolLM2's pairs of segments this one tells the good
+from the bad where plain costs do not, but not neighbours from each other (measured). It is the fold of
 `least_squares.py` made cheap: of the layer before a cut the last projection alone, the dense states computed once for
 all cuts:
 
@@ -45,8 +45,8 @@ def has_fold(dense: DecoderRunner, tokens: torch.Tensor) -> bool:
     return any(find_targets(dense, position, tokens[:2, :32]) for position in range(len(dense) - 1))
 
 
-class FoldPrices:
-    """Prices of sets of segments after a quick fold of each cut; the dense model's states are computed once."""
+class FoldCosts:
+    """Costs of sets of segments after a quick fold of each cut; the dense model's states are computed once."""
 
     @torch.no_grad()
     def __init__(
@@ -77,7 +77,7 @@ class FoldPrices:
 
     @torch.no_grad()
     def __call__(self, cuts: Sequence[Segment]) -> float:
-        """The price of segments removed together, in nats per token."""
+        """The cost of segments removed together, in nats per token."""
         cuts, dense = sorted(cuts), self.dense
         at = max(cuts[0].start - 1, 0)
         fit, judged = self.fit.states(at), self.judged.states(at)
@@ -88,7 +88,7 @@ class FoldPrices:
                 self._cross_(segment, fit, judged, last=number == len(cuts) - 1)
             at = segment.stop
         self.judged.carry_(judged, at, len(dense))
-        return as_cost(sum(map(self._price, range(len(judged)), judged)) / len(self.weights))
+        return as_cost(sum(map(self._cost, range(len(judged)), judged)) / len(self.weights))
 
     def _cross_(self, segment: Segment, fit: list[torch.Tensor], judged: list[torch.Tensor], *, last: bool) -> None:
         """Run layer s - 1, and add what stands for the segment; of the rows to fit nothing is needed after the last."""
@@ -128,7 +128,7 @@ class FoldPrices:
             return None
         return solved.solve_best(RIDGES if check.tokens else RIDGES[-1:], check)[1]
 
-    def _price(self, batch: int, hidden: torch.Tensor) -> float:
+    def _cost(self, batch: int, hidden: torch.Tensor) -> float:
         """Sum over a batch of its positions' weighted KL, those without weight left out."""
         part, dense = self.judged.parts[batch], self.dense
         counted = self.weights[part].flatten().nonzero()[:, 0].to(hidden.device)

@@ -1,6 +1,6 @@
-"""Part of the stage search: the best cuts on trial, by what a quick fold and then some real healing leave of each.
+"""Part of the stage search: the shortlist, cuts evaluated after a quick fold and the best after a short healing.
 
-Every price is kept in the run folder as soon as it is known, until the stage is done: a trial that was stopped goes on.
+Each cost is kept in the run folder as soon as it is known, until the stage is done: one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from layercut.data.blocks import by_origin, fingerprint
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
-from layercut.healing.fold_prices import FoldPrices, has_fold
+from layercut.healing.quick_fold import FoldCosts, has_fold
 from layercut.layer_search import Cost, Restriction, SearchResult, most_segments
 from layercut.layer_search.cut_costs import CutCosts, row_kl
 from layercut.layer_search.shortlist import EFFORTS, LONGER, Effort, shortlist
@@ -39,11 +39,11 @@ from layercut.segments import Segment
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = LONGER**2
-"""One in so many of the rows to tune on heals a cut on trial at first."""
+"""One in so many of the rows to tune on heal a candidate at first."""
 
 
 def inputs(work: RunContext) -> list[Any]:
-    """All that a trial depends on beside what the search does; nothing where there is none."""
+    """All that the shortlist depends on beside what the search does; nothing where there is none."""
     return [fingerprint(work.held_out_text), *healing_inputs(work)] if work.shortlist else []
 
 
@@ -59,32 +59,32 @@ def healing_inputs(work: RunContext) -> list[Any]:
 
 
 def rows_to_tune(rows: int, times: int = 1) -> int:
-    """Of the rows to tune on those that heal a cut on trial."""
+    """Of the rows to tune on those that heal a candidate."""
     return max(1, times * rows // TUNED_SHARE)
 
 
 def go_on(
     work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str
 ) -> SearchResult:
-    """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen."""
+    """Go on from a search's candidates by their costs after healing, on text and probes that it has not seen."""
     tests = how["probes"]
     if not work.shortlist_now:
         return result
-    folds, foldable = cache(lambda: fold_prices(work, tokens, tests)), has_fold(work.stack, tokens)
+    folds, foldable = cache(lambda: fold_costs(work, tokens, tests)), has_fold(work.stack, tokens)
     heals = effort_of(work).healed > 0
     if not (foldable or heals):
         say("search", "no layer of this model has a linear output to fold: plain cuts decide, or --effort high")
         return result
-    left_of = Left(work.stack, unseen_rows(work, tests) if heals else [])
+    healed_costs = HealedCosts(work.stack, unseen_rows(work, tests) if heals else [])
     count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
-    prices, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
+    costs, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
     of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
         if foldable:
-            shown.enter_context(bar("pricing cuts after a quick fold", None))
+            shown.enter_context(bar("measuring cuts after a quick fold", None))
         else:
-            say("trial", "no layer of this model has a linear output to fold, so no cut has a quick fold")
+            say("shortlist", "no layer of this model has a linear output to fold, so no cut has a quick fold")
 
         @cache
         def can_be_cut(cuts: tuple[Segment, ...]) -> bool:
@@ -95,39 +95,39 @@ def go_on(
                 return False
             return True
 
-        def fold_price(cuts: Sequence[Segment]) -> float:
+        def fold_cost(cuts: Sequence[Segment]) -> float:
             return known("folded", cuts, lambda: folds()(cuts)) if can_be_cut(tuple(cuts)) else math.inf
 
-        def healed_price(cuts: Sequence[Segment], times: int) -> float:
+        def healed_cost(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
             if not can_be_cut(tuple(cuts)):
                 return math.inf
-            left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(work, cuts, tokens, times)))
+            left = known(f"healed {times}", cuts, lambda: healed_costs(healed_for_a_while(work, cuts, tokens, times)))
             if times == 1:
                 of_text[tuple(cuts)] = left[0]
             parts = f"{left[0]:.4g} nats on text" + (f" and {sum(left[1:]):.4g} of tests" if left[1:] else "")
             after = "a short healing" if times == 1 else f"{times} times as much"
-            say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
+            say("shortlist", f"{', '.join(map(str, cuts))}: {parts} after {after}")
             return sum(left)
 
-        quick = fold_price if foldable else None
-        found = shortlist(result, prices, quick, limits, count, healed_price if heals else None, effort_of(work))
-        cost = result.cost + prices.cost
+        quick = fold_cost if foldable else None
+        found = shortlist(result, costs, quick, limits, count, healed_cost if heals else None, effort_of(work))
+        cost = result.cost + costs.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
     each = [replace(one, text=of_text.get(one.segments)) for one in found.shortlist]
     return replace(found, cost=cost, shortlist=each)
 
 
-def fold_prices(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
-    """Prices of cuts after a quick fold, on held-out text and other tests."""
+def fold_costs(work: RunContext, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldCosts:
+    """Costs of cuts after a quick fold, on held-out text and other tests."""
     effort = effort_of(work)
     fit = tokens[: max(1, effort.fit_tokens // tokens.shape[1])]
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
     others = other_tests(work, tests, effort.judged, work.config.text.window)
     few = weighted_rows(work.held_out_text[: effort.judged], others)
-    return FoldPrices(work.stack, fit, few.tokens, few.weights, work.run.folder)
+    return FoldCosts(work.stack, fit, few.tokens, few.weights, work.run.folder)
 
 
 def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]:
@@ -156,14 +156,14 @@ def healed_for_a_while(
 
 
 def some_to_tune(work: RunContext, times: int = 1) -> tuple[torch.Tensor, Treatment]:
-    """The rows that heal a cut on trial, token ids [n, T], and how they are done."""
+    """The rows that heal a candidate, token ids [n, T], and how they are done."""
     some = some_of_each(work, times)
-    treated = tuning_treatment(work).by_predictions()  # as what is left is told
+    treated = tuning_treatment(work).by_predictions()  # as costs are
     return work.blocks["tuning"][some], treated.of(lambda each: each[some])
 
 
 def some_of_each(work: RunContext, times: int = 1) -> torch.Tensor:
-    """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
+    """Which rows to tune on heal a candidate, int64 [n], in their order: of each source its share, one at least.
 
     Of tests two, of which one is short and one is long.
     """
@@ -172,7 +172,7 @@ def some_of_each(work: RunContext, times: int = 1) -> torch.Tensor:
     return torch.cat([part.sort().values[: counts[name]] for name, part in parts.items()]).sort().values
 
 
-class Left:
+class HealedCosts:
     """J of `layer_search/weighted_rows.py` of healed models: the dense model is run once, not for each of them."""
 
     def __init__(self, dense: DecoderRunner, rows: Sequence[WeightedRows]) -> None:
@@ -182,8 +182,8 @@ class Left:
         """The dense model's h_L of a batch, on the host, by its rows' place and its bounds."""
 
     def __call__(self, student: DecoderRunner) -> list[float]:
-        """What is left to be healed."""
-        with bar("judging what is left", sum(len(rows.tokens) for rows in self.rows)) as advance:
+        """The cost of a model, by text and by probes."""
+        with bar("measuring a candidate", sum(len(rows.tokens) for rows in self.rows)) as advance:
             return [self._of(student, place, rows, advance) for place, rows in enumerate(self.rows)]
 
     @torch.no_grad()

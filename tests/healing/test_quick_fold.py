@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from layercut.healing import fold_prices
-from layercut.healing.fold_prices import RIDGES, FoldPrices
+from layercut.healing import quick_fold
 from layercut.healing.least_squares import HELD_OUT
+from layercut.healing.quick_fold import RIDGES, FoldCosts
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
@@ -56,7 +56,7 @@ def test_it_is_that_of_the_model_with_the_fold_in_its_weights(cuts):
     model, cuts = tiny.llama(), [Segment.parse(one) for one in cuts.split(",")]
     dense, judged = DecoderRunner(model), tiny.some_tokens(rows=5, seed=1)
     expected = mean_kl(dense, DecoderRunner(folded_by_hand(model, cuts)), judged)
-    assert FoldPrices(dense, FIT, judged)(cuts) == pytest.approx(expected, rel=1e-3)
+    assert FoldCosts(dense, FIT, judged)(cuts) == pytest.approx(expected, rel=1e-3)
     plain = mean_kl(dense, DecoderRunner(cut(model, cuts)), judged)
     assert abs(plain / expected - 1) > 0.01, "a fold that does nothing would pass"
 
@@ -65,8 +65,8 @@ def test_weights_say_what_each_position_counts_and_states_beyond_memory_are_in_f
     dense, judged = DecoderRunner(tiny.llama()), tiny.some_tokens(rows=4, seed=1)
     first = torch.zeros(judged.shape)
     first[:2] = 1 / judged.shape[1]
-    whole = FoldPrices(dense, FIT, judged[:2])(SEGMENT)
-    assert FoldPrices(dense, FIT, judged, first)(SEGMENT) == pytest.approx(whole / 2, rel=1e-4)
-    monkeypatch.setattr(fold_prices, "IN_MEMORY", 0)
-    assert FoldPrices(dense, FIT, judged[:2], folder=tmp_path)(SEGMENT) == whole
+    whole = FoldCosts(dense, FIT, judged[:2])(SEGMENT)
+    assert FoldCosts(dense, FIT, judged, first)(SEGMENT) == pytest.approx(whole / 2, rel=1e-4)
+    monkeypatch.setattr(quick_fold, "IN_MEMORY", 0)
+    assert FoldCosts(dense, FIT, judged[:2], folder=tmp_path)(SEGMENT) == whole
     assert not list(tmp_path.iterdir()), "they vanish"

@@ -1,8 +1,8 @@
 """The capability map: what the removal of each layer, and of each window of n, does to what the model can do.
 
-One sweep over rows of generated tests (`data/probes.py`) prices every window on every capability, since streams share
+One sweep over rows of generated tests (`data/probes.py`) measures every window on every capability, since streams share
 what they have in common (`sweep.py`) and a row holds tests of several capabilities. Layers that are cheap on text may
-be the ones that hold recall; the map shows which, and the search weighs it (`prices.py`).
+be the ones that hold recall; the map shows which, and the search weighs it (`cut_costs.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAP_ROWS, MAP_WINDOW = 32, 256
 TEXT = "text"
 """The column of plain text, where some is given."""
 HELD_SHARE = 0.5
-"""A layer holds a capability where its removal does at least this share of the worst damage that any single layer's
+"""A layer holds a capability where its removal does at least this share of the highest cost that any single layer's
 does, the first two and the last left out, which hold everything."""
 NAMED = 6
 """Layers that a sentence names, at most."""
@@ -41,13 +41,13 @@ NAMED = 6
 
 @dataclass(frozen=True)
 class CapabilityMap:
-    """Damage by window of layers and by capability."""
+    """Costs by window of layers and by capability."""
 
     layers: int
     """L."""
     names: tuple[str, ...]
     """The columns: capabilities, and "text" where text was given."""
-    damage: dict[tuple[int, int], dict[str, float]]
+    costs: dict[tuple[int, int], dict[str, float]]
     """{(start, stop): {name: nats}}: KL(dense || cut) of the cut [start, stop), mean over the answers' tokens of a
     capability; of "text" over all tokens."""
     cost: Cost = field(default_factory=Cost, compare=False)
@@ -56,13 +56,13 @@ class CapabilityMap:
     """Capabilities of which no test fits a row."""
 
     def lengths(self) -> list[int]:
-        """The lengths of the windows that were priced."""
-        return sorted({stop - start for start, stop in self.damage})
+        """The lengths of the windows that were measured."""
+        return sorted({stop - start for start, stop in self.costs})
 
     def matrix(self, length: int = 1) -> list[list[float]]:
-        """Damage [C, L - length + 1], of every window of a length."""
+        """Costs [C, L - length + 1], of every window of a length."""
         return [
-            [self.damage[start, start + length][name] for start in range(self.layers - length + 1)]
+            [self.costs[start, start + length][name] for start in range(self.layers - length + 1)]
             for name in self.names
         ]
 
@@ -79,7 +79,7 @@ class CapabilityMap:
         found = dict[str, list[int]]()
         for name in self.names if 1 in self.lengths() else ():
             if name != TEXT:
-                values = {i: self.damage[i, i + 1][name] for i in self.inner()}
+                values = {i: self.costs[i, i + 1][name] for i in self.inner()}
                 worst = max(values.values())
                 kept = [i for i, value in values.items() if value >= HELD_SHARE * worst] if worst > 0 else []
                 found[name] = sorted(kept, key=lambda i: -values[i])
@@ -93,7 +93,7 @@ class CapabilityMap:
         """
         if TEXT not in self.names or 1 not in self.lengths():
             return {}
-        on_text = {i: self.damage[i, i + 1][TEXT] for i in self.inner()}
+        on_text = {i: self.costs[i, i + 1][TEXT] for i in self.inner()}
         middle = median(on_text.values())
         return {i: nats for i, nats in on_text.items() if nats < middle}
 
@@ -106,7 +106,7 @@ class CapabilityMap:
                 said.append(f"{name}: no layer alone")
                 continue
             top, *others = layers[:NAMED]
-            line = f"{name}: most at layer {top} ({self.damage[top, top + 1][name]:.2f} nats without it)"
+            line = f"{name}: most at layer {top} ({self.costs[top, top + 1][name]:.2f} nats without it)"
             line += f", then {', '.join(map(str, others))}" * bool(others)
             if of_these := [f"{i} ({cheap[i]:.2f})" for i in layers[:NAMED] if i in cheap]:
                 line += f"; cheap on text: {', '.join(of_these)}"
@@ -117,10 +117,10 @@ class CapabilityMap:
         """Everything as JSON values.
 
         Returns:
-            {"layers", "names", "left_out", "windows": [{"start", "stop", "damage": {name: nats}}, …], "holders",
+            {"layers", "names", "left_out", "windows": [{"start", "stop", "costs": {name: nats}}, …], "holders",
             "dense_tokens", "layer_forwards"}
         """
-        windows = [{"start": a, "stop": b, "damage": dict(row)} for (a, b), row in sorted(self.damage.items())]
+        windows = [{"start": a, "stop": b, "costs": dict(row)} for (a, b), row in sorted(self.costs.items())]
         spent = {"dense_tokens": self.cost.dense_tokens, "layer_forwards": self.cost.layer_forwards}
         return {
             "layers": self.layers, "names": list(self.names), "left_out": list(self.left_out), "windows": windows,
@@ -132,21 +132,21 @@ class CapabilityMap:
 
         Args:
             axes: matplotlib Axes to draw on; new ones of the current pyplot figure where not given.
-            length: of the windows; not given, the shortest that were priced.
+            length: of the windows; not given, the shortest that were measured.
 
         Returns:
             The Axes.
 
         Raises:
-            ConfigError: no windows of this length were priced.
+            ConfigError: no windows of this length were measured.
         """
         from matplotlib.colors import LogNorm
 
         length = length or self.lengths()[0]
         if length not in self.lengths():
-            priced = ", ".join(map(str, self.lengths()))
+            measured = ", ".join(map(str, self.lengths()))
             raise ConfigError(
-                f"windows of {length} layers were not priced: there are {priced}", f"length={self.lengths()[0]}"
+                f"windows of {length} layers were not measured: there are {measured}", f"length={self.lengths()[0]}"
             )
         axes = axes_or_new(axes, xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
@@ -154,7 +154,7 @@ class CapabilityMap:
         shown = values.nan_to_num(posinf=worst).clamp_min(1e-3)
         image = axes.imshow(shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, worst))
         axes.set_yticks(range(len(self.names)), self.names)
-        axes.figure.colorbar(image, ax=axes, label="damage, nats per answer token")
+        axes.figure.colorbar(image, ax=axes, label="cost, nats per answer token")
         return axes
 
 
@@ -206,8 +206,8 @@ def capability_map(
                 for candidate in set_costs(stack, text, sets, cost, advance=advance):
                     found[candidate.segments][TEXT] = candidate.kl
         names = (*probes.names, *([] if text is None else [TEXT]))
-        damage = {bounds(cuts[0]): found[cuts] for cuts in sets}
-        return CapabilityMap(len(stack), names, damage, cost, probes.left_out)
+        costs = {bounds(cuts[0]): found[cuts] for cuts in sets}
+        return CapabilityMap(len(stack), names, costs, cost, probes.left_out)
 
 
 def bounds(segment: Segment) -> tuple[int, int]:
@@ -225,7 +225,7 @@ def capability_costs(
     rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, dict[str, float]]:
-    """The damage of sets of segments to each capability, in one sweep."""
+    """The cost of sets of segments to each capability, in one sweep."""
     wanted = [DENSE, *sets]
     of, at = probes.of(), torch.arange(len(probes.tokens))[:, None]
     marked = torch.cat([at, probes.tokens], dim=1)  # the row's number goes along, before its tokens
@@ -235,7 +235,7 @@ def capability_costs(
     for one in queue:
         with queue.trying(one):
             (batches, counts), own = one, Cost()
-            found = _damage(stack, probes, sets, batches, own, advance)
+            found = _costs(stack, probes, sets, batches, own, advance)
             if counts:
                 sums += found
                 spent += own
@@ -249,7 +249,7 @@ def capability_costs(
     }
 
 
-def _damage(
+def _costs(
     stack: DecoderRunner,
     probes: ProbeRows,
     sets: Sequence[Cuts],
@@ -257,7 +257,7 @@ def _damage(
     cost: Cost,
     advance: Callable[[int], None],
 ) -> torch.Tensor:
-    """The damage of each set to each capability, summed over the answers of some rows: float64 [C, capabilities].
+    """The cost of each set to each capability, summed over the answers of some rows: float64 [C, capabilities].
 
     marked: the number of each row among the probes, and its tokens [B, 1 + T].
     """

@@ -20,7 +20,7 @@ from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
-from layercut.healing.fold_prices import FoldPrices
+from layercut.healing.quick_fold import FoldCosts
 from layercut.layer_search.shortlist import EFFORTS, LONGER, shortlist
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
@@ -29,7 +29,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline import resolve_options
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import KnownCosts, Run
-from layercut.pipeline.stages import heal, trial
+from layercut.pipeline.stages import heal, shortlisting
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -53,7 +53,7 @@ def read(run, stage="search"):
 def test_it_depends_on_what_its_healing_depends_on():
     def inputs_of(shortlist=True, **heal):
         kept = {"text": {"heldout": "held", "tuning": "tuned"}, "held_out_text": tiny.some_tokens(2)}
-        return trial.inputs(
+        return shortlisting.inputs(
             SimpleNamespace(shortlist=shortlist, config=SimpleNamespace(heal=HealConfig(**heal)), **kept)
         )
 
@@ -62,11 +62,11 @@ def test_it_depends_on_what_its_healing_depends_on():
     assert inputs_of() != inputs_of(learning_rate=1e-3)
 
 
-# --- what is left of a candidate ---
+# --- the cost of a healed candidate ---
 
 
 @torch.no_grad()
-def left_of(dense, student, rows, tests):
+def healed_costs(dense, student, rows, tests):
     """KL on rows of text, and the mean of two sets of probes."""
 
     def kl(tokens):
@@ -100,26 +100,26 @@ def test_what_is_left_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_p
         folded = copy.deepcopy(student)
         objective = KL(mix=DEFAULT_MIX)
         tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)
-        costs = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
+        costs = [healed_costs(opened.model, each, heldout, others) for each in (student, folded)]
         assert healed[-1][name] == pytest.approx(sum(costs[0]), rel=1e-3)
         if times == 1:
             assert healed[-1]["text"] == pytest.approx(costs[0][0], rel=1e-3)
         assert abs(sum(costs[1]) / sum(costs[0]) - 1) > 2e-3, "tuning that does nothing would pass"
 
 
-def test_what_is_left_of_several_models_takes_one_run_of_the_dense_one(monkeypatch):
+def test_what_is_healed_costs_several_models_takes_one_run_of_the_dense_one(monkeypatch):
     dense, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(rows=5, seed=1)
     students = [DecoderRunner(cut(dense.model, [Segment(*bounds)])) for bounds in ((2, 4), (5, 6))]
     ran = []
     monkeypatch.setattr(dense, "layer", lambda i, *rest: ran.append(i) or DecoderRunner.layer(dense, i, *rest))
-    left_of = trial.Left(dense, [weighted_rows(tokens, None), weighted_rows(tokens[:2, :8], None)])
-    found = [left_of(student) for student in students]
+    healed_costs = shortlisting.HealedCosts(dense, [weighted_rows(tokens, None), weighted_rows(tokens[:2, :8], None)])
+    found = [healed_costs(student) for student in students]
     for value, student in zip(found, students, strict=True):
         apart = [mean_kl(dense, student, rows) for rows in (tokens, tokens[:2, :8])]
         assert value == pytest.approx(apart, rel=1e-4)
     assert found[0] != found[1]
     ran.clear()
-    assert left_of(students[0]) == found[0]
+    assert healed_costs(students[0]) == found[0]
     assert not ran
 
 
@@ -133,7 +133,7 @@ def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
         tokenizer=folders.tokenizer(), held_out_text=tiny.some_tokens(4),
     )  # fmt: skip
     tests = probe_rows(work.tokenizer, rows=4, window=128, weight=0.5)
-    text, long, short = trial.unseen_rows(work, tests)
+    text, long, short = shortlisting.unseen_rows(work, tests)
     assert torch.equal(text.tokens, work.held_out_text)
     sizes = [(HIGH.long_tests, 512), (HIGH.short_tests, 128)]
     assert [tuple(each.tokens.shape) for each in (long, short)] == sizes
@@ -152,8 +152,8 @@ def test_no_probe_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
     for origins, judged in ((["web", "wiki", "web", "wiki", "probes"], of_text), (["probes"], all_tests)):
         work.text["heldout"] = SimpleNamespace(origins=origins)
         work.__dict__.pop("heldout_perplexity", None)
-        assert torch.equal(trial.unseen_rows(work, None)[0].tokens, judged)
-        assert torch.equal(trial.fold_prices(work, rows, None).judged.tokens, judged[: HIGH.judged])
+        assert torch.equal(shortlisting.unseen_rows(work, None)[0].tokens, judged)
+        assert torch.equal(shortlisting.fold_costs(work, rows, None).judged.tokens, judged[: HIGH.judged])
 
 
 def test_each_source_has_its_share_of_what_heals_a_candidate():
@@ -161,14 +161,14 @@ def test_each_source_has_its_share_of_what_heals_a_candidate():
     rows = torch.arange(64)[:, None]
     origins = ["text"] * 5 + ["probes"] + ["text"] * 4
     work = SimpleNamespace(blocks={"tuning": rows}, text={"tuning": SimpleNamespace(origins=origins)})
-    assert trial.some_of_each(work).tolist() == [0, 1, 2, 5, 15], "in their order; of probes a short and a long one"
+    assert shortlisting.some_of_each(work).tolist() == [0, 1, 2, 5, 15], "of probes a short and a long one"
 
 
 # --- runs that go on ---
 
 
 def test_with_a_normal_effort_the_quick_fold_decides(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "healed_for_a_while", None)
+    monkeypatch.setattr(shortlisting, "healed_for_a_while", None)
     assert main(["tune", str(tiny_model), *SEARCH, *TUNE, f"--data={texts[0]}", f"--out={tmp_path}"]) == 0
     found = read(tmp_path)
     least = min(found["shortlist"], key=lambda one: one["folded"])
@@ -236,7 +236,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_cut(whole, tiny_model, fla
     lighter = read(whole, "search-plain")["lighter"]
     assert lighter, "proposals in which probes count less"
     searched, folded, healed, given = [], [], [], []
-    search, fold, heal, most = layer_search.search, FoldPrices.__call__, trial.healed_for_a_while, 1
+    search, fold, heal, most = layer_search.search, FoldCosts.__call__, shortlisting.healed_for_a_while, 1
 
     def killed_heal(this, cuts, tokens, times):
         if len(healed) == most:
@@ -248,14 +248,14 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_cut(whole, tiny_model, fla
         given.append([[[s.start, s.stop] for s in cuts] for cuts in result.lighter])
         return shortlist(result, *args, **how)
 
-    monkeypatch.setattr(trial, "shortlist", watched)
+    monkeypatch.setattr(shortlisting, "shortlist", watched)
     monkeypatch.setattr(layer_search, "search", lambda *args, **how: searched.append(1) or search(*args, **how))
-    monkeypatch.setattr(FoldPrices, "__call__", lambda self, cuts: folded.append(tuple(cuts)) or fold(self, cuts))
-    monkeypatch.setattr(trial, "healed_for_a_while", killed_heal)
+    monkeypatch.setattr(FoldCosts, "__call__", lambda self, cuts: folded.append(tuple(cuts)) or fold(self, cuts))
+    monkeypatch.setattr(shortlisting, "healed_for_a_while", killed_heal)
     argv = ["tune", str(tiny_model), *flags, f"--out={tmp_path}"]
     with pytest.raises(Killed):
         main(argv)
-    assert (tmp_path / "search-tried-costs.json").is_file()
+    assert (tmp_path / "search-shortlist-costs.json").is_file()
     assert not (tmp_path / "search.json").exists()
     most = 99
     assert main(argv) == 0
@@ -266,7 +266,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_cut(whole, tiny_model, fla
     assert len(folded) == len(set(folded)) == len(found["shortlist"])
     assert searched == [1]
     assert given == [lighter, lighter], "also of a search that an earlier command made"
-    assert not (tmp_path / "search-tried-costs.json").exists()
+    assert not (tmp_path / "search-shortlist-costs.json").exists()
 
 
 class Folder(Run):
