@@ -1,8 +1,8 @@
 """Processor time from a wrong command to its error: `python research/misuse.py`, for the commands of tests/misuses.py.
 
 Each is a process of its own beside a model of 8 layers and 128 positions, run three times, or once where torch is
-imported; the medians are written to
-research/results/misuse.json. Seconds by the clock stand beside them: they depend on what else the machine does.
+imported; the medians are written to research/results/misuse.json. Seconds by the clock stand beside them: they depend
+on what else the machine does.
 """
 
 from __future__ import annotations
