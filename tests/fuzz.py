@@ -259,10 +259,9 @@ def cut(file: Path, out: Path) -> None:
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "plan": lambda folder, _: plan_run(str(folder), PlanConfig(search=SearchConfig(ratio=0.25), calibrate=False)),
-    "cut": lambda folder, out: single_stage.cut(str(folder), CutConfig(segment=("1:2",), out=out)),
-    "load": load,
+    "cut": lambda folder, out: single_stage.cut(str(folder), CutConfig(segment=("1:2",), out=out)), "load": load,
     "stream": lambda folder, out: load(folder, out, on_disk=True),
-}
+}  # fmt: skip
 
 
 def outcome(enter: Callable[[Path, Path], None], path: Path, out: Path, room: int | None = None) -> str:

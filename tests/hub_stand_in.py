@@ -178,15 +178,11 @@ def blob(content: bytes) -> str:
 
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: dict[str, Any] = {
-    "GET /api/whoami-v2": Handler.who,
-    f"GET /api/models/{NAME}(?:/revision/[^/]+)?": Handler.info,
-    f"GET /api/models/{NAME}/tree/[^/]+": Handler.tree,
-    rf"(?:GET|HEAD) /{NAME}/resolve/[^/]+/(.+)": Handler.resolve,
-    "POST /api/repos/create": Handler.create,
-    "POST /api/validate-yaml": Handler.validate,
+    "GET /api/whoami-v2": Handler.who, f"GET /api/models/{NAME}(?:/revision/[^/]+)?": Handler.info,
+    f"GET /api/models/{NAME}/tree/[^/]+": Handler.tree, rf"(?:GET|HEAD) /{NAME}/resolve/[^/]+/(.+)": Handler.resolve,
+    "POST /api/repos/create": Handler.create, "POST /api/validate-yaml": Handler.validate,
     f"POST /api/models/{NAME}/preupload/main": Handler.preupload,
-    rf"POST /{NAME}\.git/info/lfs/objects/batch": Handler.batch,
-    r"PUT /large/(\w+)": Handler.store,
+    rf"POST /{NAME}\.git/info/lfs/objects/batch": Handler.batch, r"PUT /large/(\w+)": Handler.store,
     f"POST /api/models/{NAME}/commit/main": Handler.commit,
-}
+}  # fmt: skip
 WRITING = (Handler.create, Handler.preupload, Handler.batch, Handler.commit)

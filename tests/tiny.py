@@ -20,16 +20,10 @@ def tiny(config: Any, seed: int = 0) -> Any:
 def llama(layers: int = 8, **changes: Any) -> Any:
     """A Llama of 8 layers whose layers matter: at the usual initialisation they hardly change the stream."""
     settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.15,
-        "tie_word_embeddings": False,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": layers, "max_position_embeddings": 128,
+        "initializer_range": 0.15, "tie_word_embeddings": False,
+    }  # fmt: skip
     return tiny(LlamaConfig(**(settings | changes)))
 
 

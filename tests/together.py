@@ -114,16 +114,12 @@ def spreading(model: Path) -> dict[str, Any]:
     report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, batch_tokens=32)
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
-        "bytes": decoder_stack.parameter_bytes(spread),
-        "held": sharding.bytes_held(spread),
-        "student_held": sharding.bytes_held(student.model),
-        "whole_before_each_layer": whole,
+        "bytes": decoder_stack.parameter_bytes(spread), "held": sharding.bytes_held(spread),
+        "student_held": sharding.bytes_held(student.model), "whole_before_each_layer": whole,
         "dense_is_as_it_was": all(map(torch.equal, before, map(sharding.local, spread.parameters()))),
         "trained": sorted({int(name.split(".")[2]) for name, p in own if id(p) not in same}),
-        "trained_layers": report.trained_layers,
-        "best_step": report.best_step,
-        "learning_rate": report.learning_rate,
-    }
+        "trained_layers": report.trained_layers, "best_step": report.best_step, "learning_rate": report.learning_rate,
+    }  # fmt: skip
 
 
 def command(argv: list[str], folder: Path, name: str) -> int:
@@ -170,11 +166,8 @@ def main(folder: Path) -> int:
 
 KINDS = ("whole", "spread")
 PHASES: dict[str, tuple[int, int, int] | None] = {
-    "straight": None,
-    "killed": (signal.SIGKILL, 1, 1),
-    "terminated": (signal.SIGTERM, 0, 3),
-    "resumed": None,
-}
+    "straight": None, "killed": (signal.SIGKILL, 1, 1), "terminated": (signal.SIGTERM, 0, 3), "resumed": None,
+}  # fmt: skip
 """A signal to one process of the pair, its rank, and the steps done by then."""
 
 
@@ -202,11 +195,9 @@ def tune(kind: str, phase: str, folder: Path) -> int:
     for p in student.model.parameters():
         weights.update(sharding.local(p.detach()).contiguous().numpy().tobytes())
     found = {
-        "steps": len(steps),
-        "weights": weights.hexdigest(),
-        "losses": [point["loss"] for point in report.curve],
+        "steps": len(steps), "weights": weights.hexdigest(), "losses": [point["loss"] for point in report.curve],
         "heldout": [point["loss"] for point in report.heldout],
-    }
+    }  # fmt: skip
     (folder / f"{kind}-{phase}.{processes.rank()}.json").write_text(json.dumps(found))
     processes.stop()
     return 0

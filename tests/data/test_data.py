@@ -75,12 +75,10 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
 @pytest.mark.parametrize(
     ("marks", "expected"),
     [
-        ({}, ["<s>a", "<s>b"]),
-        ({"adds_bos": False}, ["a</s>", "b</s>"]),
-        ({"bos": False}, ["a</s>", "b</s>"]),
+        ({}, ["<s>a", "<s>b"]), ({"adds_bos": False}, ["a</s>", "b</s>"]), ({"bos": False}, ["a</s>", "b</s>"]),
         ({"bos": False, "eos": False}, ["a", "b"]),
     ],
-)
+)  # fmt: skip
 def test_documents_are_marked_off_as_the_tokenizer_does(marks, expected):
     tokenizer = make_tokenizer(**marks)
     stream = TextStream("text", iter(()), tokenizer, False)
@@ -307,8 +305,7 @@ BAD_RECORDS = {
     "many": {f"f{i}": i for i in range(1000)}, "parts": {"messages": [{"role": "user", "content": [3]}]},
     "turns": {"messages": ["a", "b"]}, "role": {"messages": [{"role": {"a": 1}, "content": "x"}]},
     "part_text": {"messages": [{"role": "user", "content": [{"text": 7}]}]},
-    "object": {"messages": [{"role": "user", "content": 7}]},
-    "pair_in_chat": {"instruction": "a\ud800", "output": "b"},
+    "object": {"messages": [{"role": "user", "content": 7}]}, "pair_in_chat": {"instruction": "a\ud800", "output": "b"},
 }  # fmt: skip
 BAD_SOURCES = [
     ("wikitex", "no source of text is called 'wikitex'; there are wikitext2, c4"), ("", "names an empty source"),
@@ -316,12 +313,11 @@ BAD_SOURCES = [
     ("none.jsonl:text", "no file 'none.jsonl:text'"), ("none*.txt", "no file matches"), (".", "is a folder"),
     ("./doc.pdf", "is a .pdf; files of text are .txt, .jsonl, .json, .parquet"),
     ("fields.jsonl", "line 1 has no field .*; its fields are question, answer"),
-    ("fields.jsonl:text", "no field 'text'; its fields are question, answer"),
-    ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 1 holds a list"),
-    ("number.jsonl", "neither a text nor chat messages, but a int"), ("half.json", "is not JSON"),
-    ("empty.txt", "holds no text"), ("blank.txt", "holds no text"), ("latin.txt", r"not UTF-8 text \(byte 0\)"),
-    ("short.txt", "holds 6 tokens; 1,000 are needed"), ("self", "none is loaded"),
-    ("deep.jsonl", "line 1 cannot be read as JSON: nests too deep"),
+    ("fields.jsonl:text", "no field 'text'; its fields are question, answer"), ("broken.jsonl", "line 2 is not JSON"),
+    ("list.jsonl", "line 1 holds a list"), ("number.jsonl", "neither a text nor chat messages, but a int"),
+    ("half.json", "is not JSON"), ("empty.txt", "holds no text"), ("blank.txt", "holds no text"),
+    ("latin.txt", r"not UTF-8 text \(byte 0\)"), ("short.txt", "holds 6 tokens; 1,000 are needed"),
+    ("self", "none is loaded"), ("deep.jsonl", "line 1 cannot be read as JSON: nests too deep"),
     ("deep.json", "deep.json cannot be read as JSON: nests too deep"),
     ("huge.jsonl", "line 1 cannot be read as JSON: .*digits"),
     ("huge.json", "huge.json cannot be read as JSON: .*digits"),
@@ -499,13 +495,11 @@ def test_chats_are_seeded_written_from_the_users_first_word_and_laid_end_to_end(
 @pytest.mark.parametrize(
     ("template", "opening"),
     [
-        (CHAT, "<|user|>"),
-        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
-        ("{% for m in messages %}User:\n{{ m.content }}{% endfor %}", "User:\n"),
-        ("nothing of what is said", None),
+        (CHAT, "<|user|>"), ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
+        ("{% for m in messages %}User:\n{{ m.content }}{% endfor %}", "User:\n"), ("nothing of what is said", None),
         ("", None),
     ],
-)
+)  # fmt: skip
 def test_who_can_write_chats(template, opening, llama):
     """A blank before the user's words is part of their first token."""
     tokenizer = make_tokenizer(template)

@@ -30,11 +30,10 @@ from layercut.pipeline.stages.text import check_held_out, check_unseen, draw_all
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
     return CompressConfig(
-        text=DataConfig(data=data, tokens=512, window=32),
-        search=SearchConfig(ratio=0.25),
+        text=DataConfig(data=data, tokens=512, window=32), search=SearchConfig(ratio=0.25),
         heal=HealConfig(tune_data=tune_data, tune_tokens=1024),
         evaluate=EvaluateConfig(eval_data=eval_data, eval_tokens=512, eval_window=64),
-    )
+    )  # fmt: skip
 
 
 def draw(model: Path, folder: Path, config: CompressConfig) -> dict:
@@ -65,14 +64,10 @@ def several(texts, tmp_path_factory):
 def test_what_is_reported_on_is_refused_for_search_by_what_it_is(several, monkeypatch):
     monkeypatch.chdir(several)
     same = [
-        ("wikitext2:test", None, "wikitext2"),
-        ("c4", None, "allenai/c4@en:train"),
-        ("c4", "Salesforce/wikitext@wikitext-2-raw-v1:test", "wikitext2"),
-        ("a.txt", None, "./a.txt"),
-        ("a.txt", None, "copy.txt"),
-        ("other.txt", "a.txt+python-docs", "hard.txt"),
-        ("*.txt", None, "a.txt"),
-    ]
+        ("wikitext2:test", None, "wikitext2"), ("c4", None, "allenai/c4@en:train"),
+        ("c4", "Salesforce/wikitext@wikitext-2-raw-v1:test", "wikitext2"), ("a.txt", None, "./a.txt"),
+        ("a.txt", None, "copy.txt"), ("other.txt", "a.txt+python-docs", "hard.txt"), ("*.txt", None, "a.txt"),
+    ]  # fmt: skip
     for data, tune_data, eval_data in same:
         with pytest.raises(ConfigError, match="reported on as well") as caught:
             check_sources(asking(data, tune_data, eval_data))

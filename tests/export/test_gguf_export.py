@@ -237,14 +237,13 @@ def header(name: str, layers: int = 8, **facts: Any) -> Header:
 
 SLIDES = {"attention__sliding_window": 16}
 AS_LLAMA_CPP_HAS_IT = [
-    (header("llama"), Facts()),
-    (header("llama"), Facts(layer_types=["full_attention"] * 8)),
+    (header("llama"), Facts()), (header("llama"), Facts(layer_types=["full_attention"] * 8)),
     (header("gemma2", **SLIDES), Facts(layer_types=kinds([1, 3, 5, 7]))),
     (header("gemma3", **SLIDES), Facts(layer_types=kinds([5]), query_pre_attn_scalar=16)),
     (header("smollm3"), Facts(layer_types=["full_attention"] * 8, no_rope_layers=[1, 1, 1, 0] * 2)),
     (header("exaone4", 64, **SLIDES), Facts(layer_types=kinds([*range(3, 64, 4)], 64))),
     (header("lfm2", attention__head_count_kv=[0, 2] * 4), Facts(layer_types=["conv", "full_attention"] * 4)),
-]
+]  # fmt: skip
 REFUSED = [
     (header("smollm3"), Facts(no_rope_layers=[1, 0, 1, 1] * 2), "every 4th layer of smollm3 differently"),
     (header("smollm3"), Facts(layer_types=["full_attention"] * 8, no_rope_layers=[1] * 8), "every 4th layer"),

@@ -333,14 +333,11 @@ def said(hub, tiny_model, texts, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no token", "needs a token, and there is none"),
-        ("refused", "the token is refused (401)"),
-        ("reads", "the token may only read"),
-        ("stranger", "no member of 'them'"),
-        ("watched", "me may only read in 'watched'"),
-        ("name", "'a b' is no name for a repository"),
+        ("no token", "needs a token, and there is none"), ("refused", "the token is refused (401)"),
+        ("reads", "the token may only read"), ("stranger", "no member of 'them'"),
+        ("watched", "me may only read in 'watched'"), ("name", "'a b' is no name for a repository"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_pushed_is_refused(said, name, words):
     code, printed, errors = said[name]
     assert code == 2, errors

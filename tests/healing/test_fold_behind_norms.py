@@ -20,15 +20,9 @@ from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
 SHAPE = {
-    "vocab_size": tiny.VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 5,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-}
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "num_hidden_layers": 5, "initializer_range": 0.15, "pad_token_id": 0,
+}  # fmt: skip
 FAMILIES = {
     "gemma3": transformers.Gemma3TextConfig(**SHAPE, head_dim=8),
     "olmo2": transformers.Olmo2Config(**SHAPE),

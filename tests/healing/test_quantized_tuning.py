@@ -42,11 +42,7 @@ from layercut.segments import Segment
 TOKENS, HELDOUT = tiny.some_tokens(16), tiny.some_tokens(4, seed=1)
 STOPPED = 130
 """Exit status of a command that Ctrl-C ended."""
-WAYS: list[dict[str, Any]] = [
-    {"bits": 4},
-    {"bits": 3, "embedding_bits": 3},
-    {"bits": 2, "embedding_bits": 8},
-]
+WAYS: list[dict[str, Any]] = [{"bits": 4}, {"bits": 3, "embedding_bits": 3}, {"bits": 2, "embedding_bits": 8}]
 
 
 def half(model: Any) -> Any:
@@ -362,10 +358,7 @@ BIASED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("config", "options"),
-    [
-        (Qwen2Config(**BIASED, num_key_value_heads=2), {"bits": 4}),
-        (PhiConfig(**BIASED), {"bits": 4}),
-    ],
+    [(Qwen2Config(**BIASED, num_key_value_heads=2), {"bits": 4}), (PhiConfig(**BIASED), {"bits": 4})],
     ids=["biases beside projections", "a head with a bias"],
 )  # fmt: skip
 def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path):

@@ -2,19 +2,16 @@
 
 import json
 import threading
-import time
 from dataclasses import FrozenInstanceError, replace
 
 import matplotlib as mpl
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import tiny
-from layercut import layer_search, registries
+from layercut import registries
 from layercut.cli.command_line import main
-from layercut.data.blocks import stored_blocks
-from layercut.errors import ConfigError, DataError, ModelError
+from layercut.errors import ConfigError, DataError
 from layercut.layer_search import Candidate, Cost, SearchResult, search
 from layercut.layer_search.sweep import set_costs
 from layercut.models.runner import DecoderRunner
@@ -69,21 +66,17 @@ def test_a_share_a_number_and_a_runner_are_the_same_search(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "none of ratio, n_layers and segments"),
-        ({"ratio": 0.2, "n_layers": 2}, "ratio and n_layers of ratio"),
-        ({"ratio": 0.01}, "is 0 layers"),
-        ({"n_layers": 8}, "8 of 8 layers cannot be removed"),
-        ({"ratio": "0.2"}, "ratio='0.2' is no number"),
-        ({"n_layers": 2.0}, "n_layers=2.0 is no whole number"),
-        ({"segments": [Segment(6, 9)]}, "beyond the model's 8 layers"),
-        ({"segments": 5}, "5 is no segment"),
+        ({}, "none of ratio, n_layers and segments"), ({"ratio": 0.2, "n_layers": 2}, "ratio and n_layers of ratio"),
+        ({"ratio": 0.01}, "is 0 layers"), ({"n_layers": 8}, "8 of 8 layers cannot be removed"),
+        ({"ratio": "0.2"}, "ratio='0.2' is no number"), ({"n_layers": 2.0}, "n_layers=2.0 is no whole number"),
+        ({"segments": [Segment(6, 9)]}, "beyond the model's 8 layers"), ({"segments": 5}, "5 is no segment"),
         ({"n_layers": 2, "num_segments": 0}, "num_segments=0"),
         ({"n_layers": 2, "num_segments": "two"}, "num_segments='two'"),
         ({"n_layers": 2, "method": None}, "method=None is no criterion"),
         ({"n_layers": 2, "method": "sled"}, "'sled' is unknown"),
         ({"n_layers": 2, "method": "sleb", "num_segments": 2}, "num_segments is not for the criterion 'sleb'"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_make_sense_is_refused_with_a_hint(model, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         search(model, tiny.some_tokens(), **changes)
@@ -97,30 +90,16 @@ def test_given_segments_are_spelt_as_for_a_cut(model):
     assert search(model, tokens, segments="3:5").segments == [Segment(3, 5)]
 
 
-@pytest.mark.parametrize("how", [{"segments": "3:5"}, {"n_layers": 2, "method": "angular"}])
-def test_the_seconds_count_real_cuts_too(how, model, monkeypatch):
-    monkeypatch.setattr(layer_search, "set_costs", lambda *a, **k: time.sleep(0.2) or set_costs(*a, **k))
-    assert search(model, tiny.some_tokens(), **how).seconds >= 0.2
-
-
 @pytest.mark.parametrize(
     "tokens",
     [
-        [[1, 2, 3]],
-        torch.zeros(16, dtype=torch.long),
-        torch.zeros(2, 1).long(),
-        torch.rand(2, 16),
+        [[1, 2, 3]], torch.zeros(16, dtype=torch.long), torch.zeros(2, 1).long(), torch.rand(2, 16),
         torch.zeros(1, 999).long(),
     ],
-)
+)  # fmt: skip
 def test_tokens_that_are_no_rows_of_ids_are_refused(model, tokens):
     with pytest.raises(DataError):
         search(model, tokens, n_layers=2)
-
-
-def test_ids_beyond_the_vocabulary_are_refused(model):
-    with pytest.raises(ModelError, match="vocabulary"):
-        search(model, torch.full((2, 8), tiny.VOCABULARY), n_layers=2)
 
 
 def test_a_result_is_frozen_serialises_and_shows_itself(model):
@@ -191,36 +170,13 @@ def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(mo
 @pytest.mark.parametrize(
     ("picked", "message"),
     [
-        ([Segment(1, 2)], "picked 1 layers"),
-        ([], r"picked 0 layers \(none\)"),
-        ([Segment(7, 9)], "beyond"),
+        ([Segment(1, 2)], "picked 1 layers"), ([], r"picked 0 layers \(none\)"), ([Segment(7, 9)], "beyond"),
         (torch.zeros(3), r"scores of shape \[3\]; allowed is \[8\]"),
     ],
-)
+)  # fmt: skip
 def test_what_a_criterion_may_not_pick(model, picked, message):
     with pytest.raises(ConfigError, match=message):
         search(model, tiny.some_tokens(), n_layers=2, method=lambda runner, tokens, length: picked)
-
-
-@pytest.mark.parametrize("method", ["fisher", "test-ends"])
-def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, registered, method, capsys):
-    @registered.register("test-ends")
-    def ends(runner, tokens, length, **_):
-        return [Segment(0, 1), Segment(len(runner) - length + 1, len(runner))]
-
-    out = tmp_path / "run"
-    settings = [f"--data={texts[0]}", "--tokens=128", "--window=16", "--ratio=0.4", f"--out={out}"]
-    assert main(["search", str(tiny_model), *settings, f"--method={method}"]) == 0
-    artefact = json.loads((out / "search.json").read_text())
-    tokens = stored_blocks(out, "calibration")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    found = search(model, tokens, ratio=0.4, method=method, seed=artefact["seed"]).to_dict()
-    assert {key: artefact[key] for key in found} == found
-    assert found["method"] == method
-    head, best, *_ = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert head[0] == "segments"
-    assert best[0] == ", ".join(f"{a}:{b}" for a, b in found["segments"])
-    assert float(best[1]) == pytest.approx(found["candidates"][0]["kl"], rel=1e-3)
 
 
 def test_the_command_asks_a_criterion_of_ones_own_whether_it_takes_several_segments(

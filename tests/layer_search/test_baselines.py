@@ -8,15 +8,15 @@ import torch.nn.functional as F
 
 import tiny
 from layercut.layer_search import baselines, search
-from layercut.layer_search.baselines import cosines, distinct, level_switch, sleb, sleb_work, taylor_scores
-from layercut.layer_search.criteria import lowest, one_shot
+from layercut.layer_search.baselines import cosines, sleb, sleb_work, taylor_scores
+from layercut.layer_search.criteria import one_shot
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs, set_work
 from layercut.models import decoder_stack
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner
-from layercut.segments import Segment, joined_segments, layers_of
+from layercut.segments import Segment, joined_segments
 from layercut.surgery import cut_segment_
 
 BASELINES = [
@@ -96,12 +96,6 @@ def test_protected_layers_are_taken_only_where_nothing_else_is_left():
     assert one_shot(scores, Restriction.none(8, 6)) == (Segment(0, 1), Segment(2, 7))
 
 
-def test_scores_are_taken_from_the_lowest_and_nan_is_the_worst():
-    scores = torch.tensor([3.0, float("nan"), 1.0, 2.0])
-    assert lowest(scores, Restriction.none(4, 2)) == (Segment(2, 4),)
-    assert lowest(scores, Restriction.none(4, 3)) == (Segment(0, 1), Segment(2, 4))
-
-
 def test_reverse_order_keeps_the_last_layer_and_random_is_uniform():
     runner, tokens, limits = DecoderRunner(tiny.llama()), tiny.some_tokens(), Restriction.none(8, 3)
     assert baselines.reverse_order(runner, tokens, 3, restriction=limits) == (Segment(4, 7),)
@@ -139,16 +133,6 @@ def test_evolution_finds_planted_layers_for_the_work_of_sleb(seed):
     found = search(model, tokens, n_layers=4, method="evolution", seed=seed)
     assert tuple(found.segments) == joined_segments(planted)
     assert 0.8 * sleb_work(4, 16, 16) < found.cost.layer_forwards <= sleb_work(4, 16, 16)
-
-
-def test_children_differ_and_keep_the_number_of_layers():
-    generator, parent = torch.Generator().manual_seed(0), joined_segments([1, 2, 5])
-    children = [level_switch(parent, 8, generator, Restriction.none(8, 3)) for _ in range(40)]
-    assert {sum(map(len, child)) for child in children} == {3}
-    assert {len({*layers_of(child)} - {1, 2, 5}) for child in children} == {1, 2, 3}
-    one = joined_segments([0])
-    few = distinct(lambda: level_switch(one, 4, generator, Restriction.none(4, 1)), 8, one)
-    assert sorted(few) == [(Segment(1, 2),), (Segment(2, 3),), (Segment(3, 4),)]
 
 
 @pytest.mark.parametrize("method", BASELINES[2:])

@@ -112,15 +112,6 @@ def test_a_planted_segment_is_found_by_the_slopes_of_the_gate_and_not_without_th
         assert search(stack, tokens, n_layers=4, method="clp").segments != [Segment(at, at + 4)]
 
 
-def test_two_planted_segments_are_found_by_two_wells():
-    stack, tokens = DecoderRunner(rugged(16, range(3, 6), weak=0.01)), tiny.some_tokens(8, 64)
-    for i in (11, 12):
-        stack.layers[i].self_attn.o_proj.weight.mul_(1e-3)
-        stack.layers[i].mlp.down_proj.weight.mul_(1e-3)
-    found = search(stack, tokens, n_layers=5, method="clp", num_segments=2)
-    assert found.segments == [Segment(3, 6), Segment(11, 13)]
-
-
 def test_the_same_seed_gives_the_same_and_the_trace_shows_a_well_that_sharpens():
     stack, tokens = DecoderRunner(rugged(16, range(6, 10))), tiny.some_tokens(8, 64)
     first, again = (search(stack, tokens, n_layers=4, method="clp", seed=3) for _ in range(2))

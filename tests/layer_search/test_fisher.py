@@ -118,15 +118,6 @@ def test_three_segments_are_found_for_less_than_cutting_single_ones_takes():
     assert tuple(search(model, tokens, n_layers=6, num_segments=3, method="fisher").segments) == deep
 
 
-def test_same_seed_same_answer_and_another_draw_another_estimate():
-    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens()
-    for method in ("fisher", "race"):
-        runs = [search(stack, tokens, n_layers=2, method=method, seed=1, num_segments=2) for _ in range(2)]
-        assert runs[0] == runs[1]
-    prices = CutCosts(stack, tokens, Cost())
-    assert not torch.equal(estimate(prices, 2, 0).table, estimate(prices, 2, 1).table)
-
-
 def test_slopes_that_float16_does_not_hold_are_scaled_and_a_scale_that_overflows_is_halved(monkeypatch):
     exact, half = DecoderRunner(tiny.llama(layers=4)), DecoderRunner(tiny.llama(layers=4).half())
     row, weights = tiny.some_tokens(1, 12), torch.full((12,), 1e-14)

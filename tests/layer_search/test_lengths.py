@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from layercut import files, layer_search
+from layercut import files
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, SearchConfig
 from layercut.errors import ConfigError
@@ -156,13 +156,6 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
 def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
     _, found = search(tiny_model, texts, tmp_path / "two", "--ratio=0.4", "--num-segments=2")
     assert sum(stop - start for start, stop in found["segments"]) == 3
-
-
-def test_given_segments_are_priced_together():
-    found = layer_search.search(
-        DecoderRunner(tiny.llama()), tiny.some_tokens(), segments=[Segment(5, 6), Segment(1, 2)]
-    )
-    assert found.candidates[0].segments == (Segment(1, 2), Segment(5, 6))
 
 
 @pytest.mark.parametrize(

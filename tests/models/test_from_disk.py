@@ -295,7 +295,7 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
 # --- what is refused, and what is counted on ---
 
 
-@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--probes", "--long-context=32", "two processes"])
+@pytest.mark.parametrize("flag", ["--bits=8", "--probes", "two processes"])
 def test_what_needs_the_model_in_memory_is_refused_at_once(flag, tiny_model, texts, tmp_path, capsys, monkeypatch):
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--place=disk"]
     words = f"{flag.partition('=')[0]} needs the model in memory"

@@ -193,10 +193,9 @@ def test_methods_that_take_probes_search_again_by_probes_of_another_edition(argu
         assert len(tried) == searched, "fisher:all alone sees tests"
 
 
-@pytest.mark.parametrize("more", ["", ",block-influence"])
-def test_a_finished_comparison_is_not_replaced_by_edits_in_place(more, tiny_model, texts, tmp_path, capsys):
+def test_a_finished_comparison_is_not_replaced_by_edits_in_place(tiny_model, texts, tmp_path, capsys):
     """Nor where more methods are asked for: those that there are would be of another text."""
-    data, run = shutil.copy(texts[0], tmp_path / "data.txt"), tmp_path / "run"
+    data, run, more = shutil.copy(texts[0], tmp_path / "data.txt"), tmp_path / "run", ",block-influence"
     command = ["compare", str(tiny_model), "--ratio=0.25", f"--data={data}", f"--eval-data={texts[1]}", f"--out={run}"]
     command += ["--tokens=64", "--window=16", "--eval-tokens=64", "--tune-tokens=0"]
     methods = "--methods=reverse-order,random"

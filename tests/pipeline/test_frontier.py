@@ -31,15 +31,10 @@ def point(ratio: float, setting: str, size: float, *rises: float) -> dict:
 
 DENSE = point(0.0, "bf16", 1000, 0.0, 0.0)
 POINTS = [
-    DENSE,
-    point(0.2, "bf16", 800, 0.20, 0.30),
-    point(0.4, "bf16", 600, 1.00, 0.90),
-    point(0.0, "int8", 500, 0.005, 0.001),
-    point(0.0, "int4", 300, 0.04, 0.08),
-    point(0.2, "int8", 400, 0.21, 0.31),
-    point(0.2, "int4", 240, 0.25, 0.40),
-    point(0.4, "int4", 190, 1.20, 1.00),
-]
+    DENSE, point(0.2, "bf16", 800, 0.20, 0.30), point(0.4, "bf16", 600, 1.00, 0.90),
+    point(0.0, "int8", 500, 0.005, 0.001), point(0.0, "int4", 300, 0.04, 0.08), point(0.2, "int8", 400, 0.21, 0.31),
+    point(0.2, "int4", 240, 0.25, 0.40), point(0.4, "int4", 190, 1.20, 1.00),
+]  # fmt: skip
 
 
 def test_fronts_budgets_and_the_goal_are_those_worked_out_by_hand(fronts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -121,36 +122,20 @@ def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path):
         run.describe({"model": "m"})
 
 
+class NearlyFull(io.FileIO):
+    def write(self, data: Any) -> int:
+        return super().write(data[:5])
+
+
 def test_a_full_disk_leaves_no_half_line_among_the_events(tmp_path, monkeypatch):
     with Run(tmp_path / "run") as run:
         run.describe({"model": "m"})
         run.event("text", 0, "started", 1, "")
         before = (run / "metrics.jsonl").read_bytes()
-        opened = Path.open
-
-        def nearly_full(path: Path, *args: Any, **how: Any) -> Any:
-            file = opened(path, *args, **how)
-            write = file.write
-
-            class Few:
-                def __enter__(self) -> Any:
-                    return self
-
-                def __exit__(self, *_: object) -> None:
-                    file.close()
-
-                def write(self, data: bytes) -> int:
-                    return write(data[:5])
-
-                def __getattr__(self, name: str) -> Any:
-                    return getattr(file, name)
-
-            return Few()
-
-        monkeypatch.setattr(Path, "open", nearly_full)
-        with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
-            run.event("text", 0, "finished", 1, "")
-        monkeypatch.undo()
+        with monkeypatch.context() as full:
+            full.setattr(Path, "open", lambda path, mode, **_: NearlyFull(path, mode.replace("b", "")))
+            with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
+                run.event("text", 0, "finished", 1, "")
         assert (run / "metrics.jsonl").read_bytes() == before
 
 

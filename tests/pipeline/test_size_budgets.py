@@ -54,12 +54,10 @@ def test_budgets_that_cannot_be_met_are_refused_with_what_was_seen(tiny_model, t
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--target-size=1MB", "--max-loss=0.1", "--tune-tokens=0"],
-        ["--ratio=0.5", "--max-loss=0.1"],
-        ["--target-size=1MB", "--max-loss=0.1", "--bits=8"],
-        ["--ratio=0.5", "--embedding-bits=8"],
+        ["--target-size=1MB", "--max-loss=0.1", "--tune-tokens=0"], ["--ratio=0.5", "--max-loss=0.1"],
+        ["--target-size=1MB", "--max-loss=0.1", "--bits=8"], ["--ratio=0.5", "--embedding-bits=8"],
     ],
-)
+)  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, tiny_model, texts, tmp_path, capsys):
     argv = [flag for flag in command(tiny_model, texts, tmp_path / "run") if not flag.startswith("--tune-tokens")]
     assert main([*argv, *flags]) == 2

@@ -25,7 +25,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, decoder_stack, loading
-from layercut.quantization import bit_choice, quantize_, quantized_weights, quantizers, recipe
+from layercut.quantization import bit_choice, quantize_, quantized_weights
 from layercut.quantization.calibration import token_weights
 from layercut.quantization.packing import saved_bytes
 from layercut.quantization.quantizers import gram, output_errors
@@ -113,23 +113,6 @@ def test_a_module_that_does_not_see_every_token_has_no_weights():
     weights = token_weights(dense, TOKENS, names)
     assert set(names) - set(weights) == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert {row.method for row in quantize_(dense, TOKENS, QuantizeConfig(bits=4)).weights} == {"gptq"}
-
-
-def test_rounding_needs_no_mode_of_its_own_and_eight_bits_no_text():
-    dense = tiny.llama(2)
-    found = [quantize_(decoder_stack.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
-    with torch.inference_mode():
-        found.append(quantize_(decoder_stack.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    found = [
-        quantize_(decoder_stack.share(dense), tokens, QuantizeConfig(bits=8, embedding_bits=8))
-        for tokens in (None, TOKENS)
-    ]
-    assert {row.method for row in found[0].weights} == {"rtn"}
-    assert all(torch.equal(found[0].packed[name], found[1].packed[name]) for name in found[0].packed)
-    assert recipe(QuantizeConfig(bits=8)) == []
-    assert recipe(QuantizeConfig(bits=4)) == quantizers.RECIPE, "an input of the stages that round"
-    assert recipe(QuantizeConfig(bits="auto")) == quantizers.RECIPE + bit_choice.CHOSEN_AMONG
 
 
 # --- embeddings and head ---

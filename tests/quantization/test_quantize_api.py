@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import os
-import signal
-import threading
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import folders
@@ -162,13 +157,11 @@ def test_codes_that_are_none_are_refused(make, words):
     [
         (ConfigError, "needs_calibration", TOKENS, {"quantizer": lambda *_: None}),
         (ConfigError, "gptq is calibrated on tokens, and none are given", None, {}),
-        (ConfigError, "'gtpq' is unknown", TOKENS, {"quantizer": "gtpq"}),
-        (ConfigError, "bits=5", TOKENS, {"bits": 5}),
-        (DataError, r"\[16\] of int64", TOKENS[0], {}),
-        (DataError, "of float32", TOKENS.float(), {}),
+        (ConfigError, "'gtpq' is unknown", TOKENS, {"quantizer": "gtpq"}), (ConfigError, "bits=5", TOKENS, {"bits": 5}),
+        (DataError, r"\[16\] of int64", TOKENS[0], {}), (DataError, "of float32", TOKENS.float(), {}),
         (ModelError, "token 96", TOKENS.clamp(min=96), {}),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_quantized_is_refused(error, words, tokens, asked):
     with pytest.raises(error, match=words):
         lc.quantize(tiny.llama(2), tokens, **{"bits": 4} | asked)
@@ -246,28 +239,3 @@ def test_an_exporter_runs_by_name(tiny_model, tmp_path, monkeypatch, capsys):
         assert main([*argv, "--force", f"--format={wrong}"]) == 2
     assert [path.name for path in out.parent.iterdir()] == ["files.json"], "what was there stays"
     assert "config.json" in json.loads(out.read_text())
-
-
-def process_state() -> list:
-    handlers = [list(logging.getLogger(name).handlers) for name in ("", "layercut", "transformers")]
-    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    threads = {thread.name for thread in threading.enumerate()}
-    numbers = (torch.get_num_threads(), torch.random.get_rng_state().sum().item(), torch.is_grad_enabled())
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    return [handlers, signals, threads, numbers, bars, transformers.utils.logging.get_verbosity(), dict(os.environ)]
-
-
-def test_nothing_of_the_process_is_changed(texts, tmp_path, monkeypatch, capfd):
-    """While messages are listened to, which starts the threads of bars."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("layercut"), "level", logging.INFO)
-    tokenizer, model = folders.tokenizer(), tiny.llama(4, vocab_size=folders.VOCABULARY)
-    before = process_state()
-    lc.token_blocks("self", tokenizer, tokens=32, window=16, model=model)
-    tokens = lc.token_blocks(texts[0], tokenizer, tokens=64, window=16)
-    packed = lc.quantize(lc.cut(model, "1:2"), tokens, bits=4)
-    assert not list(tmp_path.iterdir())
-    lc.save(packed, tokenizer, "model", verify=False)
-    assert process_state() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert capfd.readouterr() == ("", "")

@@ -78,12 +78,7 @@ def source_of(tmp_path_factory) -> Callable[[str], census.Original]:
     return cache(lambda model_type: census.original(model_type, tmp_path_factory.mktemp(model_type)))
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
-)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     model_type=st.sampled_from(["llama", "gemma2", "gemma3_text", "qwen3_next", "jamba", "mixtral", "lfm2"]),
     segments=cuts(),

@@ -46,8 +46,7 @@ def write(
         )
     shapes = {
         "attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,), "attn_q.weight": (HIDDEN, HIDDEN),
-        "attn_k.weight": (HIDDEN, HIDDEN), "attn_v.weight": (HIDDEN, HIDDEN),
-        "attn_output.weight": (HIDDEN, HIDDEN),
+        "attn_k.weight": (HIDDEN, HIDDEN), "attn_v.weight": (HIDDEN, HIDDEN), "attn_output.weight": (HIDDEN, HIDDEN),
         "ffn_gate.weight": (FFN, HIDDEN), "ffn_up.weight": (FFN, HIDDEN), "ffn_down.weight": (HIDDEN, FFN),
     }  # fmt: skip
     named = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
