@@ -230,7 +230,7 @@ def test_a_finished_run_is_not_replaced_by_edits_in_place(again, tiny_model, tex
     again.stopped()
     command = arguments(model, texts, again.run)
     assert main(command) == 0
-    before, already = contents(again.run), len(started(again.run))
+    before = contents(again.run)
 
     def refused(*more: str) -> None:
         capsys.readouterr()
@@ -254,6 +254,7 @@ def test_a_finished_run_is_not_replaced_by_edits_in_place(again, tiny_model, tex
                 assert "is another model than the one that" in capsys.readouterr().err
         assert contents(again.run) == before
         file.write_bytes(sound)
+    already = len(started(again.run))
     assert main(command) == 0
     assert started(again.run)[already:] == []
 
