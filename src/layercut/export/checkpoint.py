@@ -36,7 +36,7 @@ from layercut.surgery.checkpoint_cut import BESIDE, companions
 
 CHECKER = Path(__file__).with_name("reload_process.py")
 STEP = "step: "  # how a line of a checker begins that says what it does next
-CHECK_TOKENS, CHECK_WINDOW = 4096, 256  # tokens of text, at most, that what was exported is measured on again
+CHECK_TOKENS, CHECK_WINDOW = 2048, 256  # tokens of text, at most, that what was exported is measured on again
 
 
 class ReloadError(Exception):
