@@ -281,17 +281,15 @@ class NextToken(Objective):
         return F.cross_entropy(student, targets, reduction="none", ignore_index=-1)
 
 
-def objective_of(given: str | Objective | type[Objective], **options: Any) -> Objective:
-    """An objective from its name or class, with options of its constructor; an instance is returned as it is."""
+def objective_of(given: str | Objective | type[Objective]) -> Objective:
+    """An objective from its name or class; an instance is returned as it is."""
     if isinstance(given, Objective):
         return given
     kind = objectives.get(given) if isinstance(given, str) else given
     try:
-        made = kind(**options)
+        made = kind()
     except TypeError as error:
-        got = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
-        words = f"the objective {given!r} cannot be used with {got}: {error}"
-        raise ConfigError(words, "leave out what it does not take") from error
+        raise ConfigError(f"the objective {given!r} cannot be made: {error}", "give an instance of it") from error
     if not isinstance(made, Objective):
         raise ConfigError(f"the objective {given!r} is a {type(made).__name__}", "subclass layercut.Objective")
     if isinstance(given, str):
