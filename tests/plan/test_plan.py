@@ -182,6 +182,18 @@ def test_layers_that_a_search_runs_are_near_those_that_it_counts(llama, method, 
         assert cost.layer_forwards == there
 
 
+def test_where_nothing_folds_a_shortlist_has_no_folds(llama):
+    high = replace(run_of(llama[1], Segment(2, 5)), shortlisted=True)
+    normal = replace(high, config=replace(high.config, search=SearchConfig(ratio=0.25, method="exhaustive")))
+    for run, folds_alone in ((high, False), (normal, True)):
+        plain, nothing, folded = (
+            layers_run(stages(replace(run, **how))["search"])[0]
+            for how in ({"shortlisted": False}, {"foldable": False}, {"foldable": True})
+        )
+        assert nothing < folded
+        assert (nothing == plain) is folds_alone
+
+
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama

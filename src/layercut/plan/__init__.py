@@ -224,7 +224,7 @@ class Planner:
                 config=config, shape=shape, tuned=self.shape(config.heal.tune_window or window, on_cpu),
                 reported=self.shape(config.evaluate.eval_window or window, on_cpu), segments=self.segments,
                 after=self.after, tests=planned_search_tests(config), budget=budget, libraries=base,
-                shortlisted=not on_disk and shortlists(config),
+                shortlisted=not on_disk and shortlists(config), foldable=what_folds(self.stock) != "",
             )
         )  # fmt: skip
         gguf, folder = self.checkpoint.gguf, self.checkpoint.folder

@@ -85,6 +85,8 @@ class Planned:
     """Rows of probes that are searched on beside the text; as many are rounded on."""
     shortlisted: bool
     """Whether candidates are healed for a while before one is chosen."""
+    foldable: bool = True
+    """Whether any layer has what a fold solves."""
     budget: Budget
     libraries: int
     """Bytes of Python and its libraries where a stage computes on the CPU."""
@@ -160,7 +162,8 @@ def stages(run: Planned) -> dict[str, Stage]:
     if config.shares_size:  # how many cuts are compared is not known
         found["shares"] = Stage(max(fold(run).peak, quantize(run).peak, key=total), None)
     if run.segments:
-        found["search"] = search(run).then(shortlist(run)) if run.shortlisted else search(run)
+        judged = run.shortlisted and (run.foldable or EFFORTS[run.config.search.effort].healed)
+        found["search"] = search(run).then(shortlist(run)) if judged else search(run)
         if config.heal.fold:
             found["fold"] = fold(run)
         if config.heal.tune_tokens:
@@ -258,7 +261,10 @@ def shortlist(run: Planned) -> Stage:
     each = passes(shape, (fit + judged) * shape.layers / 2, heads=2 * judged, flops64=solved)
     states = min(2**31, (shape.layers + 1) * shape.stream(fit + judged))
     rows, long = min(run.heldout, effort.heldout) + effort.short_tests * probed, effort.long_tests * probed
-    folded, healed = 2 * effort.pool + 3 + effort.proposed, effort.healed + effort.places * effort.variants
+    folded, healed = (
+        (2 * effort.pool + 3 + effort.proposed) * run.foldable,
+        effort.healed + effort.places * effort.variants,
+    )
     healed, longer = healed + bool(healed), min(3, effort.finalists)  # with the best by text alone
     once, trained = fold(run, effort.fold_tokens), tune(run)
     held = {"dense states": states + shape.stream(rows) + run.tuned.stream(long)}
