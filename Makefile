@@ -9,7 +9,11 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
 
-test: lint
+test:
+	$(MAKE) -j 2 lint tests
+
+.PHONY: tests
+tests: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where there is an accelerator: the tests that need one, and the benchmark of everything on it, in nine minutes.

@@ -29,12 +29,13 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: sums are split by it, hence their last bits
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-LONGEST = [f"test_{name}.py" for name in ("journey", "processes", "probes", "shortlist", "resume", "from_disk")]
+LONGEST = ("journey", "resume", "from_disk", "processes", "cut_families", "gguf_export", "bits_by_budget", "plan",
+           "gguf_run", "command_line", "compare", "trial", "cut_gguf", "probes_in_runs")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first: each is one process's, and none should be left alone with one at the end."""
-    places = {name: place for place, name in enumerate(LONGEST)}
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
