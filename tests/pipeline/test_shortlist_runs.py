@@ -31,6 +31,8 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_folder import KnownCosts, Run
 from layercut.pipeline.stages import heal, shortlisting
 from layercut.pipeline.stages.heal import DEFAULT_MIX
+from layercut.progress import progress_to
+from layercut.report.formatting import layer_names
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -169,8 +171,12 @@ def test_each_source_has_its_share_of_what_heals_a_candidate():
 
 def test_with_a_normal_effort_the_quick_fold_decides(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(shortlisting, "healed_for_a_while", None)
-    assert main(["tune", str(tiny_model), *SEARCH, *TUNE, f"--data={texts[0]}", f"--out={tmp_path}"]) == 0
+    told = []
+    with progress_to(lambda *step: told.append(step)):
+        assert main(["tune", str(tiny_model), *SEARCH, *TUNE, f"--data={texts[0]}", f"--out={tmp_path}"]) == 0
     found = read(tmp_path)
+    last = [words for name, _, _, words in told if name == "measuring cuts after a quick fold"][-1]
+    assert last.startswith(f"best of {len(found['shortlist'])}: without layers {layer_names(found['segments'])}, ")
     least = min(found["shortlist"], key=lambda one: one["folded"])
     assert found["segments"] == least["segments"]
     assert len({one["folded"] for one in found["shortlist"]}) > 3

@@ -34,6 +34,7 @@ from layercut.pipeline.stages.heal import keyed, tokens_to_fold, tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
 from layercut.registries import objectives
+from layercut.report.formatting import layer_names
 from layercut.segments import Segment
 
 FIT_TESTS = 8
@@ -80,9 +81,10 @@ def go_on(
     limits = how["restriction"] or Restriction.none(len(work.stack), how["n_layers"])
     costs, known = CutCosts(work.stack, tokens, Cost(), tests), KnownCosts(work.run, stage)
     of_text: dict[tuple[Segment, ...], float] = {}
+    folded: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
         if foldable:
-            shown.enter_context(bar("measuring cuts after a quick fold", None))
+            advance = shown.enter_context(bar("measuring cuts after a quick fold", None))
         else:
             say("shortlist", "no layer of this model has a linear output to fold, so no cut has a quick fold")
 
@@ -96,7 +98,12 @@ def go_on(
             return True
 
         def fold_cost(cuts: Sequence[Segment]) -> float:
-            return known("folded", cuts, lambda: folds()(cuts)) if can_be_cut(tuple(cuts)) else math.inf
+            cost = known("folded", cuts, lambda: folds()(cuts)) if can_be_cut(tuple(cuts)) else math.inf
+            folded[tuple(cuts)] = cost
+            best = min(folded, key=folded.__getitem__)
+            layers = layer_names([[each.start, each.stop] for each in best])
+            advance(1, f"best of {len(folded)}: without layers {layers}, {folded[best]:.4g} nats")
+            return cost
 
         def healed_cost(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
