@@ -201,16 +201,12 @@ def _check_tokens(tokens: Any, model: Any) -> None:
     ids = isinstance(tokens, torch.Tensor) and not tokens.is_floating_point() and tokens.dtype is not torch.bool
     if not ids or tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
         got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        raise DataError(
-            f"the tokens are {got}; allowed are token ids [N, T], N at least 1, T at least 2",
-            "layercut.token_blocks(text, tokenizer, tokens=32768) makes them",
-        )
+        words = f"the tokens are {got}; allowed are token ids [N, T], N at least 1, T at least 2"
+        raise DataError(words, "layercut.token_blocks(text, tokenizer, tokens=32768) makes them")
     limit = decoder_stack.positions(model.config)
     if limit and tokens.shape[1] > limit:
-        raise DataError(
-            f"windows of {tokens.shape[1]:,} tokens are longer than the model's {limit:,} positions",
-            "give shorter windows: token_blocks(…, window=256)",
-        )
+        words = f"windows of {tokens.shape[1]:,} tokens are longer than the model's {limit:,} positions"
+        raise DataError(words, "give shorter windows: token_blocks(…, window=256)")
     decoder_stack.check_tokens(tokens, model.config, type(model).__name__)
 
 

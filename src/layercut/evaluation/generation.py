@@ -27,8 +27,7 @@ PROMPTS = (
     "How do I boil an egg?",
     "Tell me a story about a dragon and a baker.",
 )
-SAMPLE = 64
-"""Tokens written after each of them, at most."""
+SAMPLE = 64  # tokens written after each of them, at most
 LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 24
 """Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
 PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,

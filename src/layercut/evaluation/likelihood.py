@@ -20,8 +20,7 @@ from layercut.models.memory import ShrinkingParts, budget, slices
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
 Advance = Callable[[float], None]
-MOST_LONG_WINDOWS = 8
-"""A CPU takes seconds for each."""
+MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
 
 
 def perplexity(model: Any, tokens: torch.Tensor, *, advance: Advance = lambda rows: None) -> float:

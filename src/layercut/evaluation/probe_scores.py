@@ -29,17 +29,14 @@ from layercut.models.memory import slices
 from layercut.models.runner import prepared
 from layercut.progress import say
 
-ROWS = 4
-"""Rows of probes in one forward pass."""
+ROWS = 4  # rows of probes in one forward pass
 LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 48, 256
 """Tokens of the longest prompts; rows of probes, and tokens in one: twenty answers of each capability."""
 Trial = tuple[int, float, list[int], str]
 """Length in tokens at most, depth, token ids of the prompt, and the right answer."""
-Grid = list[dict[str, Any]]
-"""[{"length", "depth", "found", "trials"}, …]."""
+Grid = list[dict[str, Any]]  # [{"length", "depth", "found", "trials"}, …]
 DEPTHS, TRIALS = (0.0, 0.25, 0.5, 0.75, 1.0), 2
-ANSWER = 8
-"""New tokens: enough for five digits, one a token, with a blank before them."""
+ANSWER = 8  # new tokens: enough for five digits, one a token, with a blank before them
 FILLER = (
     "The bakery on the corner opens before sunrise.", "A tram rattles past the old town hall.",
     "Rain has been falling on the harbour since noon.", "The gardener waters the tomatoes in the evening.",
@@ -220,8 +217,7 @@ class Probes:
     keys: list[Trial]
     lists: list[Trial]
     rows: ProbeRows
-    longest: int
-    """Tokens of the longest prompts."""
+    longest: int  # tokens of the longest prompts
 
     @property
     def prompt_tokens(self) -> int:

@@ -23,8 +23,7 @@ class Seconds:
     """What one phase took, or what clocks say at one moment."""
 
     wall: float
-    cpu: float
-    """Processor time of this process: other processes hardly disturb it. Says nothing of an accelerator."""
+    cpu: float  # processor time of this process: other processes hardly disturb it. Says nothing of an accelerator
 
     def since(self, earlier: Seconds) -> Seconds:
         """The difference; never 0, which nothing could be divided by."""

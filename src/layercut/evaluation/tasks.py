@@ -48,18 +48,15 @@ from layercut.registries import source_digest
 Record = Mapping[str, Any]
 LONGEST_ON_CPU = 2048
 """Tokens a request may have on a CPU; longer ones lose their beginning. A window of 8,192 takes a CPU minutes."""
-MOST_ROWS = 32
-"""Rows of a batch, where the logits leave room for so many."""
-SEED = 1234
-"""lm-eval's own, for few-shot examples and all that is drawn."""
+MOST_ROWS = 32  # rows of a batch, where the logits leave room for so many
+SEED = 1234  # lm-eval's own, for few-shot examples and all that is drawn
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_layer_index", "architectures")
 """Keys of a config that say where a model came from, not what it computes."""
 PREFERRED = ("acc_norm", "acc", "exact_match")
 """Which metric represents a task: the first of these that it reports, else the first one where higher is better."""
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """Metrics by which guessing among n choices scores 1 / n."""
-CLEAR = 2.0
-"""Standard errors of guessing by which a score is above it, where it is no guessing."""
+CLEAR = 2.0  # standard errors of guessing by which a score is above it, where it is no guessing
 DRAWS, FEWEST = 2000, 20
 """Bootstrap samples of the items, and how many items have an error by them: few that agree would have none."""
 
@@ -74,10 +71,8 @@ def check_tasks(names: tuple[str, ...], include_path: Path | None) -> Any:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise ConfigError(
-                "--tasks needs lm-evaluation-harness, which is not installed",
-                "pip install 'layercut[eval]', or in a checkout: pip install '.[eval]'",
-            ) from None
+            words = "--tasks needs lm-evaluation-harness, which is not installed"
+            raise ConfigError(words, "pip install 'layercut[eval]', or in a checkout: pip install '.[eval]'") from None
         if include_path is not None and not include_path.is_dir():
             raise ConfigError(f"--include-path {include_path} is no folder", "name a folder with lm-eval's task files")
         folder = str(include_path) if include_path else None
@@ -110,10 +105,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
             with _quiet(), _seeded():
                 found |= manager.load([name])["tasks"]
         except Exception as error:  # datasets, the Hub, and the code of the task's author each have their own
-            raise DataError(
-                f"task {name!r} cannot be loaded: {first_line(error)}",
-                "check the network; tasks with data of your own: --include-path FOLDER",
-            ) from error
+            words = f"task {name!r} cannot be loaded: {first_line(error)}"
+            raise DataError(words, "check the network; tasks with data of your own: --include-path FOLDER") from error
     for task in found.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -236,10 +229,8 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             if not all(answer for _, _, answer in requests):
-                raise DataError(
-                    f"{self.title}: an answer has no token of its own, since the tokenizer joins it to its question",
-                    "choose another task, or let its questions end with a blank line",
-                )
+                words = f"{self.title}: an answer has no token of its own, since the tokenizer joins it to its question"
+                raise DataError(words, "choose another task, or let its questions end with a blank line")
             # those of one context stay together: lm-eval answers one-token choices of one context in one pass
             sizes = [(len(context) + len(answer), context, answer) for _, context, answer in requests]
             return self._in_slices(requests, sizes, super()._loglikelihood_tokens)
@@ -358,10 +349,8 @@ def representative_metric(record: Record) -> str:
 def check_items(task: str, record: Record, others: Iterable[Record]) -> None:
     """Refuse records of a task that are not of the same items."""
     if any((other["document_hash"], other["items"]) != (record["document_hash"], record["items"]) for other in others):
-        raise RunError(
-            f"models were not scored on the same items{f' of {task}' * bool(task)}",
-            "run again with --force; if that does not help, the task draws its items at random",
-        )
+        words = f"models were not scored on the same items{f' of {task}' * bool(task)}"
+        raise RunError(words, "run again with --force; if that does not help, the task draws its items at random")
 
 
 def compare_records(dense: Record, compressed: Record) -> dict[str, Any]:
@@ -419,15 +408,13 @@ def compare_tasks(dense: Mapping[str, Record], compressed: Mapping[str, Record])
 class Retained:
     """What one of several models retains; None where no task counts, or where it is the first itself."""
 
-    mean: float | None
-    """Mean over tasks of score / dense score."""
+    mean: float | None  # mean over tasks of score / dense score
     error: float | None
     """Its standard error over the items; None of too few, or of a score that is no mean of its items, such as BLEU."""
     above_chance: float | None
     """Mean of (score - chance) / (dense score - chance) over the tasks on which the dense model does not guess."""
     above_chance_error: float | None
-    behind: float | None = None
-    """The first model's mean less this one's."""
+    behind: float | None = None  # the first model's mean less this one's
     behind_error: float | None = None
     p_value: float | None = None
     """How often so large a difference, either way, has the other sign in the samples; two-sided, and not below what a

@@ -54,12 +54,9 @@ from layercut.progress import bar
 
 Given = Sequence[tuple[nn.Parameter, float]]
 """Parameters to train, each with the unit of which the learning rate is a share."""
-STATE_BYTES = 4 * 4
-"""Of a trained parameter, in float32: the master, its gradient and AdamW's two moments."""
-SCORES = 8
-"""How often the held-out loss is taken during tuning, beside once before it."""
-RAISE_EVERY = 64
-"""Steps after which a loss scale that was not too large is doubled."""
+STATE_BYTES = 4 * 4  # of a trained parameter, in float32: the master, its gradient and AdamW's two moments
+SCORES = 8  # how often the held-out loss is taken during tuning, beside once before it
+RAISE_EVERY = 64  # steps after which a loss scale that was not too large is doubled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,18 +42,12 @@ def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any
 class Batch(NamedTuple):
     """n rows of t tokens, each a part of a longer row or a whole one."""
 
-    tokens: torch.Tensor
-    """Ids [n, t]."""
-    rows: torch.Tensor
-    """Of which row each is a part [n]."""
-    starts: torch.Tensor
-    """Where in that row it begins [n]."""
-    token_weights: torch.Tensor | None = None
-    """Factor of each token's loss [n, t]; None: 1."""
-    answers: torch.Tensor | None = None
-    """bool [n, t], where the next-token loss alone counts; None: nowhere."""
-    weight: float = 1.0
-    """Factor of the mean loss over the batch."""
+    tokens: torch.Tensor  # ids [n, t]
+    rows: torch.Tensor  # of which row each is a part [n]
+    starts: torch.Tensor  # where in that row it begins [n]
+    token_weights: torch.Tensor | None = None  # factor of each token's loss [n, t]; None: 1
+    answers: torch.Tensor | None = None  # bool [n, t], where the next-token loss alone counts; None: nowhere
+    weight: float = 1.0  # factor of the mean loss over the batch
 
     def some(self, part: slice) -> Batch:
         """Some of the rows."""
@@ -69,14 +63,10 @@ class Batch(NamedTuple):
 class Rows:
     """Rows to tune on, and how: whole, or each as several shorter ones that begin anew."""
 
-    tokens: torch.Tensor
-    """Ids [N, T]."""
-    row_lengths: torch.Tensor | None = None
-    """int64 [N]: t of the parts that a row is done as, a divisor of T; None: T."""
-    token_weights: torch.Tensor | None = None
-    """[N, T], as of a batch."""
-    answers: torch.Tensor | None = None
-    """bool [N, T], as of a batch."""
+    tokens: torch.Tensor  # ids [N, T]
+    row_lengths: torch.Tensor | None = None  # int64 [N]: t of the parts that a row is done as, a divisor of T; None: T
+    token_weights: torch.Tensor | None = None  # [N, T], as of a batch
+    answers: torch.Tensor | None = None  # bool [N, T], as of a batch
 
     def __post_init__(self) -> None:
         (rows, window), lengths, weights, answers = self.shape, self.row_lengths, self.token_weights, self.answers
@@ -159,8 +149,6 @@ def removed_segments(student: DecoderRunner, dense: DecoderRunner) -> tuple[Segm
     """What the student lacks of the dense model."""
     segments = joined_segments(set(range(len(dense))) - set(kept_positions(student, dense)))
     if not segments:
-        raise ConfigError(
-            f"the student has all {len(dense)} layers of the dense model: there is no cut to heal",
-            "cut some first: student = layercut.cut(dense, segments)",
-        )
+        words = f"the student has all {len(dense)} layers of the dense model: there is no cut to heal"
+        raise ConfigError(words, "cut some first: student = layercut.cut(dense, segments)")
     return segments

@@ -48,11 +48,9 @@ Advance = Callable[[float], None]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges that are tried. Which is best depends on the number of tokens; the largest guard against few."""
 
-HELD_OUT = 8
-"""One row in this many is kept out of the statistics and chooses the ridge."""
+HELD_OUT = 8  # one row in this many is kept out of the statistics and chooses the ridge
 
-COLUMNS = 1024
-"""Columns of Z'Z that are added to at once, below its diagonal alone: it is symmetric."""
+COLUMNS = 1024  # columns of Z'Z that are added to at once, below its diagonal alone: it is symmetric
 
 KEPT_BYTES = 2**30
 """What the hidden states at both ends of a cut may take in the host's memory, so that they are computed once for all
@@ -63,8 +61,7 @@ projections of the layer before it."""
 class Normal:
     """Streamed sums of a least-squares problem z -> y, float64: Z'Z [I, I], Z'Y [I, D], |Y|^2 and tokens."""
 
-    zz: torch.Tensor
-    """Right on and below its diagonal; above it after `whole_`."""
+    zz: torch.Tensor  # right on and below its diagonal; above it after `whole_`
     zy: torch.Tensor
     yy: float = 0.0
     tokens: int = 0
@@ -154,20 +151,15 @@ class Normal:
 class Fold:
     """What one fold did, or why it could not be done."""
 
-    segment: list[int]
-    """The cut: its first layer and the first one after it, in the dense model."""
-    layer: int | None
-    """Index, in the cut model, of the layer that was changed."""
-    modules: list[str]
-    """What was solved again in that layer, in this order."""
-    ridges: list[float]
-    """The ridge that was chosen for each of them, relative to the mean of Z'Z's diagonal."""
+    segment: list[int]  # the cut: its first layer and the first one after it, in the dense model
+    layer: int | None  # index, in the cut model, of the layer that was changed
+    modules: list[str]  # what was solved again in that layer, in this order
+    ridges: list[float]  # the ridge that was chosen for each of them, relative to the mean of Z'Z's diagonal
     error_before: float | None
     error_after: float | None
     """Squared error of what enters layer e, each token's relative to its own square, on held-out rows, as a share of
     the plain cut's (error_before = 1)."""
-    tokens: int
-    """Tokens that it was solved and chosen on."""
+    tokens: int  # tokens that it was solved and chosen on
     skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -361,8 +353,7 @@ class _Solved(NamedTuple):
     """X [sum of widths, D] of targets solved together, and what it leaves of the judging tokens' squared error."""
 
     x: torch.Tensor
-    gain: torch.Tensor | None
-    """[D], of the norm behind the first target."""
+    gain: torch.Tensor | None  # [D], of the norm behind the first target
     ridge: float
     before: float
     after: float

@@ -31,21 +31,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class OutputNorm:
     """A norm between a layer's output and the stream, which receives factor * (gain * n(u) + bias) of its input u."""
 
-    name: str
-    """The module, by its name in the layer."""
-    offset: float
-    """The gain is this and the module's weight: 1 in Gemma, 0 elsewhere."""
-    gain: torch.Tensor
-    """[D], of the model as it is."""
-    trainable: bool
-    """Whether there is a weight that makes the gain."""
-    bias: torch.Tensor
-    """[D]"""
-    centred: bool
-    """LayerNorm, which takes the mean off its input; else RMSNorm."""
+    name: str  # the module, by its name in the layer
+    offset: float  # the gain is this and the module's weight: 1 in Gemma, 0 elsewhere
+    gain: torch.Tensor  # [D], of the model as it is
+    trainable: bool  # whether there is a weight that makes the gain
+    bias: torch.Tensor  # [D]
+    centred: bool  # LayerNorm, which takes the mean off its input; else RMSNorm
     eps: float
-    factor: torch.Tensor
-    """[D], between the norm and the stream."""
+    factor: torch.Tensor  # [D], between the norm and the stream
 
     def normal(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """n(u) [..., D] and the root mean square [..., 1] that u was divided by."""
@@ -66,18 +59,15 @@ class OutputNorm:
 class LinearOutput:
     """Something inside a layer whose output is linear in weights that can be changed, and added to the stream."""
 
-    name: str
-    """The module, by its name in the layer."""
+    name: str  # the module, by its name in the layer
     reads: bool
     """A linear module whose weight is solved from what it reads; else its output is multiplied by a matrix T."""
     weights: tuple[tuple[str, int], ...]
     """Names, in the layer, of the weights that take the change, each with the dimension that runs over outputs."""
-    width: int
-    """How many numbers a token it is solved from: I, what it reads, or D, what it puts out."""
+    width: int  # how many numbers a token it is solved from: I, what it reads, or D, what it puts out
     factor: torch.Tensor | None = None
     """[D], what the output is multiplied by before it joins the stream, or what its norm reads; None: 1."""
-    norm: OutputNorm | None = None
-    """What stands between the output and the stream."""
+    norm: OutputNorm | None = None  # what stands between the output and the stream
 
     def of(self, caught: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         """What the fold is solved from."""
@@ -274,8 +264,7 @@ class Probe:
     """One layer in float32 and what it receives for a few tokens."""
 
     layer: nn.Module
-    before: torch.Tensor
-    """h [B, T, D]"""
+    before: torch.Tensor  # h [B, T, D]
     call: Call
 
     @classmethod

@@ -27,14 +27,11 @@ from layercut.progress import say
 
 RANK = 32
 ALPHA = 2 * RANK
-LEARNING_RATE = 1e-3
-"""The best of three on SmolLM2-135M at this rank (research/healing.py)."""
-RECIPE = [RANK, ALPHA, LEARNING_RATE]
-"""What of it decides the result."""
+LEARNING_RATE = 1e-3  # the best of three on SmolLM2-135M at this rank (research/healing.py)
+RECIPE = [RANK, ALPHA, LEARNING_RATE]  # what of it decides the result
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes of modules that are a linear map and no more; another subclass may be a router."""
-NAME = "default"
-"""What peft calls the adapters."""
+NAME = "default"  # what peft calls the adapters
 
 
 def check_lora(model: Any) -> None:
@@ -42,10 +39,8 @@ def check_lora(model: Any) -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            "--states names lora, which needs peft, and that is not installed",
-            "pip install 'layercut[lora]', or in a checkout: pip install '.[lora]'",
-        ) from None
+        words = "--states names lora, which needs peft, and that is not installed"
+        raise ConfigError(words, "pip install 'layercut[lora]', or in a checkout: pip install '.[lora]'") from None
     layers = find_decoder(model).layers
     adapted = sum(each.weight.numel() for maps in _own_maps(layers) for each in maps.values())
     if not adapted:

@@ -28,16 +28,12 @@ import torch
 from layercut.distributed import processes
 from layercut.healing.linear_outputs import LinearOutput, OutputNorm
 
-STEPS = 10
-"""Turns of X and g, at most. Six leave 10 % more KL, sixteen 3 % less (research/healing.md)."""
-ENOUGH = 1e-3
-"""The turns end where one lowers the sum by less than this share."""
-TRIALS = 6
-"""Lengths of a step that are tried, at most."""
+STEPS = 10  # turns of X and g, at most. Six leave 10 % more KL, sixteen 3 % less (research/healing.md)
+ENOUGH = 1e-3  # the turns end where one lowers the sum by less than this share
+TRIALS = 6  # lengths of a step that are tried, at most
 FLOOR = 0.1
 """The least m of a channel, as a share of the root mean square of all: a channel of gain 0 moves all the same."""
-SMALLEST = 1e-12
-"""The least mean square of a stream that an error is taken relative to."""
+SMALLEST = 1e-12  # the least mean square of a stream that an error is taken relative to
 
 
 Visit = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor, torch.Tensor], None]
@@ -46,31 +42,22 @@ Visit = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor, 
 class FoldBatch(NamedTuple):
     """Some tokens, and whether each is kept out of the solving."""
 
-    z: torch.Tensor
-    """[n, I], all targets side by side."""
-    inputs: Sequence[torch.Tensor]
-    """u [n, D] of each norm, in the order of the targets."""
-    out: torch.Tensor
-    """[n, D], the stream as it is."""
-    wanted: torch.Tensor
-    """[n, D]"""
-    held: torch.Tensor
-    """bool [n]"""
+    z: torch.Tensor  # [n, I], all targets side by side
+    inputs: Sequence[torch.Tensor]  # u [n, D] of each norm, in the order of the targets
+    out: torch.Tensor  # [n, D], the stream as it is
+    wanted: torch.Tensor  # [n, D]
+    held: torch.Tensor  # bool [n]
 
 
 @dataclass
 class Branch:
     """What one norm reads, or what is added as it is, and how it is to change."""
 
-    columns: slice
-    """Of z."""
+    columns: slice  # of z
     norm: OutputNorm | None
-    x: torch.Tensor
-    """X_m [I, D], float64."""
-    gain: torch.Tensor
-    """g [D]"""
-    metric: torch.Tensor
-    """m [D], 1 of what is added as it is."""
+    x: torch.Tensor  # X_m [I, D], float64
+    gain: torch.Tensor  # g [D]
+    metric: torch.Tensor  # m [D], 1 of what is added as it is
 
     @classmethod
     def of(cls, columns: slice, norm: OutputNorm | None, hidden: int, place: torch.device) -> Branch:
@@ -101,12 +88,9 @@ class Branch:
 class Sums:
     """What one pass over all tokens finds, of those to fit; float64."""
 
-    slope: torch.Tensor
-    """Z'R [I, D]"""
-    gain_gain: torch.Tensor
-    """[D, K, K] of the K norms whose gain can change."""
-    gain_gap: torch.Tensor
-    """[D, K]"""
+    slope: torch.Tensor  # Z'R [I, D]
+    gain_gain: torch.Tensor  # [D, K, K] of the K norms whose gain can change
+    gain_gap: torch.Tensor  # [D, K]
     left: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     """Squared errors of the tokens to fit and of those kept out, and how many they are."""
 

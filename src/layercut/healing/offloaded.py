@@ -27,8 +27,7 @@ from layercut.models.memory import placed
 from layercut.models.runner import carry_, enter_all, rows_at_once, say_passes
 from layercut.progress import bar
 
-KEY = "key"
-"""The file that says of what tokens and model the states are; written last."""
+KEY = "key"  # the file that says of what tokens and model the states are; written last
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,9 @@ class FrozenStates:
 
     files: dict[str, IO[bytes]]
     """By name: "shared" below the first trained layer, "last" of the dense model, where the objective needs it."""
-    row: tuple[int, int]
-    """T and D."""
+    row: tuple[int, int]  # T and D
     dtype: torch.dtype
-    lengths_key: str
-    """As how long rows these were done, `Rows.lengths_key`."""
+    lengths_key: str  # as how long rows these were done, `Rows.lengths_key`
 
     def read(self, name: str, batch: Batch) -> torch.Tensor:
         """Hidden states [n, t, D] of parts of some rows."""
@@ -85,10 +82,8 @@ def store_states(pair: Pair, rows: Rows, folder: Path, *, per_step: int, per_pas
     folder.mkdir(parents=True)
     needed = len(names) * dense.stream_bytes(count * window)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise RunError(
-            f"tuning from disk keeps {size(needed)} in {folder}; {size(free)} are free",
-            "free some space, name another --out, or give fewer --tune-tokens",
-        )
+        words = f"tuning from disk keeps {size(needed)} in {folder}; {size(free)} are free"
+        raise RunError(words, "free some space, name another --out, or give fewer --tune-tokens")
     states = opened("w+b")
     together = max(1, rows_at_once(dense, window, 1) // per_step) * per_step
     groups = torch.arange(count).split(together)
@@ -115,8 +110,7 @@ class PairOnDisk(Pair):
     """A pair whose frozen layers are on disk."""
 
     states: FrozenStates
-    first: int
-    """The first trained layer: how far the way down goes."""
+    first: int  # the first trained layer: how far the way down goes
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """As in memory, but with layers outermost, so that each is read twice a step."""

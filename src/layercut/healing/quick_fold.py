@@ -31,10 +31,8 @@ from layercut.segments import Segment
 
 RIDGES = (1e-3, 1e-1)
 """Relative ridges that are tried on rows kept out. Of few tokens for many unknowns the larger is better."""
-IN_MEMORY = 2**30
-"""Bytes of the dense model's states, of either kind of rows, beyond which they are kept in a file."""
-QUICK_STEPS = 3
-"""Turns behind a norm, at most."""
+IN_MEMORY = 2**30  # bytes of the dense model's states, of either kind of rows, beyond which they are kept in a file
+QUICK_STEPS = 3  # turns behind a norm, at most
 
 Leaving = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """h after a layer, what its target reads or puts out, and what the norm behind that reads, or h again."""

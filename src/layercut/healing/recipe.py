@@ -16,8 +16,7 @@ SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start: see `is_setback`."""
 TOLERATED = 0.01
 """Rise above the start, as a share of the start's loss, of a mixture of its KL, that is no setback the first time."""
-FEW_STEPS = 64
-"""Fewer take half the default rate."""
+FEW_STEPS = 64  # fewer take half the default rate
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:

@@ -28,11 +28,9 @@ class Pair:
 
     dense: DecoderRunner
     student: DecoderRunner
-    prefix: int
-    """The first trained layer, or one below it."""
+    prefix: int  # the first trained layer, or one below it
     objective: Objective
-    apart: bool = False
-    """Whether nothing is shared, not even the embeddings; `prefix` is 0 then."""
+    apart: bool = False  # whether nothing is shared, not even the embeddings; `prefix` is 0 then
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Add the gradient of weight x the mean loss of each batch, in turn, to the trained parameters."""
@@ -109,12 +107,9 @@ class HeldRows:
     """Held-out rows [B, T] with what stays as it is while the student is tuned."""
 
     tokens: torch.Tensor
-    counts: bool
-    """Whether they are this process's own, and not run to keep in step with others."""
-    final: torch.Tensor
-    """The dense h_L [B, T, D]."""
-    shared: torch.Tensor
-    """h at `prefix` [B, T, D]."""
+    counts: bool  # whether they are this process's own, and not run to keep in step with others
+    final: torch.Tensor  # the dense h_L [B, T, D]
+    shared: torch.Tensor  # h at `prefix` [B, T, D]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -28,15 +28,13 @@ from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
 from layercut.progress import bar
 from layercut.segments import Segment, joined_segments, layers_of
 
-BUDGET_BYTES = 512 * 2**20
-"""Hidden states held at once, [L + 1, B, T, D] in float32; one row at least."""
+BUDGET_BYTES = 512 * 2**20  # hidden states held at once, [L + 1, B, T, D] in float32; one row at least
 TAYLOR_ROWS = 4
 FIRST, OFFSPRING, SURVIVORS = 16, 16, 2
 """Evolution: random sets at the outset, children a generation, and those of them that are cut a second time."""
 FIRST_SHARE, SECOND_SHARE, FEWEST_ROWS = 16, 4, 2
 """Rows that children, and then survivors, are cut on: one in so many, but never fewer. The number is a guess."""
-FEWEST_GENERATIONS = 4
-"""Run even where the budget is spent before: with fewer it is no evolution."""
+FEWEST_GENERATIONS = 4  # run even where the budget is spent before: with fewer it is no evolution
 
 
 def contiguous(criterion: Callable[..., Cuts]) -> Callable[..., Cuts]:
@@ -235,10 +233,8 @@ def taylor_scores(stack: DecoderRunner, tokens: torch.Tensor, cost: Cost) -> tor
     scores, sums = torch.zeros(layers, dtype=torch.float64), dict[int, list[torch.Tensor]]()
     groups = passes(stack, tokens, TAYLOR_ROWS, layers + 2)
     if stack.on_disk and len(groups) > 1:
-        raise ModelError(
-            f"the hidden states of {tokens.numel():,} tokens at {layers} layers do not fit in memory",
-            f"give fewer tokens: --tokens {groups[0][0].shape[1] * sum(map(len, groups[0]))}",
-        )
+        words = f"the hidden states of {tokens.numel():,} tokens at {layers} layers do not fit in memory"
+        raise ModelError(words, f"give fewer tokens: --tokens {groups[0][0].shape[1] * sum(map(len, groups[0]))}")
     with bar("taylor", len(tokens)) as advance:
         for batches in groups:
             with torch.no_grad():

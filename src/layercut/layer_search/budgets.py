@@ -20,8 +20,7 @@ from layercut.layer_search.sweep import DENSE, Cuts, set_losses
 from layercut.models.losses import as_cost
 from layercut.models.runner import DecoderRunner
 
-UNSEEN_SHARE = 4
-"""With a loss budget, one calibration row in four is not searched on but verifies."""
+UNSEEN_SHARE = 4  # with a loss budget, one calibration row in four is not searched on but verifies
 
 
 def length_for_size(
@@ -39,10 +38,8 @@ def length_for_size(
     sizes = [total_bytes - sum(lightest[:n]) + (beside(n) if n else 0) for n in range(len(lightest))]
     n = next((n for n, left in enumerate(sizes) if left <= target_bytes), len(lightest))
     if n == 0:
-        raise ConfigError(
-            f"the target size of {size(target_bytes)} is no cut: {weights} are {size(total_bytes)}",
-            f"give a --target-size below {size(total_bytes)}",
-        )
+        words = f"the target size of {size(target_bytes)} is no cut: {weights} are {size(total_bytes)}"
+        raise ConfigError(words, f"give a --target-size below {size(total_bytes)}")
     if n >= len(layer_bytes):
         smallest = min(sizes[1:], default=total_bytes)
         raise ConfigError(
@@ -57,10 +54,8 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split calibration rows [N, T] into those to search on and those that verify what was found."""
     unseen = max(1, len(tokens) // UNSEEN_SHARE)
     if len(tokens) < 2:
-        raise ConfigError(
-            "one row of calibration text cannot be both searched on and verified on",
-            "give two rows at least: --tokens of twice --window or more",
-        )
+        words = "one row of calibration text cannot be both searched on and verified on"
+        raise ConfigError(words, "give two rows at least: --tokens of twice --window or more")
     return tokens[:-unseen], tokens[-unseen:]
 
 
@@ -76,10 +71,8 @@ class Within:
     """The longest cut within a loss budget, and those that were found on the way."""
 
     result: SearchResult
-    rise: float
-    """Of perplexity on the tokens that verify, as a share."""
-    lengths: list[dict[str, Any]]
-    """{"length", "segments", "rise"} of each that was searched, in that order."""
+    rise: float  # of perplexity on the tokens that verify, as a share
+    lengths: list[dict[str, Any]]  # {"length", "segments", "rise"} of each that was searched, in that order
 
 
 def longest_within(

@@ -36,30 +36,22 @@ from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.progress import bar
 from layercut.segments import joined_segments
 
-EXACT = 2e-3
-"""A gate this near to 0 or 1 is 0 or 1."""
+EXACT = 2e-3  # a gate this near to 0 or 1 is 0 or 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How the wells are trained."""
 
-    apart: int = 3
-    """K sets of K wells begin for every so many layers that stay, of narrow wells for fewer."""
-    steps: int = 16
-    """Steps of gradient descent."""
-    piece: int = 64
-    """Tokens of text in a step."""
+    apart: int = 3  # K sets of K wells begin for every so many layers that stay, of narrow wells for fewer
+    steps: int = 16  # steps of gradient descent
+    piece: int = 64  # tokens of text in a step
     sharpness: tuple[float, float] = (3.0, 8.0)
     """s in the first and the last step; higher for wells of fewer than three layers, or their middle were half open."""
-    rate: tuple[float, float] = (1.0, 0.25)
-    """Learning rate of Adam, in layers, in the first and the last step."""
-    every: int = 2
-    """After so many steps, K times as many, of wells that met one stays, and the worse half is dropped."""
-    least: int = 2
-    """Wells that are trained to the end, at least."""
-    finalists: int = 4
-    """Sets of whole layers that are cut for real."""
+    rate: tuple[float, float] = (1.0, 0.25)  # learning rate of Adam, in layers, in the first and the last step
+    every: int = 2  # after so many steps, K times as many, of wells that met one stays, and the worse half is dropped
+    least: int = 2  # wells that are trained to the end, at least
+    finalists: int = 4  # sets of whole layers that are cut for real
 
     def at(self, step: int, first: float, last: float) -> float:
         """A value that goes from one to the other by equal factors."""
@@ -168,8 +160,7 @@ def batches(costs: CutCosts, piece: int, draw: torch.Generator) -> Iterator[tupl
 class Wells:
     """A set of K wells while it is trained."""
 
-    walls: torch.Tensor
-    """[K, 2], in layers."""
+    walls: torch.Tensor  # [K, 2], in layers
     losses: list[float] = field(default_factory=list)
     gates: list[list[float]] = field(default_factory=list)
 

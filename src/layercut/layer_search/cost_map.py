@@ -28,15 +28,12 @@ from layercut.plotting import axes_or_new
 from layercut.progress import bar
 from layercut.segments import Segment
 
-MAP_ROWS, MAP_WINDOW = 32, 256
-"""Rows of generated tests and their tokens: some 8,000. A guess that held on SmolLM2."""
-TEXT = "text"
-"""The column of plain text, where some is given."""
+MAP_ROWS, MAP_WINDOW = 32, 256  # rows of generated tests and their tokens: some 8,000. A guess that held on SmolLM2
+TEXT = "text"  # the column of plain text, where some is given
 HELD_SHARE = 0.5
 """A layer holds a capability where its removal does at least this share of the highest cost that any single layer's
 does, the first two and the last left out, which hold everything."""
-NAMED = 6
-"""Layers that a sentence names, at most."""
+NAMED = 6  # layers that a sentence names, at most
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,8 @@ class CapabilityMap:
         length = length or self.lengths()[0]
         if length not in self.lengths():
             measured = ", ".join(map(str, self.lengths()))
-            raise ConfigError(
-                f"windows of {length} layers were not measured: there are {measured}", f"length={self.lengths()[0]}"
-            )
+            words = f"windows of {length} layers were not measured: there are {measured}"
+            raise ConfigError(words, f"length={self.lengths()[0]}")
         axes = axes_or_new(axes, xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
         worst = max([1.0, *values[values.isfinite()].tolist()])

@@ -25,8 +25,7 @@ from layercut.segments import Segment
 
 FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many are run on all rows, if not fewer are wanted."""
-WORST = 1e30
-"""What is taken for a cost that is not finite, where costs are added up."""
+WORST = 1e30  # what is taken for a cost that is not finite, where costs are added up
 FEWEST_SETS = 16
 """Sets of which the hidden states are held at once at the end of a sweep, at least; else the budget is the limit."""
 

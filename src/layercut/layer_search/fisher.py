@@ -44,10 +44,8 @@ from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner, recomputed_layer
 from layercut.segments import Segment
 
-GRADIENT_SHARE = 8
-"""Of the rows one in so many gives gradients."""
-PROPOSALS, PER_SEGMENT = 10, 6
-"""Sets that are proposed: of one segment, and of several so many for each of them."""
+GRADIENT_SHARE = 8  # of the rows one in so many gives gradients
+PROPOSALS, PER_SEGMENT = 10, 6  # sets that are proposed: of one segment, and of several so many for each of them
 BEGIN_SHARE = 4
 """Proposals are first run on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
 LIGHTER, OTHERS = 0.25, 6
@@ -57,8 +55,7 @@ DIFFERENCES_SHARE = 8
 """One part in so many of what the budget has for hidden states is had in float32 at once, to be subtracted."""
 SHARPNESS = 4
 """Power of what two segments have in common. Of 1, 2 and 4 the one by which the least sum was found each time."""
-MOST_ROUNDS = 12
-"""Proposals are made anew so often at most."""
+MOST_ROUNDS = 12  # proposals are made anew so often at most
 LEAST, FARTHEST = 1e-6, 100.0
 """Costs below the first, and quotients beyond the second, are rounding or overflow, and not what a segment costs."""
 
@@ -109,8 +106,7 @@ class Estimate:
 
     table: torch.Tensor
     """float64 [L + 1, L + 1]: of the segment [a, b) at (a, b); nats per token, where the objective is KL."""
-    text: torch.Tensor | None = None
-    """The same of the text alone; None: not known."""
+    text: torch.Tensor | None = None  # the same of the text alone; None: not known
 
     def of(self, cuts: Cuts) -> float:
         """The cost of a set of segments: the sum of theirs."""

@@ -16,12 +16,10 @@ from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_costs, set
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 
-COARSE_SETS = 4
-"""Race with several segments: so many sets a layer are raced."""
+COARSE_SETS = 4  # race with several segments: so many sets a layer are raced
 MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
 """Rounds of climbing at most, each of which takes one move; and how many moves are run on all rows, at least."""
-MOST_SETS = 20_000
-"""The exhaustive search refuses more sets than these."""
+MOST_SETS = 20_000  # the exhaustive search refuses more sets than these
 
 
 def race(
@@ -92,16 +90,12 @@ def exhaustive(
     """Every set of at most `num_segments` segments with n layers in all, by its real cut; the best is the optimum."""
     layers = len(runner)
     if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
-        raise ConfigError(
-            f"{number:,} sets of {num_segments} segments are too many to run them all; allowed are {MOST_SETS:,}",
-            f"search them by an estimate: --method fisher --num-segments {num_segments}",
-        )
+        words = f"{number:,} sets of {num_segments} segments are too many to run them all; allowed are {MOST_SETS:,}"
+        raise ConfigError(words, f"search them by an estimate: --method fisher --num-segments {num_segments}")
     sets = [cuts for cuts in all_sets(length, layers, num_segments) if restriction.allows(cuts)]
     if not sets:
-        raise ConfigError(
-            f"no cut of {length} layers into {num_segments} segments is allowed: {restriction.why}",
-            "give another --ratio, or leave out --for",
-        )
+        words = f"no cut of {length} layers into {num_segments} segments is allowed: {restriction.why}"
+        raise ConfigError(words, "give another --ratio, or leave out --for")
     if probes is not None:
         costs = CutCosts(runner, tokens, cost, probes)
         with bar(f"sweeping {len(sets)} sets", None):

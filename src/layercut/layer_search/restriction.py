@@ -21,10 +21,8 @@ from layercut.segments import Segment, joined_segments
 class Restriction:
     """The places at which each of L layers may stand when n of them are removed."""
 
-    may: tuple[tuple[bool, ...], ...]
-    """[L, L - n]: whether layer i may come to stand at place p."""
-    why: str = ""
-    """Who takes a layer's kind from its place, and how."""
+    may: tuple[tuple[bool, ...], ...]  # [L, L - n]: whether layer i may come to stand at place p
+    why: str = ""  # who takes a layer's kind from its place, and how
 
     @classmethod
     def none(cls, layers: int, length: int) -> Restriction:
@@ -76,10 +74,8 @@ class Restriction:
         """The same, for a criterion that takes no other cuts."""
         if found := self.segments():
             return found
-        raise ConfigError(
-            f"no single segment of {self.length} layers is allowed: {self.why}",
-            "give another --ratio, more --num-segments, or leave out --for",
-        )
+        words = f"no single segment of {self.length} layers is allowed: {self.why}"
+        raise ConfigError(words, "give another --ratio, more --num-segments, or leave out --for")
 
     def cheapest(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts | None:
         """The allowed cut whose layers have the lowest sum of costs; the earlier of equals."""
@@ -98,9 +94,8 @@ class Restriction:
     def needed(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts:
         """`cheapest`, where there has to be one."""
         if (cuts := self.cheapest(costs, must)) is None:
-            raise ConfigError(
-                f"no cut of {self.length} layers is allowed: {self.why}", "give another --ratio, or leave out --for"
-            )
+            words = f"no cut of {self.length} layers is allowed: {self.why}"
+            raise ConfigError(words, "give another --ratio, or leave out --for")
         return cuts
 
     def drawn(self, generator: torch.Generator, must: Set[int] = frozenset()) -> Cuts:

@@ -38,14 +38,12 @@ class Shortlisted:
     """Segments that were healed before the choice, and the KL left, in nats per token of text and of probes."""
 
     segments: tuple[Segment, ...]
-    folded: float | None
-    """After a quick fold (`healing/quick_fold.py`); None where no layer of the model has one."""
+    folded: float | None  # after a quick fold (`healing/quick_fold.py`); None where no layer of the model has one
     healed: float | None = field(default=None, metadata=OPTIONAL)
     """After a short healing; None where it went no further."""
     longer: float | None = field(default=None, metadata=OPTIONAL)
     """After a longer one; None where it was not among the close ones."""
-    text: float | None = field(default=None, metadata=OPTIONAL)
-    """The part of `healed` that text has."""
+    text: float | None = field(default=None, metadata=OPTIONAL)  # the part of `healed` that text has
 
 
 @dataclass
@@ -75,8 +73,7 @@ class Cost:
 class GateTrace:
     """The concave gate while it was trained (`concave_gate.py`)."""
 
-    gates: list[list[float]]
-    """g of every step and layer, 0 (closed) to 1, of the wells from which the choice came."""
+    gates: list[list[float]]  # g of every step and layer, 0 (closed) to 1, of the wells from which the choice came
     losses: list[list[float]]
     """KL of the gated model by step, in nats per token, of all sets of wells until they were dropped; the choice's
     first."""

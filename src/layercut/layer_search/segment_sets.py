@@ -12,8 +12,7 @@ from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.segments import Segment, joined_segments, layers_of
 
 Sums = list[tuple[float, Cuts]]
-BEAM = 8
-"""`cheapest_sums` keeps so many sets of each kind."""
+BEAM = 8  # `cheapest_sums` keeps so many sets of each kind
 
 
 def cheapest_sums(costs: Mapping[Segment, float], limits: Restriction, count: int) -> list[Cuts]:

@@ -28,40 +28,26 @@ from layercut.segments import layers_of
 CLOSE, LONGER = 0.15, 4
 """Cuts whose cost is at most this share above the least have variants healed and are healed again, on so many times the
 rows; on so many times these again the choice will be healed."""
-GAIN = 0.01
-"""A move is taken where the cost falls by more than this share; smaller gains are chance."""
+GAIN = 0.01  # a move is taken where the cost falls by more than this share; smaller gains are chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """What a shortlist may take."""
 
-    pool: int
-    """Candidates that are folded, and as many of the proposals in which probes count less."""
-    proposed: int
-    """Moves that are folded in each round."""
-    rounds: int
-    """Rounds of moves, at most."""
-    fit_tokens: int
-    """Tokens that a quick fold is solved on."""
-    fold_tokens: int
-    """Tokens that the fold of a short healing is solved on, at most."""
-    judged: int
-    """Held-out rows by which a quick fold is judged, and a short healing steered."""
-    healed: int = 0
-    """Cuts healed that differ from each other, at most; with none the quick fold decides."""
-    places: int = 0
-    """How many close ones have variants healed, at most."""
-    variants: int = 0
-    """Variants healed of each."""
-    finalists: int = 0
-    """Close ones that are healed longer, at most."""
-    heldout: int = 0
-    """Held-out rows of text that judge a healed cut, at most."""
-    short_tests: int = 0
-    """Rows of probes that judge it, half of the weight of all; as long as those of the search."""
-    long_tests: int = 0
-    """The same, as long as the rows that are tuned on, where these are longer."""
+    pool: int  # candidates that are folded, and as many of the proposals in which probes count less
+    proposed: int  # moves that are folded in each round
+    rounds: int  # rounds of moves, at most
+    fit_tokens: int  # tokens that a quick fold is solved on
+    fold_tokens: int  # tokens that the fold of a short healing is solved on, at most
+    judged: int  # held-out rows by which a quick fold is judged, and a short healing steered
+    healed: int = 0  # cuts healed that differ from each other, at most; with none the quick fold decides
+    places: int = 0  # how many close ones have variants healed, at most
+    variants: int = 0  # variants healed of each
+    finalists: int = 0  # close ones that are healed longer, at most
+    heldout: int = 0  # held-out rows of text that judge a healed cut, at most
+    short_tests: int = 0  # rows of probes that judge it, half of the weight of all; as long as those of the search
+    long_tests: int = 0  # the same, as long as the rows that are tuned on, where these are longer
 
 
 EFFORTS = {

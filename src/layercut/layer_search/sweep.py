@@ -24,8 +24,7 @@ from layercut.models.memory import slices
 from layercut.models.runner import Calls, DecoderRunner, passes_in_step
 from layercut.segments import Segment
 
-Cuts = tuple[Segment, ...]
-"""Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
+Cuts = tuple[Segment, ...]  # segments removed together, sorted and disjoint. The empty tuple is the dense model
 
 DENSE: Cuts = ()
 

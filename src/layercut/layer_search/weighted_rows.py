@@ -26,14 +26,10 @@ from layercut.models.runner import DecoderRunner
 class WeightedRows:
     """Rows of tokens, and what each position counts in the cost of its row."""
 
-    tokens: torch.Tensor
-    """int64 [N, T]."""
-    weights: torch.Tensor | None
-    """float32 [N, T]; None: the cost of a row is the mean over its tokens."""
-    is_text: torch.Tensor
-    """bool [N]."""
-    probe_weight: float = 0.0
-    """What the KL on probes counts in the mean."""
+    tokens: torch.Tensor  # int64 [N, T]
+    weights: torch.Tensor | None  # float32 [N, T]; None: the cost of a row is the mean over its tokens
+    is_text: torch.Tensor  # bool [N]
+    probe_weight: float = 0.0  # what the KL on probes counts in the mean
 
     def part(self, costs: torch.Tensor, *, text: bool) -> torch.Tensor:
         """The share of the mean that text has, KL_text, or that probes have, mean_c KL_c, each in its own unit."""
@@ -88,10 +84,8 @@ def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
     config = runner.model.config
     for tokens in texts:
         if not isinstance(tokens, torch.Tensor):
-            raise DataError(
-                f"calibration tokens are a {type(tokens).__name__}; allowed are token ids, int64 [N, T]",
-                "torch.tensor(rows), or blocks of text: layercut.token_blocks",
-            )
+            words = f"calibration tokens are a {type(tokens).__name__}; allowed are token ids, int64 [N, T]"
+            raise DataError(words, "torch.tensor(rows), or blocks of text: layercut.token_blocks")
         if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise DataError(
                 f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
@@ -99,8 +93,6 @@ def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
                 "cut text into rows of equal length: layercut.token_blocks",
             )
         if (limit := positions(config)) and tokens.shape[1] > limit:
-            raise DataError(
-                f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions",
-                f"cut them into rows of {limit} at most",
-            )
+            words = f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions"
+            raise DataError(words, f"cut them into rows of {limit} at most")
         check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)

@@ -67,10 +67,8 @@ def compress(model: str | Path, *, config: CompressConfig | None = None, **optio
         LayercutError: wrong input; `message` says what was got and what is allowed, `hint` how to correct it.
     """
     if not isinstance(model, str | Path):
-        raise ConfigError(
-            f"compress takes a model's name or path, not a {type(model).__name__}",
-            "for a model in memory: layercut.search, cut, fold_, tune_, quantize, evaluate, save",
-        )
+        words = f"compress takes a model's name or path, not a {type(model).__name__}"
+        raise ConfigError(words, "for a model in memory: layercut.search, cut, fold_, tune_, quantize, evaluate, save")
     if config is not None and options:
         raise ConfigError(f"both config and {', '.join(options)} are given", "give one of them")
     folder = journey.compress(str(model), config or from_flat(options))

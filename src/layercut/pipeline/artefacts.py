@@ -26,18 +26,15 @@ class SharedText:
     """text-shared.json: what the evaluation text has in common with what is searched and tuned on."""
 
     documents: int
-    passages: float
-    """Share of its passages, 0 to 1."""
-    passed_over: int
-    """Documents that were left out where another use has them."""
+    passages: float  # share of its passages, 0 to 1
+    passed_over: int  # documents that were left out where another use has them
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArtefact(SearchResult):
     seed: int
     calibration: TextFacts
-    tests: dict[str, Any] | None = None
-    """Which probes were weighed: {"rows", "window", "capabilities"}."""
+    tests: dict[str, Any] | None = None  # which probes were weighed: {"rows", "window", "capabilities"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +121,7 @@ class Perplexities:
     quantized: float | None
     protocol: str
     fingerprint: str
-    standard_error: dict[str, float | None]
-    """Of ln(perplexity / dense), paired over the windows, by state."""
+    standard_error: dict[str, float | None]  # of ln(perplexity / dense), paired over the windows, by state
     shared: SharedText
 
 
@@ -190,11 +186,9 @@ class HitsByLength:
 class FoundByLength:
     """probes.json: what greedy decoding finds of hidden keys and of values in lists, by length and depth."""
 
-    keys: dict[str, Grid]
-    """Of "dense" and "compressed"."""
+    keys: dict[str, Grid]  # of "dense" and "compressed"
     lists: dict[str, Grid]
-    longest: int
-    """Tokens of the longest prompts."""
+    longest: int  # tokens of the longest prompts
     seed: int
 
 
@@ -202,8 +196,7 @@ class FoundByLength:
 class CapabilitiesArtefact:
     map: dict[str, Any] | None
     """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what; with --probes."""
-    words: list[str]
-    """Which layers hold what, in sentences."""
+    words: list[str]  # which layers hold what, in sentences
     judged: CapabilityFigures
     by_length: list[HitsByLength]
 
@@ -214,14 +207,12 @@ class Metric:
 
     dense: float | None
     compressed: float | None
-    higher_is_better: bool | None = None
-    """None where the evaluation does not say."""
+    higher_is_better: bool | None = None  # None where the evaluation does not say
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationsArtefact:
-    evaluations: dict[str, dict[str, Metric]]
-    """By evaluation, then by metric."""
+    evaluations: dict[str, dict[str, Metric]]  # by evaluation, then by metric
     seed: int
 
 
@@ -230,8 +221,7 @@ class ExportArtefact:
     bytes: int
     check: dict[str, Any]
     perplexity: dict[str, Any] | None = None
-    gguf: dict[str, Any] | None = None
-    """Of a GGUF file: what was written, compared and measured."""
+    gguf: dict[str, Any] | None = None  # of a GGUF file: what was written, compared and measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +235,7 @@ class SizeInBytes(BeforeAfter):
 class SummaryArtefact:
     """summary.json: the run on one page. What was not measured is null."""
 
-    model: str
-    """A name of the Hub, or where on this machine the model was."""
+    model: str  # a name of the Hub, or where on this machine the model was
     layers: BeforeAfter
     segments: list[Segment]
     original_layer_index: list[int]
@@ -262,9 +251,7 @@ class SummaryArtefact:
     retention: dict[str, Any] | None
     long_context: LongContext | None
     evaluations: dict[str, dict[str, Metric]] | None
-    consumers: list[Reading] = field(default_factory=list)
-    """What software that may load the exported model makes of it."""
+    consumers: list[Reading] = field(default_factory=list)  # what software that may load the exported model makes of it
     capabilities: CapabilityFigures | None = None
     """What the compressed model can still do of probes, beside the dense one."""
-    probes: FoundByLength | None = None
-    """Hidden keys and values in lists, where --probes asked for them."""
+    probes: FoundByLength | None = None  # hidden keys and values in lists, where --probes asked for them

@@ -56,8 +56,7 @@ class MethodChoice:
     method: str
     segments: list[Segment]
     kl: float
-    probe_kl: float | None = None
-    """On probes, where the method searched with them, in nats per answer token."""
+    probe_kl: float | None = None  # on probes, where the method searched with them, in nats per answer token
     search_seconds: float
     dense_tokens: int
     layer_forwards: int
@@ -73,30 +72,24 @@ class CutState:
     losses: list[float] = field(default_factory=list)
     """Mean loss of each window of the evaluation tokens, in nats per token."""
     fold: list[Fold] = field(default_factory=list)
-    tuning: TuningResult | None = None
-    """Without the loss of each step."""
-    from_fold: bool = False
-    """Whether training began at the fold, which it does where that helps on held-out rows."""
-    refused: str | None = None
-    """Why these layers cannot be cut out."""
+    tuning: TuningResult | None = None  # without the loss of each step
+    from_fold: bool = False  # whether training began at the fold, which it does where that helps on held-out rows
+    refused: str | None = None  # why these layers cannot be cut out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """compare-at-SEGMENTS-STATE-judged.json: what a model still does; what was not asked for is empty or None."""
 
-    scores: dict[str, float] = field(default_factory=dict)
-    """By task."""
+    scores: dict[str, float] = field(default_factory=dict)  # by task
     flips: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     """By task: items lost and gained beside the dense model, and McNemar's p."""
     retained: Retained | None = None
     keys: Grid = field(default_factory=list)
     lists: Grid = field(default_factory=list)
     capabilities: dict[str, Any] | None = None
-    health: dict[str, Any] | None = None
-    """`evaluation.generation_health` beside the dense model."""
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By evaluation of a package, then by metric."""
+    health: dict[str, Any] | None = None  # `evaluation.generation_health` beside the dense model
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # by evaluation of a package, then by metric
     records: dict[str, Any] = field(default_factory=dict, metadata=OPTIONAL)
     """Of `evaluation.score_tasks`: every item of every task; not in compare.json."""
 
@@ -122,10 +115,8 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
         search = asked.search(name)
         capability_names(search.preserve)
         if search.segments and (got := sum(map(len, checked_segments(search.segments, layers)))) != length:
-            raise ConfigError(
-                f"--methods {name} removes {got} layers, and --ratio {asked.ratio:g} is {length} of {layers}",
-                "all methods remove as many layers",
-            )
+            words = f"--methods {name} removes {got} layers, and --ratio {asked.ratio:g} is {length} of {layers}"
+            raise ConfigError(words, "all methods remove as many layers")
     check_sources(journey)
 
     folder = config.run.out or default_folder(model).with_name(f"{default_folder(model).name}-compare")

@@ -14,8 +14,7 @@ from typing import Any
 from layercut import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors", "peft")
-PROGRAM = "layercut"
-"""What `python -m layercut.cli` is called, as a launcher of several processes starts it."""
+PROGRAM = "layercut"  # what `python -m layercut.cli` is called, as a launcher of several processes starts it
 
 
 @cache

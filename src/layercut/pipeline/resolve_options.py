@@ -37,8 +37,7 @@ METADATA_GROWTH = 1024
 """Bytes that the metadata may grow by, beside 4 a layer for their index: the source's name, tags, padding."""
 ENOUGH_TOKENS = 65536
 """To tune on: from here on a share of them heals a shortlist of candidates, and their rows are long."""
-LONG_ROW = 1024
-"""Tokens in a long row to tune on: perplexity was 2 to 7 % lower than by rows of 256 alone (measured)."""
+LONG_ROW = 1024  # tokens in a long row to tune on: perplexity was 2 to 7 % lower than by rows of 256 alone (measured)
 Stage = Literal["search", "tune", "report"]
 """How far a run goes: until the segments are known, the model is healed, or all is measured and reported."""
 
@@ -48,16 +47,11 @@ class ResolvedRun:
     """A run that can begin: everything that the config and the checkpoint's headers show has been checked."""
 
     checkpoint: checkpoints.Checkpoint
-    architecture: Any
-    """The model's config."""
-    config: CompressConfig
-    """With the windows that are tuned and reported on filled in."""
-    spread: bool
-    """Whether the weights are sharded over several processes."""
-    shortlist: bool
-    """Whether candidates are healed for a while before one is chosen: what is found depends on it."""
-    shortlist_now: bool
-    """The same; not where the model is not whole in memory this time."""
+    architecture: Any  # the model's config
+    config: CompressConfig  # with the windows that are tuned and reported on filled in
+    spread: bool  # whether the weights are sharded over several processes
+    shortlist: bool  # whether candidates are healed for a while before one is chosen: what is found depends on it
+    shortlist_now: bool  # the same; not where the model is not whole in memory this time
 
 
 def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
@@ -249,10 +243,8 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
     if output.gguf_type and is_mixture(output.gguf_type):
         require_llama_cpp()
         if config.search.target_size:
-            raise ConfigError(
-                f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}",
-                "give --ratio, or leave out --gguf-type",
-            )
+            words = f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}"
+            raise ConfigError(words, "give --ratio, or leave out --gguf-type")
     if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tune_tokens):
         # nothing is healed before it is known that llama.cpp is there, where only it writes the healed layers' formats
         tensors, kind = open_gguf(checkpoint.file)[1].tensors, type_of_healed(config)
@@ -260,10 +252,8 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
         if any(healed_type(kind, came) not in PLAIN for came in within):
             require_llama_cpp()
     if not gguf and output.gguf_type in AS_THEY_CAME:
-        raise ConfigError(
-            f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
-            "give another, or leave it out for q8_0",
-        )
+        words = f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF"
+        raise ConfigError(words, "give another, or leave it out for q8_0")
     folder = config.run.folder
     if file and not (folder and is_run(folder)):
         check_new(file, config.run.force)

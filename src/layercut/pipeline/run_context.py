@@ -36,12 +36,9 @@ from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
 from layercut.segments import Segment
 
-Weights = Literal["folded", "tuned", "quantized"]
-"""What stages change in the cut model, in this order."""
-QUANTIZED_GGUF = "quantized.gguf"
-"""The healed model in a run that writes a GGUF file."""
-FIRST_PROBES = 4
-"""Rows of probes that show whether any fits the run's rows."""
+Weights = Literal["folded", "tuned", "quantized"]  # what stages change in the cut model, in this order
+QUANTIZED_GGUF = "quantized.gguf"  # the healed model in a run that writes a GGUF file
+FIRST_PROBES = 4  # rows of probes that show whether any fits the run's rows
 
 
 @dataclass
@@ -51,18 +48,14 @@ class RunContext:
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
     run: Run
-    spread: bool = False
-    """Whether the weights are sharded over several processes."""
+    spread: bool = False  # whether the weights are sharded over several processes
     own_process: bool = False
     """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
     shortlist: bool = False
     """Whether candidates are healed before one is chosen, by the options: what the search is filed under."""
-    shortlist_now: bool = False
-    """The same where the search is made now."""
-    text: dict[str, TextFacts] = field(default_factory=dict)
-    """Where what the text stage has drawn comes from, by use."""
-    blocks: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Its token ids [N, T], by use."""
+    shortlist_now: bool = False  # the same where the search is made now
+    text: dict[str, TextFacts] = field(default_factory=dict)  # where what the text stage has drawn comes from, by use
+    blocks: dict[str, torch.Tensor] = field(default_factory=dict)  # its token ids [N, T], by use
 
     @property
     def stopping(self) -> Callable[[], AbstractContextManager[Stop]]:

@@ -64,11 +64,9 @@ class RunStage(Generic[Kind]):
     """A stage of a run, as `Run.stage` opens it."""
 
     kind: type[Kind]
-    open: bool = False
-    """Whether this process is to find the artefact and set it as `found`."""
+    open: bool = False  # whether this process is to find the artefact and set it as `found`
     found: Kind | None = None
-    files: Sequence[str] = ()
-    """Files and folders of the run folder without which the artefact is not whole."""
+    files: Sequence[str] = ()  # files and folders of the run folder without which the artefact is not whole
 
     @property
     def artefact(self) -> Kind:
@@ -273,10 +271,8 @@ class Run:
 
     def _refuse(self, why: str) -> NoReturn:
         changed = f" ({'; '.join(found)})" if (found := self._changed()) else ""
-        raise RunError(
-            f"{self.folder} holds a finished run, and {why}{changed}: this command would replace it",
-            "name another --out, or pass --force to replace it",
-        )
+        words = f"{self.folder} holds a finished run, and {why}{changed}: this command would replace it"
+        raise RunError(words, "name another --out, or pass --force to replace it")
 
     # --- what the folder says of itself ---
 
@@ -409,7 +405,6 @@ def models_of(run: Path, command: str, *, allow_pickle: bool = False) -> dict[st
     check_finished(run, command)
     dense = read_object(run / "summary.json")["model"]
     if checkpoints.resolve(dense, allow_pickle=allow_pickle).changed_since(run / checkpoints.DIGESTS):
-        raise RunError(
-            f"{dense} is another model than the one that {run} was made of", "put that one back, or compress this one"
-        )
+        words = f"{dense} is another model than the one that {run} was made of"
+        raise RunError(words, "put that one back, or compress this one")
     return {"dense": dense, "compressed": str(run / "model")}

@@ -59,8 +59,7 @@ from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
 GB = 10**9
-RESERVED = 1 * GB
-"""Left alone on an accelerator: its runtime and what the allocator cannot use. A guess."""
+RESERVED = 1 * GB  # left alone on an accelerator: its runtime and what the allocator cannot use. A guess
 
 
 CARDS = {"t4": (16, 0.32, 65, 0.25), "l4": (24, 0.3, 121, 0.5), "rtx4090": (24, 1.01, 165, 1.3),
@@ -73,15 +72,11 @@ CARDS = {"t4": (16, 0.32, 65, 0.25), "l4": (24, 0.3, 121, 0.5), "rtx4090": (24, 
 class Rates:
     """What this machine does in a second."""
 
-    flops: float
-    """Floating-point operations of a matrix product at the model's widths, in its number format."""
+    flops: float  # floating-point operations of a matrix product at the model's widths, in its number format
     flops64: float
-    matvec: float
-    """Bytes of weights that go by when one token is multiplied with a matrix."""
-    launch: float
-    """Seconds of an operation on a tensor that is next to nothing."""
-    memory: float
-    """Bytes moved, read and written, by an elementwise operation."""
+    matvec: float  # bytes of weights that go by when one token is multiplied with a matrix
+    launch: float  # seconds of an operation on a tensor that is next to nothing
+    memory: float  # bytes moved, read and written, by an elementwise operation
     disk: float | None
     """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
 
@@ -159,8 +154,7 @@ class Place:
     """A machine to run on; the weights are spread over its devices where one cannot hold them."""
 
     name: str
-    bytes: int
-    """Memory of one device."""
+    bytes: int  # memory of one device
     devices: int = 1
     accelerator: bool = True
 
@@ -175,16 +169,13 @@ class Planner:
     """A model whose runs are planned, in any place; a shape is measured once for each window and dtype."""
 
     checkpoint: checkpoints.Checkpoint
-    stock: Any
-    """The model's config."""
-    whole: Any
-    """The model without its weights, in the stored number format."""
+    stock: Any  # the model's config
+    whole: Any  # the model without its weights, in the stored number format
     dtypes: dict[bool, torch.dtype]
     """Computed in on the CPU (True), and on an accelerator (False), where it is the stored one."""
     segments: list[Segment]
     after: Parts
-    base: int
-    """Bytes of Python and its libraries."""
+    base: int  # bytes of Python and its libraries
     shapes: dict[tuple[int, torch.dtype], Shape]
 
     @classmethod
@@ -432,9 +423,8 @@ def _length(config: CompressConfig, checkpoint: checkpoints.Checkpoint, whole: A
     if (length := wanted_length(search, layers)) is not None:
         return length
     if not search.target_bytes:
-        raise ConfigError(
-            "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
-        )
+        words = "--max-loss is measured on the model, which a plan does not load"
+        raise ConfigError(words, "plan a --ratio that you expect")
     if keeps_gguf(config, checkpoint):
         return length_for_target(config, checkpoint, search.target_bytes)
     if config.shares_size:  # the run decides; the fewest are planned

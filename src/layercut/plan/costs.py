@@ -23,8 +23,7 @@ from layercut.pipeline.stages.search import searched_rows
 from layercut.plan.shape import Parts, Shape
 from layercut.segments import Segment, kept_layers
 
-Peak = dict[str, int]
-"""Bytes that are held at once, by what takes them."""
+Peak = dict[str, int]  # bytes that are held at once, by what takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +32,13 @@ class Work:
 
     forwards: float = 0
     backwards: float = 0
-    flops: float = 0
-    """In the model's number format."""
+    flops: float = 0  # in the model's number format
     flops64: float = 0
-    read: float = 0
-    """Bytes from and to the disk."""
-    moved: float = 0
-    """Bytes copied through memory, where that and not arithmetic takes the time."""
-    decoded: float = 0
-    """Bytes of weights that tokens read which are generated one by one."""
-    steps: float = 0
-    """Layers called for them."""
-    fixed: float = 0
-    """Seconds on any machine, roughly."""
+    read: float = 0  # bytes from and to the disk
+    moved: float = 0  # bytes copied through memory, where that and not arithmetic takes the time
+    decoded: float = 0  # bytes of weights that tokens read which are generated one by one
+    steps: float = 0  # layers called for them
+    fixed: float = 0  # seconds on any machine, roughly
 
     def __add__(self, other: Work) -> Work:
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -72,24 +65,16 @@ class Planned:
     """A run in some place: what is asked, how large the model is there, and what one pass may take."""
 
     config: CompressConfig
-    shape: Shape
-    """For rows of the calibration window."""
-    tuned: Shape
-    """For rows of the window that is tuned on."""
-    reported: Shape
-    """For rows of the window that perplexity is reported on."""
+    shape: Shape  # for rows of the calibration window
+    tuned: Shape  # for rows of the window that is tuned on
+    reported: Shape  # for rows of the window that perplexity is reported on
     segments: list[Segment]
-    after: Parts
-    """The pruned model."""
-    tests: int
-    """Rows of probes that are searched on beside the text; as many are rounded on."""
-    shortlisted: bool
-    """Whether candidates are healed for a while before one is chosen."""
-    foldable: bool = True
-    """Whether any layer has what a fold solves."""
+    after: Parts  # the pruned model
+    tests: int  # rows of probes that are searched on beside the text; as many are rounded on
+    shortlisted: bool  # whether candidates are healed for a while before one is chosen
+    foldable: bool = True  # whether any layer has what a fold solves
     budget: Budget
-    libraries: int
-    """Bytes of Python and its libraries where a stage computes on the CPU."""
+    libraries: int  # bytes of Python and its libraries where a stage computes on the CPU
 
     @property
     def length(self) -> int:

@@ -31,17 +31,12 @@ class Parts:
 
     embedding: int
     layers: list[int]
-    matrices: int
-    """Those in matrices of decoder layers, which quantization makes smaller."""
-    head: int
-    """0 where the head is the embedding."""
-    other: int
-    """Final norm, position tables, and towers other than the decoder."""
+    matrices: int  # those in matrices of decoder layers, which quantization makes smaller
+    head: int  # 0 where the head is the embedding
+    other: int  # final norm, position tables, and towers other than the decoder
     tied: bool
-    kv_bytes_per_token: int | None
-    """None where the class cannot be run without weights."""
-    caches: dict[str, int]
-    """Layers by the kind of their cache: full, sliding WINDOW, linear."""
+    kv_bytes_per_token: int | None  # None where the class cannot be run without weights
+    caches: dict[str, int]  # layers by the kind of their cache: full, sliding WINDOW, linear
 
     @property
     def total(self) -> int:
@@ -55,14 +50,10 @@ class LayerCost:
 
     flops: int
     """Forwards, 2 for a multiplication and addition, attention in full. A backward pass to the input is as many."""
-    live: int
-    """Bytes alive at once inside the layer, beside its input and its weights, without gradients."""
-    saved: int
-    """Bytes that autograd keeps for the backward pass, weights frozen."""
-    saved_trained: int
-    """The same where the weights take gradients."""
-    kernels: int
-    """Operations that one call of the layer issues."""
+    live: int  # bytes alive at once inside the layer, beside its input and its weights, without gradients
+    saved: int  # bytes that autograd keeps for the backward pass, weights frozen
+    saved_trained: int  # the same where the weights take gradients
+    kernels: int  # operations that one call of the layer issues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +66,7 @@ class Shape:
     window: int
     dense: Parts
     costs: list[LayerCost]
-    read: tuple[int, int]
-    """Widths that the output projections of attention and MLP read, which the fold solves for."""
+    read: tuple[int, int]  # widths that the output projections of attention and MLP read, which the fold solves for
 
     @property
     def layers(self) -> int:

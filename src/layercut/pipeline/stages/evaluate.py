@@ -48,10 +48,8 @@ from layercut.segments import Segment
 TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 """Rows of probes and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
-FEWEST_WINDOWS = 4
-"""Windows that a state between the dense and the pruned model is measured on, at least."""
-ROWS_OF_A_LENGTH = 4
-"""Rows of probes of recall, and of lists, alone at each length."""
+FEWEST_WINDOWS = 4  # windows that a state between the dense and the pruned model is measured on, at least
+ROWS_OF_A_LENGTH = 4  # rows of probes of recall, and of lists, alone at each length
 
 
 def both(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -45,8 +45,7 @@ FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
 most of what GPTQ loses, with 4 scales alone were better, rounding at their rate (docs/results.md). On
 Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time."""
-TOWARDS = "what was rounded"
-"""What a rounded model is trained towards."""
+TOWARDS = "what was rounded"  # what a rounded model is trained towards
 ROWS = "rows as in healing"
 """How they are done. Whether short rows alone lose what lies further back is not told by one rounding."""
 STATE = "quantized-tuning-state.safetensors"

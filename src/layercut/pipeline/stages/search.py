@@ -35,11 +35,9 @@ TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
 recall from the others (measured)."""
 
-FEWEST_ROWS = 16
-"""Rows of calibration text that are searched on with any effort."""
+FEWEST_ROWS = 16  # rows of calibration text that are searched on with any effort
 
-SHORTEST_TESTED = 64
-"""Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
+SHORTEST_TESTED = 64  # rows shorter than this are planned to hold no tests, which depends on the tokenizer
 
 
 def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> list[Segment]:
@@ -123,9 +121,8 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
     )  # fmt: skip
     left = made.left_out
     if left and config.preserve != "all":
-        raise ConfigError(
-            f"no test of {', '.join(left)} fits rows of {text.window} tokens", "give longer rows: --window 256"
-        )
+        words = f"no test of {', '.join(left)} fits rows of {text.window} tokens"
+        raise ConfigError(words, "give longer rows: --window 256")
     if left:
         what = "none: layers are chosen by the text alone" if not made.names else "all but " + ", ".join(left)
         say("search", f"generated tests that fit rows of {text.window} tokens: {what}")

@@ -37,10 +37,8 @@ from layercut.registries import objectives
 from layercut.report.formatting import layer_names
 from layercut.segments import Segment
 
-FIT_TESTS = 8
-"""Of the rows that a fold is solved on one in so many is of tests."""
-TUNED_SHARE = LONGER**2
-"""One in so many of the rows to tune on heal a candidate at first."""
+FIT_TESTS = 8  # of the rows that a fold is solved on one in so many is of tests
+TUNED_SHARE = LONGER**2  # one in so many of the rows to tune on heal a candidate at first
 
 
 def inputs(work: RunContext) -> list[Any]:

@@ -40,32 +40,26 @@ STEPS, MOST = 10, 2
 TOKENS = 4096
 """Calibration tokens on which the cut of each number is searched for --bits auto; the chosen one is searched on all."""
 BITS: tuple[Bits, ...] = (16, 8, 4)
-MOST_STEPS = 5
-"""Steps of numbers of layers that are healed and measured for --max-loss; a guess."""
+MOST_STEPS = 5  # steps of numbers of layers that are healed and measured for --max-loss; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareRecord:
     """A number of layers that could go, and the bits that the rest would then have."""
 
-    layers: int
-    """That go."""
+    layers: int  # that go
     segments: list[Segment]
-    folded: float
-    """The cost of that cut after a quick fold, nats per token."""
-    rounded: float
-    """The estimated cost of the bits, untrained, nats per token."""
+    folded: float  # the cost of that cut after a quick fold, nats per token
+    rounded: float  # the estimated cost of the bits, untrained, nats per token
     mean_bits: float
-    bytes: int
-    """Of the checkpoint's weights, at most."""
+    bytes: int  # of the checkpoint's weights, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharesArtefact:
     """shares.json: how layers and bits share a size."""
 
-    layers: int
-    """That go: those of the point of least cost."""
+    layers: int  # that go: those of the point of least cost
     points: list[ShareRecord]
 
 
@@ -76,8 +70,7 @@ class FrontierRecord:
     layers: int
     bits: Bits
     bytes: int
-    rise: float
-    """Of perplexity over the dense model's on held-out rows, as a share."""
+    rise: float  # of perplexity over the dense model's on held-out rows, as a share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +78,7 @@ class FrontierArtefact:
     """frontier.json: what was measured for two budgets."""
 
     points: list[FrontierRecord]
-    chosen: FrontierRecord | None
-    """None where no point is inside both."""
+    chosen: FrontierRecord | None  # None where no point is inside both
     budgets: dict[str, Any]
 
 

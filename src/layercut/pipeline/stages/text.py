@@ -95,10 +95,8 @@ def tuning_source(work: RunContext, chats: bool) -> str:
 class Treatment:
     """How the rows to tune on are done, as `tune_` takes it by these names."""
 
-    row_lengths: torch.Tensor | None
-    """int64 [N]; None where all are done whole."""
-    token_weights: torch.Tensor | None
-    """float32 [N, T]; None where every token counts alike."""
+    row_lengths: torch.Tensor | None  # int64 [N]; None where all are done whole
+    token_weights: torch.Tensor | None  # float32 [N, T]; None where every token counts alike
     answers: torch.Tensor | None = None
     """bool [N, T]: of probes, whose own tokens are taught, since they are right where the dense model may not be."""
 
