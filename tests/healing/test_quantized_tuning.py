@@ -183,31 +183,6 @@ def test_where_the_rounding_is_trained_a_first_rise_is_no_setback(learned, later
     assert told.setbacks == setbacks
 
 
-def test_rows_are_parted_and_answers_weighed_as_in_healing():
-    """Rows of 16 in halves are rows of 8; a token that counts nothing is not learned."""
-    dense, found = half(tiny.llama(2)), list[dict[str, torch.Tensor]]()
-    settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
-    halves = torch.full((len(TOKENS),), TOKENS.shape[1] // 2)
-    nothing = torch.zeros(TOKENS.shape)
-    ways: list[tuple[torch.Tensor, dict[str, Any]]] = [
-        (TOKENS, {}), (TOKENS, {"row_lengths": halves}), (TOKENS.view(2 * len(TOKENS), -1), {}),
-        (TOKENS, {"token_weights": nothing}),
-    ]  # fmt: skip
-    for rows, treated in ways:
-        parts = Trainable.of_(rounded(dense, bits=3), dense)
-        tune_parameters_(
-            parts.model, dense, parts.parameters, Rows(tokens=rows, **treated), heldout=HELDOUT, settings=settings
-        )
-        found.append(dict(parts.finished_().packed))
-    whole, parted, short, unlearned = found
-    same = [all(torch.equal(one[name], short[name]) for name in short) for one in (whole, parted)]
-    assert same == [False, True]
-    untouched = rounded(dense, bits=3).packed
-    assert all(torch.equal(unlearned[name], tensor) for name, tensor in untouched.items())
-    with pytest.raises(ConfigError, match="row_lengths"):
-        Rows(tokens=TOKENS, row_lengths=halves + 1)
-
-
 def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     """At a rate by the KL before, which is one term of what is judged."""
     dense, settings = half(tiny.llama(2)), TuneSettings(objective=KL(mix=0.25), batch_tokens=64)

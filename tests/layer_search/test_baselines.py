@@ -125,12 +125,11 @@ def test_evolution_finds_nearly_the_best_of_all_sets():
     assert other.cost != found.cost
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_evolution_finds_planted_layers_for_the_work_of_sleb(seed):
+def test_evolution_finds_planted_layers_for_the_work_of_sleb():
     model, tokens, planted = tiny.llama(16), tiny.some_tokens(16), [3, 6, 7, 12]
     for i in planted:
         tiny.make_identity_(model, range(i, i + 1))
-    found = search(model, tokens, n_layers=4, method="evolution", seed=seed)
+    found = search(model, tokens, n_layers=4, method="evolution", seed=0)
     assert tuple(found.segments) == joined_segments(planted)
     assert 0.8 * sleb_work(4, 16, 16) < found.cost.layer_forwards <= sleb_work(4, 16, 16)
 

@@ -98,10 +98,9 @@ def test_a_run_rounds_on_probes_wherever_it_rounds(tiny_model, texts, tmp_path, 
 
     monkeypatch.setattr(quantization.bit_choice, "measured", measured)
     monkeypatch.setattr(quantization, "quantize", noted)
-    argv = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--tune-tokens=0", "--no-speed"]
-    argv += [f"--eval-data={texts[1]}", "--eval-tokens=256", "--no-fold", "--bits=auto"]
+    argv = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--tune-tokens=0", "--no-fold"]
     size = sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
-    assert main(["compress", *argv, f"--out={tmp_path}", f"--target-size={size // 2}B"]) == 0
+    assert main(["tune", *argv, "--bits=auto", f"--out={tmp_path}", f"--target-size={size // 2}B"]) == 0
     (text,) = load_file(tmp_path / "tokens-calibration.safetensors").values()
     made = probe_rows(folders.tokenizer(), rows=2, window=128, family="tuning", first=2**20)
     both = torch.cat([text, made.tokens])
