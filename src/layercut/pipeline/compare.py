@@ -203,7 +203,8 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
                 search_seconds=round(result.seconds, 3), **vars(result.cost),
             )  # fmt: skip
     found = stage.artefact
-    say("compare", f"{method}: remove {', '.join(map(str, found.segments))}, KL {formatting.figure(found.kl)}")
+    layers = formatting.layer_names([[one.start, one.stop] for one in found.segments])
+    say("compare", f"{method}: remove layers {layers}, KL {formatting.figure(found.kl)}")
     return found
 
 

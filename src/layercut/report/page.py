@@ -103,6 +103,11 @@ def closing(run: Path, file: Path) -> list[Text]:
         lines["quality"] = " ".join([lines["quality"], *kept])
     for name, metric, *figures in evaluation_rows(found.summary):
         lines[f"{name}, {metric}"] = "{} → {} {}".format(*figures).rstrip()
+    alike: dict[str, list[str]] = {}
+    for engine, reads, _ in sections.engine_rows(found.summary.consumers):
+        alike.setdefault(reads, []).append(engine)
+    if alike:
+        lines["engines"] = "; ".join(f"{reads}: {', '.join(names)}" for reads, names in alike.items())
     lines["chat"] = f"layercut chat {place}"
     colour = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}[last.mark]
     told = [Text(printable(title(found.summary)), "bold"), Text(f"{last.sign} {last.text}", f"bold {colour}".strip())]

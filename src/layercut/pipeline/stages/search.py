@@ -28,6 +28,7 @@ from layercut.pipeline.run_folder import KnownCosts
 from layercut.pipeline.stages import shortlisting
 from layercut.progress import say
 from layercut.registries import criteria
+from layercut.report.formatting import layer_names
 from layercut.report.stage_lines import describe_shortlist
 from layercut.segments import Segment
 
@@ -75,8 +76,8 @@ def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> l
     found = stage.artefact
     if found.shortlist:
         say("search", describe_shortlist(jsonable(found)))
-    words = ", ".join(map(str, found.segments)) or "none"
-    say("search", f"{found.method}: remove {words} of {work.layers} layers")
+    words = layer_names([[one.start, one.stop] for one in found.segments])
+    say("search", f"{found.method}: remove layers {words} of {work.layers}")
     return found.segments
 
 
@@ -121,11 +122,11 @@ def generated_tests(work: RunContext, config: SearchConfig | None = None) -> Pro
     )  # fmt: skip
     left = made.left_out
     if left and config.preserve != "all":
-        words = f"no test of {', '.join(left)} fits rows of {text.window} tokens"
+        words = f"no probe of {', '.join(left)} fits rows of {text.window} tokens"
         raise ConfigError(words, "give longer rows: --window 256")
     if left:
         what = "none: layers are chosen by the text alone" if not made.names else "all but " + ", ".join(left)
-        say("search", f"generated tests that fit rows of {text.window} tokens: {what}")
+        say("search", f"probes that fit rows of {text.window} tokens: {what}")
     return made if made.names else None
 
 
