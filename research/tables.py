@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (*(ROOT / page for page in ("README.md", "docs/results.md", "docs/engines.md", "research/search.md")),)
+NAMES = ("README.md", "docs/results.md", "docs/engines.md", "research/search.md", "research/cost.md")
+PAGES = [ROOT / name for name in NAMES]
 
 
 def read(name: str) -> Any:
@@ -48,8 +49,8 @@ def headline() -> str:
     ways = (dense, cut, healed)
     table = [
         ["perplexity, WikiText-2 (lower is better)", *(f"{row['perplexity']['wiki']:.1f}" for row in ways)],
-        ["score on seven tasks, share of the dense model's", "100 %", "", f"{tasks} %"],
-        ["numbers found that were hidden in the context, of 120", *(str(row["keys_found"]) for row in ways)],
+        ["score on seven tasks, % of the dense score", "100 %", "", f"{tasks} %"],
+        ["hidden numbers found in the context, of 120", *(str(row["keys_found"]) for row in ways)],
         ["size in bfloat16", "269 MB", "227 MB", "227 MB"],
         ["decoding speed", "1×", f"{speed:.2f}×", f"{speed:.2f}×"],
     ]
@@ -162,9 +163,26 @@ def gates() -> str:
     return markdown(heads, table, left=2)
 
 
+def account() -> str:
+    """Of each run: passes of tokens through the whole dense stack, tokens at the head, and seconds, by part."""
+    table = []
+    for model, run in read("account").items():
+        of_tuning = sum(row["cpu_seconds"] for row in run["rows"] if row["stage"] == "tune")
+        for row in run["rows"]:
+            if row["cpu_seconds"] >= 1:
+                counts = (f"{row[name]:,}" for name in ("tokens_of_a_pass", "with_gradient", "head_tokens"))
+                share = f"{row['cpu_seconds'] / of_tuning:.2f}"
+                table.append([model, row["stage"], row["part"] or "else", *counts, f"{row['cpu_seconds']:.0f}", share])
+        total = sum(row["cpu_seconds"] for row in run["rows"])
+        table.append([model, "all", "", "", "", "", f"{total:.0f}", f"{total / of_tuning:.2f}"])
+    heads = ["run", "stage", "part", "tokens through all layers", "with gradients", "at the head", "CPU seconds",
+             "of tuning"]  # fmt: skip
+    return markdown(heads, table, left=3)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "methods": methods, "healing": healing, "speed": speed, "engines": engines,
-    "gates": gates,
+    "gates": gates, "account": account,
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ Log = LogConfig | None
 def compress(model: Model, *, config: CompressConfig | None = None, log: Log = None) -> None:
     """The whole journey: search, cut, heal, measure, export, report.
 
-    For example, a fifth of the layers out; in 4 bits too; layers and bits for a size; a file for llama.cpp:
+    Examples: remove a fifth of the layers; also store 4 bits a weight; fit a size; write a file for llama.cpp:
 
         layercut compress MODEL --ratio 0.2
         layercut compress MODEL --ratio 0.2 --bits 4 --out runs/small

@@ -111,7 +111,7 @@ Consumers = Annotated[
     str,
     Parameter(
         name=("--for", "--consumers"),
-        help=f"Software that has to read the result right, names separated by commas: {', '.join(CONSUMER_NAMES)}. "
+        help=f"Software that must run the result rightly, a list with commas: {', '.join(CONSUMER_NAMES)}. "
         "Cuts that one of them would misread are not chosen, and number formats that it does not read are refused. "
         "Not given: the report names who would misread the cut.",
     ),
@@ -163,8 +163,8 @@ class DataConfig:
     """The calibration text, on which segments are scored."""
 
     data: str = "c4"
-    """Calibration text: wikitext2, c4 (both: the training split), fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a
-    .txt/.jsonl/.parquet file or glob, python-docs, python-docstrings, or self (sampled from the model). Join several
+    """Calibration text: wikitext2 or c4 (their training splits), fineweb-edu, alpaca, python-docs, python-docstrings,
+    self (the model's own text), a Hub dataset OWNER/NAME:SPLIT:COLUMN, or .txt, .jsonl or .parquet files. Join several
     with +."""
     tokens: int = 16384
     """Calibration tokens."""
@@ -189,18 +189,18 @@ class SearchConfig:
     segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
-    """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB. With
+    """Instead of --ratio: remove just enough layers for exported weights of this size, e.g. 200MB or 1.5GiB. With
     --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio or --segment
     says it."""
     max_loss: Annotated[float | None, Parameter(group=WHAT)] = None
-    """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
-    round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
-    on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
+    """Instead of --ratio: remove layers as long as perplexity rises by no more than this share (0.1 is 10 %). It is
+    measured before healing, on a quarter of --data that is kept from the search. With --target-size: vary layers and
+    bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
     """Remove the layers as up to so many segments; for clp, fisher, race and exhaustive. auto: as one, or as two where
     that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
-    """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
+    """Skills that the search preserves, for the methods of --num-segments: all, none, or a list with commas of recall
     (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
     format. What a cut costs of it is measured on probes, generated from the tokenizer, and added to the loss on text.
     Where weights of a checkpoint folder get fewer than 8 bits, they are rounded on such probes too."""
@@ -302,9 +302,9 @@ class HealConfig(TuneSettings):
     fold: bool = True
     """Fold a least-squares correction into the layer before the cut."""
     tune_data: str | None = None
-    """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
+    """Text to tune on; values as for --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
-    """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
+    """Tokens to tune the layers beside the cut on; 0 leaves tuning out."""
     tune_window: Annotated[int | None, Parameter(parse=False)] = None
     """Tokens in every second row to tune on, of text or probes; the others are as --window, of probes 256. Of a run
     1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
@@ -427,7 +427,7 @@ class ReportedText:
     """The text that perplexity is reported on."""
 
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
-    """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
+    """Held-out text for perplexity; values as for --data; wikitext2 is then its test split, c4 its validation split."""
     eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
     """Tokens to measure perplexity on."""
     eval_window: Annotated[int | None, Parameter(group=MEASURING)] = None

@@ -62,7 +62,7 @@ class ConfigFile:
     """A file of options."""
 
     config: Annotated[Path | None, Parameter(group=RUN)] = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    """A YAML file with flags that you do not give; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
 
 
@@ -331,7 +331,7 @@ class PerplexityConfig(ConfigFile):
     load: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     eval_data: str | None = None
-    """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
+    """Held-out text for perplexity; values as for --data; wikitext2 is its test split. Not given: wikitext2, or no text
     where --tasks, --evaluations or --probes is given."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
