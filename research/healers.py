@@ -20,8 +20,9 @@ from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_
 from layercut.healing.inputs import Batch
-from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
+from layercut.healing.least_squares import RIDGES
 from layercut.healing.lora import adapters_
+from layercut.healing.normal_equations import HELD_OUT, Normal
 from layercut.healing.recipe import warmup_then_cosine
 from layercut.healing.tuning_pass import HeldOut, Pair, loss_gradient
 from layercut.models.losses import KL

@@ -6,9 +6,10 @@ import torch
 import transformers
 
 import tiny
-from layercut.healing import least_squares
-from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_, fold_cut_
+from layercut.healing import normal_equations
+from layercut.healing.least_squares import RIDGES, fold_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
+from layercut.healing.normal_equations import Normal, add_split_
 from layercut.models import decoder_stack
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner, hidden_of, shared_layers
@@ -152,7 +153,7 @@ def ridge_regression(x, y, ridge, size):
 
 @pytest.mark.parametrize("columns", [5, 1024])
 def test_streamed_normal_equations_are_float64_least_squares(columns, monkeypatch):
-    monkeypatch.setattr(least_squares, "COLUMNS", columns)
+    monkeypatch.setattr(normal_equations, "COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(200, 12, generator=generator), torch.randn(200, 7, generator=generator)
     sums = Normal.zeros(12, 7, torch.device("cpu"))
@@ -275,7 +276,7 @@ def test_a_few_tokens_of_massive_activations_do_not_decide(monkeypatch):
         return (fit.solve_best(RIDGES, check)[1] - truth).norm() / truth.norm()
 
     assert off() < 0.2
-    monkeypatch.setattr(least_squares, "SMALLEST", 1e12)  # every token counts by its size
+    monkeypatch.setattr(normal_equations, "SMALLEST", 1e12)  # every token counts by its size
     assert off() > 1
 
 

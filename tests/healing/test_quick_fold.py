@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from layercut.healing import quick_fold
-from layercut.healing.least_squares import HELD_OUT
+from layercut.healing.normal_equations import HELD_OUT
 from layercut.healing.quick_fold import RIDGES, FoldCosts
 from layercut.models.losses import mean_kl
 from layercut.models.runner import DecoderRunner

@@ -16,7 +16,8 @@ from layercut.config import SearchConfig
 from layercut.config.commands import CompressConfig
 from layercut.errors import ConfigError, ModelError
 from layercut.healing import tune_
-from layercut.healing.least_squares import Normal, fold_cut_
+from layercut.healing.least_squares import fold_cut_
+from layercut.healing.normal_equations import Normal
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, search
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import set_losses

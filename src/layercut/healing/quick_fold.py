@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import Normal, add_split_, kept_out, take_turns_
+from layercut.healing.least_squares import take_turns_
 from layercut.healing.linear_outputs import LinearOutput, find_targets, norms_of, run_and_catch
+from layercut.healing.normal_equations import Normal, add_split_, kept_out
 from layercut.healing.normalised import Alternation, Branch, FoldBatch
 from layercut.models.losses import as_cost, teacher_of
 from layercut.models.memory import place_of_float64, slices
