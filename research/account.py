@@ -138,6 +138,7 @@ if __name__ == "__main__":
     there = json.loads(out.read_text()) if out.is_file() else {}
     command = ["layercut", *(named(without_folder(word)) for word in asked)]
     there[title] = {"command": command, "layers": layers, "rows": rows(), "environment": environment()}
+    del there[title]["environment"]["command"]
     with write_atomically(out) as partial:
         partial.write_text(compact(there), encoding="utf-8")
     raise SystemExit(status)
