@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import quick
 import tiny
 from layercut import cli, evaluation
 from layercut.distributed import processes, sharding
@@ -135,7 +136,7 @@ def main(folder: Path) -> int:
     gc.freeze()  # see conftest.py
     checkpoint.verify_reload = lambda *_: {}  # type: ignore[assignment]
     for name in ("generations", "generation_health"):
-        setattr(evaluation, name, partial(getattr(evaluation, name), tokens=4))
+        setattr(evaluation, name, partial(quick.REAL[f"layercut.evaluation.{name}"], tokens=4))
     processes.start()
     processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
     commands = json.loads((folder / "commands.json").read_text())

@@ -14,6 +14,7 @@ from transformers import MistralConfig
 
 import families
 import folders
+import quick
 import tiny
 from layercut import evaluation, surgery
 from layercut.config import DataConfig, EvaluateConfig
@@ -140,7 +141,8 @@ def test_a_run_of_a_chat_model_tells_how_it_replies():
     assert found.health["replies"] == replies(dense, small, tokenizer, told) | most
 
 
-def test_health_is_that_of_greedy_continuations():
+def test_health_is_that_of_greedy_continuations(monkeypatch):
+    quick.bring_back(monkeypatch, "generation_health")
     dense, student = tiny.llama(seed=0), tiny.llama(seed=1)
     blocks = tiny.some_tokens(10, 40)
     found = evaluation.generation_health(dense, student, blocks, tokens=12)
