@@ -172,7 +172,8 @@ def account() -> str:
             if row["cpu_seconds"] >= 5:
                 counts = (f"{row[name]:,}" for name in ("tokens_of_a_pass", "with_gradient", "head_tokens"))
                 share = f"{row['cpu_seconds'] / of_tuning:.2f}"
-                table.append([model, row["stage"], row["part"] or "itself", *counts, f"{row['cpu_seconds']:.0f}", share])
+                cpu = f"{row['cpu_seconds']:.0f}"
+                table.append([model, row["stage"], row["part"] or "itself", *counts, cpu, share])
         total = sum(row["cpu_seconds"] for row in run["rows"])
         table.append([model, "all", "", "", "", "", f"{total:.0f}", f"{total / of_tuning:.2f}"])
     heads = ["run", "stage", "part", "tokens through all layers", "with gradients", "at the head", "CPU seconds",
