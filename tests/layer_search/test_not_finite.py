@@ -78,6 +78,12 @@ def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method):
     assert method != "random" or result.segments == [BAD], "drawn once, and not as free"
 
 
+def test_two_segments_avoid_it_too(sound):
+    result = search(DecoderRunner(sound), tiny.some_tokens(2, 8), n_layers=2, method="fisher", seed=0, num_segments=2)
+    assert result.candidates[0].segments != (BAD,)
+    assert math.isfinite(result.candidates[0].kl)
+
+
 def test_losses_and_budgets_know_it(sound):
     stack, tokens = DecoderRunner(sound), tiny.some_tokens(2, 8)
     assert set_losses(stack, tokens, [(BAD,)], Cost()) == {(BAD,): math.inf}
@@ -130,6 +136,14 @@ def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_name
         with pytest.raises(ModelError, match=r"layer 3 is the first of 7.*no weight holds NaN") as caught:
             search(DecoderRunner(without_bad(sound)), tokens, n_layers=1, method=method, seed=0)
         assert "--dtype" in caught.value.hint
+
+
+def test_tuning_refuses_such_a_teacher_too(sound):
+    dense, tokens = without_bad(sound), tiny.some_tokens(2, 8)
+    student = decoder_stack.share(dense)
+    cut_segment_(student, [Segment(1, 2)])
+    with pytest.raises(ModelError, match="layer 3 is the first of 7"):
+        tune_(student, dense, tokens, heldout=tokens)
 
 
 def test_weights_that_hold_nan_are_named():
