@@ -1,4 +1,4 @@
-"""Cut layers out of a GGUF file: blocks renumbered, their bytes untouched, per-layer metadata cut along.
+"""Writes GGUF files: layers cut out, blocks renumbered, their bytes untouched, per-layer metadata cut along.
 
 llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted again), and for some
 architectures by rules in its own source (`models/llama_cpp_rules.py`), such as "every sixth layer attends to
