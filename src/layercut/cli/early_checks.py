@@ -76,8 +76,7 @@ def check(model: str, config: Any, given: set[str]) -> Any:
 
 def _check_sizes(journey: Any, layers: int | None, positions: int | None) -> None:
     """Refuse rows and cuts that do not fit what the model's files say of it."""
-    windows = (journey.text.window, journey.evaluate.eval_window, journey.heal.tune_window)
-    for flag, window in zip(("--window", "--eval-window", "--tune-window"), windows, strict=True):
+    for flag, window in (("--window", journey.text.window), ("--eval-window", journey.evaluate.eval_window)):
         check_window(flag, window, positions)
     if layers:
         checked_segments(journey.search.segments, layers)

@@ -65,14 +65,19 @@ def rows_to_tune(rows: int, times: int = 1) -> int:
 def go_on(
     work: RunContext, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str
 ) -> SearchResult:
-    """Go on from a search's candidates by their costs after healing, on text and probes that it has not seen."""
+    """Go on from a search's candidates by costs after a quick fold, with a high effort after a short healing as well.
+
+    Both are measured on text and probes that the search has not seen.
+    """
     tests = how["probes"]
     if not work.shortlist_now:
         return result
     folds, foldable = cache(lambda: fold_costs(work, tokens, tests)), has_fold(work.stack, tokens)
     heals = effort_of(work).healed > 0
+    if not foldable:
+        instead = "candidates are healed at once" if heals else "plain cuts decide; --effort high heals some"
+        say("shortlist", f"no layer of this model has a linear output to fold: {instead}")
     if not (foldable or heals):
-        say("search", "no layer of this model has a linear output to fold: plain cuts decide, or --effort high")
         return result
     healed_costs = HealedCosts(work.stack, unseen_rows(work, tests) if heals else [])
     count = most_segments(how["num_segments"], how["n_layers"], tests is not None)
@@ -83,8 +88,6 @@ def go_on(
     with ExitStack() as shown:
         if foldable:
             advance = shown.enter_context(bar("measuring cuts after a quick fold", None))
-        else:
-            say("shortlist", "no layer of this model has a linear output to fold, so no cut has a quick fold")
 
         @cache
         def can_be_cut(cuts: tuple[Segment, ...]) -> bool:
