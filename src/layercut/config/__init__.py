@@ -428,7 +428,7 @@ class ReportedText:
 
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
     """Held-out text for perplexity; values as for --data; wikitext2 is then its test split, c4 its validation split."""
-    eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
+    eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 16384
     """Tokens to measure perplexity on."""
     eval_window: Annotated[int | None, Parameter(group=MEASURING)] = None
     """Tokens in a window that perplexity is reported on: windows do not overlap, the first token of each is not

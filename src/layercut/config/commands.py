@@ -333,7 +333,7 @@ class PerplexityConfig(ConfigFile):
     eval_data: str | None = None
     """Held-out text for perplexity; values as for --data; wikitext2 is its test split. Not given: wikitext2, or no text
     where --tasks, --evaluations or --probes is given."""
-    eval_tokens: int = 32768
+    eval_tokens: int = 16384
     """Tokens to measure perplexity on."""
     eval_window: Annotated[int | None, Parameter(alias="--window")] = None
     """Tokens in a window: windows do not overlap, the first token of each is not predicted. Not given: 2048, or as
