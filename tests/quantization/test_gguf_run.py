@@ -93,6 +93,8 @@ def test_gguf_in_gives_gguf_out(source, made):
     assert of_file == pytest.approx(summary["perplexity"]["quantized"], rel=0.02)
     assert again["llama_cpp"] is None or again["llama_cpp"]["source_bytes"] == source.stat().st_size
     assert again["llama_cpp"] is None or again["llama_cpp"]["speed"]["ratio"] > 0
+    weighed = json.loads((run / "quantize.json").read_text())["gguf"]["importance"]
+    assert weighed > 0 or not again["llama_cpp"], "of the columns of what is rounded coarsely"
     # one file under two names, and what goes with it
     assert {file.name for file in (run / "model").iterdir()} == {"small.gguf", "small.README.md", "small.Modelfile"}
     assert (run / "model" / "small.gguf").samefile(made)
@@ -107,6 +109,7 @@ def test_a_larger_and_worse_file_is_planned_and_called_so(source, texts, tmp_pat
     argv = ["compress", str(source), *SHORT, "--segment=3:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, "--gguf-type=f32", f"--out={out}"]) == 0
     assert out.stat().st_size > source.stat().st_size
+    assert json.loads((tmp_path / "large.gguf-run/quantize.json").read_text())["gguf"]["importance"] == 0
     capsys.readouterr()
     for kind in ("f32", "same", "q8_0"):
         plan = ["plan", str(source), "--segment=3:4", f"--gguf-type={kind}", "--window=16", "--no-calibrate", "--json"]

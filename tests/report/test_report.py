@@ -460,13 +460,14 @@ def test_the_terminal_ends_with_the_file_its_size_speed_quality_and_the_chat(tmp
     run = make_run(tmp_path / "run", summary=survival(capabilities=skills), capabilities={"judged": skills})
     asked = tmp_path / "small.gguf"
     asked.write_bytes(bytes(1000))
-    lines = {line.plain.split()[0]: line.plain for line in closing(run, asked)[-6:]}
-    assert list(lines) == ["report", "file", "size", "speed", "quality", "chat"]
+    wanted = ["report", "file", "size", "speed", "quality", "skills", "tasks", "chat"]
+    lines = {line.plain.split()[0]: line.plain for line in closing(run, asked)[-len(wanted) :]}
+    assert list(lines) == wanted
     assert lines["file"] == f"file     {asked}"
     assert "269.1 MB → 1.0 kB" in lines["size"], "of the file that was asked for"
     assert "1.19×, decoding in transformers: 24.10 → 28.60" in lines["speed"]
     assert "45.10 → 67.40, 1.49×" in lines["quality"]
-    assert "recall and skills" in lines["quality"]
+    assert "of the answers" in lines["skills"]
     assert lines["chat"] == f"chat     layercut chat {run}"
 
 

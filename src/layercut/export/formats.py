@@ -209,12 +209,12 @@ def is_mixture(kind: str) -> bool:
 
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
     """The source file without the segments, with what healing changed replaced."""
-    mixture = is_mixture(kind)
-    columns = _columns(student, tokens) if source.healed or mixture else {}
+    mixture, kinds = is_mixture(kind), source.types()
+    rounds = mixture or bool(source.healed and {healed_type(kind, came) for came in kinds.values()} - {*FINE})
+    columns = _columns(student, tokens) if rounds else {}
     plain = file.with_name("unrounded.gguf")
     plain.unlink(missing_ok=True)  # of a command that was stopped
     if not mixture:
-        kinds = source.types()
         if not llama_cpp_installed():
             columns = {}  # the gguf package rounds to nearest
         source.write(file, student.config, lambda name: healed_type(kind, kinds[name]), columns)

@@ -97,7 +97,7 @@ class CapabilityMap:
     def words(self) -> list[str]:
         """Sentences on which layers hold what, and which of those are cheap on text, where some was given."""
         cheap = self.cheap_on_text()
-        said = [f"{name}: no test of it fits a row" for name in self.left_out]
+        said = [f"{name}: none of its probes fits a row" for name in self.left_out]
         for name, layers in self.holders().items():
             if not layers:
                 said.append(f"{name}: no layer alone")

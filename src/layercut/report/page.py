@@ -98,9 +98,9 @@ def closing(run: Path, file: Path) -> list[Text]:
     if quality := known.get("Quality"):
         states = f"{figure(found.summary.perplexity.dense)} → {figure((last_stage(found.summary) or ('', None))[1])}"
         lines["quality"] = f"{states}, {quality.figure} {quality.text}"
-        kept = [f"{name.lower()} {one.figure} {one.text}" for name, one in known.items()
-                if name in ("Recall and skills", "Tasks")]  # fmt: skip
-        lines["quality"] = " ".join([lines["quality"], *kept])
+    for name, verdict in (("skills", "Recall and skills"), ("tasks", "Tasks")):
+        if kept := known.get(verdict):
+            lines[name] = f"{kept.figure} {kept.text}"
     for name, metric, *figures in evaluation_rows(found.summary):
         lines[f"{name}, {metric}"] = "{} → {} {}".format(*figures).rstrip()
     alike: dict[str, list[str]] = {}
