@@ -21,7 +21,7 @@ from layercut.errors import ModelError
 from layercut.export.formats import write_requantized
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, quantized_rows, tensor_types
+from layercut.export.gguf_tensors import CONVERTER, compensated_rows, gguf_tensors, quantized_rows, tensor_types
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import Header
 from layercut.report.verdicts import broken
@@ -331,6 +331,25 @@ def test_importance_rounds_what_matters_less_coarsely(name):
     if name == "IQ2_XS":
         with pytest.raises(ModelError, match="IQ2_XS needs an importance matrix"):
             error(None)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["Q5_1", "Q4_K", "IQ4_XS"])
+def test_columns_make_up_for_each_others_errors(name):
+    """GPTQ by llama.cpp's blocks: less error at the output, of inputs that have to do with each other."""
+    kind, torch_draw = gguf.GGMLQuantizationType[name], torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 512, generator=torch_draw)
+    inputs = torch.randn(2048, 24, generator=torch_draw) @ torch.randn(24, 512, generator=torch_draw)
+    inputs += 0.1 * torch.randn(2048, 512, generator=torch_draw)
+
+    def error(packed: np.ndarray) -> float:
+        off = torch.from_numpy(gguf.quants.dequantize(packed, kind)) - weight
+        return (inputs @ off.T).square().mean().item()
+
+    counts = inputs.square().mean(0).numpy()
+    assert error(compensated_rows(weight, kind, 2 * inputs.T @ inputs)) < 0.7 * error(
+        quantized_rows(weight.numpy(), kind, counts)
+    )
 
 
 @needs_llama_cpp

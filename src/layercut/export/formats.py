@@ -19,7 +19,7 @@ measured again, against the model that the file was made from: another reading o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from layercut.config.commands import ExportConfig
 from layercut.data.blocks import load_blocks, stored_blocks
@@ -60,15 +61,18 @@ from layercut.files import read_json
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.gguf_header import read_header
+from layercut.models.memory import memory_limit
+from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
+from layercut.quantization.calibration import each_with_hessian
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf, cut_segment_
 
 WINDOW = 256  # tokens a row of the text that a GGUF file is measured on where no run brings its own
-IMPORTANCE_TOKENS = 16384  # tokens that importance is measured on, at most
+IMPORTANCE_TOKENS = 16384  # calibration tokens that rounding measures, at most
 FLOATS = {"F32", "F16", "BF16"}
 FINE = (*CONVERTED, "q8_0")
-"""GGML types that are so fine that the importance of columns changes nothing worth measuring."""
+"""GGML types that are so fine that neither importance nor GPTQ changes anything worth measuring."""
 SAME, FINER = "same", "finer"
 """--gguf-type: healed tensors in the number format that they came in, or in the next finer one. Those that were left
 alone lie on the grid of theirs; healed ones do not, and lose most."""
@@ -173,9 +177,15 @@ class CutGguf:
         decoder_stack.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
         return loaded
 
-    def write(self, out: Path, config: Any, kind_of: Any = "f32", columns: Any = None) -> None:
-        """The kept bytes, and what healing changed in the number formats that `gguf_tensors` is given."""
-        tensors = gguf_tensors(self.healed, config, architecture_of(self.checkpoint.file), kind_of, columns)
+    def write(
+        self, out: Path, config: Any, kind_of: Any = "f32", hessians: Iterable[tuple[str, torch.Tensor]] = ()
+    ) -> None:
+        """The kept bytes, and what healing changed, as `gguf_tensors` has it."""
+        how, left = (config, architecture_of(self.checkpoint.file), kind_of), {**self.healed}
+        tensors = dict[str, tuple[Any, Any]]()
+        for name, hessian in hessians:  # one at a time: a large model's are gigabytes
+            tensors |= gguf_tensors({name: left.pop(name)}, *how, {name: hessian})
+        tensors |= gguf_tensors(left, *how)
         cut_gguf(self.checkpoint.file, self.segments, out, replaced=tensors, as_loaded=True)
 
     def types(self) -> dict[str, str]:
@@ -207,31 +217,59 @@ def is_mixture(kind: str) -> bool:
     return kind not in (*AS_THEY_CAME, *PLAIN)
 
 
+@torch.no_grad()
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
-    """The source file without the segments, with what healing changed replaced."""
-    mixture, kinds = is_mixture(kind), source.types()
-    rounds = mixture or bool(source.healed and {healed_type(kind, came) for came in kinds.values()} - {*FINE})
-    columns = _columns(student, tokens) if rounds else {}
+    """The source file without the segments, with what healing changed replaced.
+
+    What healing changed is rounded by GPTQ; a mixture, which is of all weights, by llama.cpp with an importance matrix.
+    """
     plain = file.with_name("unrounded.gguf")
     plain.unlink(missing_ok=True)  # of a command that was stopped
-    if not mixture:
-        if not llama_cpp_installed():
-            columns = {}  # the gguf package rounds to nearest
-        source.write(file, student.config, lambda name: healed_type(kind, kinds[name]), columns)
-        columns = {name: one for name, one in columns.items() if name in source.healed}
-    else:
+    if is_mixture(kind):
+        columns = _columns(student, tokens)
         try:
             source.write(plain, student.config)
             with bar(f"quantizing to {kind}", None):
                 quantize_file(plain, file, kind, _in_file(plain, student, columns))
         finally:
             plain.unlink(missing_ok=True)
-    return {"kind": kind, "healed": sorted(source.healed), "importance": len(columns)}
+        return {"kind": kind, "healed": sorted(source.healed), "importance": len(columns)}
+    types, names = source.types(), possible_names(student, architecture_of(source.checkpoint.file))
+    coarse = {each for each in source.healed if healed_type(kind, types.get(names[each] or "", "f32")) not in FINE}
+    layers = _matrices(student, coarse) if tokens is not None else {}
+    hessians = () if tokens is None or not layers else _hessians(student, tokens, layers)
+    source.write(file, student.config, lambda name: healed_type(kind, types[name]), hessians)
+    return {"kind": kind, "healed": sorted(source.healed), "importance": sum(map(len, layers.values()))}
+
+
+def _matrices(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
+    """Linear modules in decoder layers with one of these weights, by layer."""
+    decoder, found = decoder_stack.find_decoder(model), dict[int, list[str]]()
+    for i, layer in enumerate(decoder.layers):
+        inside = (f"{decoder.path}.{i}.{name}" for name, m in layer.named_modules() if isinstance(m, nn.Linear))
+        if names := [name for name in inside if f"{name}.weight" in parameters]:
+            found[i] = names
+    return found
+
+
+def _hessians(
+    model: Any, tokens: torch.Tensor, layers: Mapping[int, Sequence[str]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """H of what these modules read, by the parameter; none of an expert to which no token was sent."""
+    names, some = {name for each in layers.values() for name in each}, tokens[: _importance_rows(tokens)]
+    with memory_limit(), bar("rounding", max(layers) + 1) as advance:
+        for _, name, hessian in each_with_hessian(DecoderRunner(model), some, layers, names, advance):
+            if hessian is not None:
+                yield f"{name}.weight", hessian
+
+
+def _importance_rows(tokens: torch.Tensor) -> int:
+    return max(1, IMPORTANCE_TOKENS // tokens.shape[1])
 
 
 def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Importance of the columns of matrices by parameter name; none without tokens."""
-    return {} if tokens is None else importance(model, tokens[: max(1, IMPORTANCE_TOKENS // tokens.shape[1])])
+    return {} if tokens is None else importance(model, tokens[: _importance_rows(tokens)])
 
 
 def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

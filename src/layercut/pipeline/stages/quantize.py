@@ -115,7 +115,7 @@ def cut_of(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
 def quantize_gguf(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     """The .gguf file of the healed student, its tensors rounded as they will be in the result."""
     kind = type_of_healed(work.config)
-    inputs = [kind, work.text["calibration"]]
+    inputs = [kind, work.text["calibration"], "GPTQ by blocks"]
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open:
             file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")
@@ -131,7 +131,8 @@ def quantize_gguf(work: RunContext, segments: Sequence[Segment]) -> QuantizeArte
             stage.files = [QUANTIZED_GGUF]
     found = stage.artefact.gguf or {}
     if found["rounded"]:
-        how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
+        how = "importance" if is_mixture(kind) else "GPTQ"
+        how = f", {found['importance']} by {how}" if found["importance"] else ""
         say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
     return stage.artefact
 
