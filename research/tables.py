@@ -50,7 +50,7 @@ def headline() -> str:
     table = [
         ["perplexity, WikiText-2 (lower is better)", *(f"{row['perplexity']['wiki']:.1f}" for row in ways)],
         ["score on seven tasks, % of the dense score", "100 %", "", f"{tasks} %"],
-        ["hidden numbers found in the context, of 120", *(str(row["keys_found"]) for row in ways)],
+        ["numbers hidden in the prompt that are found, of 120", *(str(row["keys_found"]) for row in ways)],
         ["size in bfloat16", "269 MB", "227 MB", "227 MB"],
         ["decoding speed", "1×", f"{speed:.2f}×", f"{speed:.2f}×"],
     ]

@@ -1,6 +1,5 @@
 """The fold is least squares in float64, goes into weights that are there, and finds them by what they do."""
 
-
 import pytest
 import torch
 import transformers

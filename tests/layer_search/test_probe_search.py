@@ -15,7 +15,7 @@ from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import capability_figures
 from layercut.layer_search import search
-from layercut.layer_search.cost_map import TEXT, capability_costs, capability_map
+from layercut.layer_search.skill_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import estimate
 from layercut.layer_search.race import least_sums

@@ -93,7 +93,7 @@ Log = LogConfig | None
 def compress(model: Model, *, config: CompressConfig | None = None, log: Log = None) -> None:
     """The whole journey: search, cut, heal, measure, export, report.
 
-    Examples: remove a fifth of the layers; also store 4 bits a weight; fit a size; write a file for llama.cpp:
+    Examples, in order: remove a fifth of the layers; with 4-bit weights; to a size; as a file for llama.cpp:
 
         layercut compress MODEL --ratio 0.2
         layercut compress MODEL --ratio 0.2 --bits 4 --out runs/small

@@ -111,7 +111,7 @@ Consumers = Annotated[
     str,
     Parameter(
         name=("--for", "--consumers"),
-        help=f"Software that must run the result rightly, a list with commas: {', '.join(CONSUMER_NAMES)}. "
+        help=f"Engines that must run the result correctly, separated by commas: {', '.join(CONSUMER_NAMES)}. "
         "Cuts that one of them would misread are not chosen, and number formats that it does not read are refused. "
         "Not given: the report names who would misread the cut.",
     ),
@@ -164,8 +164,8 @@ class DataConfig:
 
     data: str = "c4"
     """Calibration text: wikitext2 or c4 (their training splits), fineweb-edu, alpaca, python-docs, python-docstrings,
-    self (the model's own text), a Hub dataset OWNER/NAME:SPLIT:COLUMN, or .txt, .jsonl or .parquet files. Join several
-    with +."""
+    self (text that the model writes), a Hub dataset OWNER/NAME:SPLIT:COLUMN, or .txt, .jsonl or .parquet files. Join
+    several with +."""
     tokens: int = 16384
     """Calibration tokens."""
     window: int = 256
@@ -187,23 +187,24 @@ class SearchConfig:
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
     segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")] = ()
-    """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
+    """START:STOP, to remove layers START to STOP - 1 without a search; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove just enough layers for exported weights of this size, e.g. 200MB or 1.5GiB. With
     --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio or --segment
     says it."""
     max_loss: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove layers as long as perplexity rises by no more than this share (0.1 is 10 %). It is
-    measured before healing, on a quarter of --data that is kept from the search. With --target-size: vary layers and
+    measured before healing, on a quarter of --data that the search does not see. With --target-size: vary layers and
     bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
     """Remove the layers as up to so many segments; for clp, fisher, race and exhaustive. auto: as one, or as two where
     that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
-    """Skills that the search preserves, for the methods of --num-segments: all, none, or a list with commas of recall
-    (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
-    format. What a cut costs of it is measured on probes, generated from the tokenizer, and added to the loss on text.
-    Where weights of a checkpoint folder get fewer than 8 bits, they are rounded on such probes too."""
+    """Skills that the search preserves, by its default method and those of --num-segments: all, none, or of these,
+    separated by commas: recall (keys hidden in text), lists (values by key), copy, labels (given by examples), sums,
+    structure (of code) and format. What a cut costs of it is measured on probes, generated from the tokenizer, and
+    added to the loss on text. Where weights of a checkpoint folder get fewer than 8 bits, they are rounded on such
+    probes too."""
     method: Annotated[
         str,
         one_of(

@@ -62,7 +62,7 @@ class ConfigFile:
     """A file of options."""
 
     config: Annotated[Path | None, Parameter(group=RUN)] = None
-    """A YAML file with flags that you do not give; its keys are the flags' names, with underscores. Of the file of
+    """A YAML file of flags; those given here win. Its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
 
 
@@ -72,8 +72,8 @@ class RunConfig(ConfigFile):
     """The run folder."""
 
     out: Path | None = None
-    """Run folder; runs/NAME where not given. A run that was stopped is resumed there. NAME.gguf: the file to write; the
-    run folder is then NAME.gguf-run."""
+    """Run folder, or the .gguf file to write; runs/NAME where not given. A run that was stopped is resumed there. Of
+    NAME.gguf the run folder is NAME.gguf-run."""
     force: Annotated[bool, no_negative] = False
     """Run finished stages again, also where a finished run of other settings, text, model or code is there, which is
     then replaced."""

@@ -20,7 +20,7 @@ from layercut.layer_search.budgets import (
     perplexity_rise,
     split_rows,
 )
-from layercut.layer_search.cost_map import CapabilityMap, capability_map
+from layercut.layer_search.skill_map import CapabilityMap, capability_map
 from layercut.layer_search.criteria import Criterion, lowest, names, takes
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.race import MOST_SETS

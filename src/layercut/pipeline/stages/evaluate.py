@@ -19,7 +19,7 @@ from layercut.distributed import processes
 from layercut.evaluation import probe_scores, speed
 from layercut.evaluation.probe_scores import LONGEST_PROBE, TEST_ROWS, TEST_WINDOW, found_of, probes_for, retrieval_grid
 from layercut.evaluation.tasks import CLEAR
-from layercut.layer_search.cost_map import capability_map
+from layercut.layer_search.skill_map import capability_map
 from layercut.models import decoder_stack, layer_reader
 from layercut.models.placement import placed_over
 from layercut.models.runner import DecoderRunner
