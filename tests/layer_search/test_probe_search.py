@@ -15,12 +15,12 @@ from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import capability_figures
 from layercut.layer_search import search
-from layercut.layer_search.skill_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.fisher import estimate
 from layercut.layer_search.race import least_sums
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
+from layercut.layer_search.skill_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.sweep import set_costs
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models.runner import DecoderRunner

@@ -20,13 +20,13 @@ from layercut.layer_search.budgets import (
     perplexity_rise,
     split_rows,
 )
-from layercut.layer_search.skill_map import CapabilityMap, capability_map
 from layercut.layer_search.criteria import Criterion, lowest, names, takes
 from layercut.layer_search.cut_costs import CutCosts
 from layercut.layer_search.race import MOST_SETS
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult
 from layercut.layer_search.segment_sets import number_of_sets
+from layercut.layer_search.skill_map import CapabilityMap, capability_map
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.runner import prepared
