@@ -200,9 +200,9 @@ class SearchConfig:
     """Remove the layers as up to so many segments; for clp, fisher, race and exhaustive. auto: as one, or as two where
     that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
-    """Skills that the search preserves, by its default method and those of --num-segments: all, none, or of these,
-    separated by commas: recall (keys hidden in text), lists (values by key), copy, labels (given by examples), sums,
-    structure (of code) and format. What a cut costs of it is measured on probes, generated from the tokenizer, and
+    """Skills that the default search preserves, and clp, race and exhaustive: all, none, or of these, separated by
+    commas: recall (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of
+    code) and format. What a cut costs of it is measured on probes, generated from the tokenizer, and
     added to the loss on text. Where weights of a checkpoint folder get fewer than 8 bits, they are rounded on such
     probes too."""
     method: Annotated[

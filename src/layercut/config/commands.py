@@ -62,7 +62,7 @@ class ConfigFile:
     """A file of options."""
 
     config: Annotated[Path | None, Parameter(group=RUN)] = None
-    """A YAML file of flags; those given here win. Its keys are the flags' names, with underscores. Of the file of
+    """A YAML file of flags; flags of the command win. Its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
 
 

@@ -19,7 +19,7 @@ measured again, against the model that the file was made from: another reading o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from layercut.config.commands import ExportConfig
 from layercut.data.blocks import load_blocks, stored_blocks
@@ -236,40 +235,34 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         return {"kind": kind, "healed": sorted(source.healed), "importance": len(columns)}
     types, names = source.types(), possible_names(student, architecture_of(source.checkpoint.file))
     coarse = {each for each in source.healed if healed_type(kind, types.get(names[each] or "", "f32")) not in FINE}
-    layers = _matrices(student, coarse) if tokens is not None else {}
-    hessians = () if tokens is None or not layers else _hessians(student, tokens, layers)
+    read: dict[int, list[str]] = {}
+    for i, name, _ in decoder_stack.linear_by_layer(student) if tokens is not None else ():
+        if f"{name}.weight" in coarse:
+            read.setdefault(i, []).append(name)
+    hessians = () if tokens is None or not read else _hessians(student, _some(tokens), read)
     source.write(file, student.config, lambda name: healed_type(kind, types[name]), hessians)
-    return {"kind": kind, "healed": sorted(source.healed), "importance": sum(map(len, layers.values()))}
-
-
-def _matrices(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
-    """Linear modules in decoder layers with one of these weights, by layer."""
-    decoder, found = decoder_stack.find_decoder(model), dict[int, list[str]]()
-    for i, layer in enumerate(decoder.layers):
-        inside = (f"{decoder.path}.{i}.{name}" for name, m in layer.named_modules() if isinstance(m, nn.Linear))
-        if names := [name for name in inside if f"{name}.weight" in parameters]:
-            found[i] = names
-    return found
+    return {"kind": kind, "healed": sorted(source.healed), "importance": sum(map(len, read.values()))}
 
 
 def _hessians(
-    model: Any, tokens: torch.Tensor, layers: Mapping[int, Sequence[str]]
+    model: Any, tokens: torch.Tensor, read: Mapping[int, Sequence[str]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """H of what these modules read, by the parameter; none of an expert to which no token was sent."""
-    names, some = {name for each in layers.values() for name in each}, tokens[: _importance_rows(tokens)]
-    with memory_limit(), bar("rounding", max(layers) + 1) as advance:
-        for _, name, hessian in each_with_hessian(DecoderRunner(model), some, layers, names, advance):
-            if hessian is not None:
+    """H of what these modules read, by parameter; none of an expert to which no token was sent."""
+    names = {name for each in read.values() for name in each}
+    with memory_limit(), bar("rounding", max(read) + 1) as advance:
+        for _, name, hessian in each_with_hessian(DecoderRunner(model), tokens, read, names, advance):
+            if hessian is not None and hessian.any():
                 yield f"{name}.weight", hessian
 
 
-def _importance_rows(tokens: torch.Tensor) -> int:
-    return max(1, IMPORTANCE_TOKENS // tokens.shape[1])
+def _some(tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of as many tokens as rounding measures."""
+    return tokens[: max(1, IMPORTANCE_TOKENS // tokens.shape[1])]
 
 
 def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Importance of the columns of matrices by parameter name; none without tokens."""
-    return {} if tokens is None else importance(model, tokens[: _importance_rows(tokens)])
+    return {} if tokens is None else importance(model, _some(tokens))
 
 
 def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

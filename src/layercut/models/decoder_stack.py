@@ -55,11 +55,20 @@ def find_decoder(model: Any) -> Decoder:
         raise ModelError(
             f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers "
             f"was found in {type(model).__name__}",
-            "this architecture is not supported; see docs/families.md for those that are",
+            "this architecture is not supported; see research/families.md for those that are",
         )
     # of nested lists the outermost is the stack; of several, the one that weighs most
     path, layers = max(lists, key=lambda item: (-item[0].count("."), sum(p.numel() for p in item[1].parameters())))
     return Decoder(path, layers, config)
+
+
+def linear_by_layer(model: Any) -> Iterator[tuple[int, str, nn.Linear]]:
+    """Linear modules in decoder layers: the layer, the name in the model, the module."""
+    decoder = find_decoder(model)
+    for i, layer in enumerate(decoder.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                yield i, f"{decoder.path}.{i}.{name}", module
 
 
 def count_layers(config: Any) -> int:

@@ -101,8 +101,8 @@ class QuantizeArtefact:
     bytes: BeforeAfter | None = None
     quantization_config: dict[str, Any] | None = None
     gguf: dict[str, Any] | None = None
-    """Of a run that writes a GGUF file: number format, importance, and names of the parameters that were "healed"
-    and "rounded"."""
+    """Of a run that writes a GGUF file: number format, how many matrices have "importance" (of columns, or of pairs of
+    columns by GPTQ), and names of the parameters that were "healed" and "rounded"."""
     tuning: TuningRecord | None = None
     """How scales, norms and rounding were trained afterwards; the errors of `layers` are those before."""
 

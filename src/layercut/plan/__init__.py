@@ -51,7 +51,7 @@ from layercut.pipeline.resolve_options import (
     with_windows,
 )
 from layercut.pipeline.stages.search import planned_search_tests
-from layercut.plan.costs import Planned, Stage, Work, stages, total
+from layercut.plan.costs import Planned, Stage, Work, round_healed, stages, total
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
@@ -210,22 +210,19 @@ class Planner:
         budget = Budget.of_accelerator(max(0, room - held - base))
         if on_cpu:
             budget = Budget.of_cpu() if config.load.max_memory is None else Budget.of_cpu().least(budget)
-        found = stages(
-            Planned(
-                config=config, shape=shape, tuned=self.shape(config.heal.tune_window or window, on_cpu),
-                reported=self.shape(config.evaluate.eval_window or window, on_cpu), segments=self.segments,
-                after=self.after, tests=planned_search_tests(config), budget=budget, libraries=base,
-                shortlisted=not on_disk and shortlists(config), foldable=what_folds(self.stock) != "",
-            )
+        run = Planned(
+            config=config, shape=shape, tuned=self.shape(config.heal.tune_window or window, on_cpu),
+            reported=self.shape(config.evaluate.eval_window or window, on_cpu), segments=self.segments,
+            after=self.after, tests=planned_search_tests(config), budget=budget, libraries=base,
+            shortlisted=not on_disk and shortlists(config), foldable=what_folds(self.stock) != "",
         )  # fmt: skip
+        found = stages(run)
         gguf, folder = self.checkpoint.gguf, self.checkpoint.folder
         files = [self.checkpoint.file] if gguf else checkpoints.weight_files(folder)
         read = sum(file.stat().st_size for file in files if file.is_file()) or weights
         if keeps_gguf(config, self.checkpoint) and "eval" in found:  # what healing changed is rounded and written
             last = {name: found.pop(name) for name in [*found][[*found].index("eval") :]}
-            changed = 2 * len(self.segments) * max(shape.dense.layers)
-            work = Work(moved=40 * changed, read=2 * read)
-            found |= {"quantize": Stage({"healed weights": 4 * changed}, work)} | last
+            found |= {"quantize": round_healed(run, read)} | last
         # safetensors in the format that is computed in are mapped; a GGUF file is made float32 first
         mapped = on_cpu and not gguf and self.dtypes[True] == self.dtypes[False] and not on_disk
         peak = {"weights": 0 if mapped else held * (4 // shape.itemsize if gguf and on_cpu else 1)}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut.config.commands import CompressConfig
+from layercut.export.formats import IMPORTANCE_TOKENS
 from layercut.healing.recipe import endpoints
 from layercut.layer_search.concave_gate import Schedule, beginnings, gates
 from layercut.layer_search.shortlist import EFFORTS
@@ -381,6 +382,17 @@ def quantize(run: Planned) -> Stage:
     tuned = run.config.heal.tune_quantized
     trains = run.config.heal.tune_tokens and (bits < 8 if tuned == "auto" else tuned != "none")
     return found.then(tune(run, rounded=True)) if trains else found
+
+
+def round_healed(run: Planned, read: int) -> Stage:
+    """Healed tensors of a GGUF file of so many bytes: a Hessian for each matrix of a layer, inverted in float64."""
+    shape, cuts, inputs = run.shape, len(run.segments), [run.shape.hidden] * 5 + [*run.shape.read]
+    changed, rows = 2 * cuts * max(shape.dense.layers), min(run.text, shape.rows_of(IMPORTANCE_TOKENS))
+    solved = 2 * cuts * sum(2 * width**3 for width in inputs)
+    work = passes(shape, rows * len(run.after.layers), heads=0, moved=40 * changed, read=2 * read, flops64=solved)
+    factors = 8 * sum(width**2 for width in inputs) + 24 * max(inputs) ** 2
+    peak = {"healed weights": 4 * changed, "Hessians": factors, "streams": 2 * shape.stream(rows)}
+    return Stage(weights(shape, run.on_disk) | peak, work)
 
 
 def evaluate(run: Planned) -> Stage:

@@ -19,7 +19,7 @@ from torch import nn
 
 from layercut.config import GROUP_SIZES, QuantizeConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.models.decoder_stack import find_decoder, parameter_bytes, replace_parameters_
+from layercut.models.decoder_stack import find_decoder, linear_by_layer, parameter_bytes, replace_parameters_
 from layercut.quantization.grid import Grid, decode
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -56,8 +56,8 @@ def plan(model: Any, config: QuantizeConfig) -> list[Assignment]:
             "leave out --bits; layercut export RUN quantizes mixtures of experts for llama.cpp",
         )
     ends = [] if config.embedding_bits in (None, 16) else _ends(model)
-    linear = [module for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
-    columns = [module.in_features for module in linear] + [width for _, width in ends]
+    linear = [*linear_by_layer(model)]
+    columns = [module.in_features for _, _, module in linear] + [width for _, width in ends]
     if config.one_width and config.group_size is None:
         common = next((size for size in GROUP_SIZES if not any(width % size for width in columns)), None)
         config = replace(config, group_size=common)
@@ -70,13 +70,11 @@ def plan(model: Any, config: QuantizeConfig) -> list[Assignment]:
         )
     inside = [
         Assignment(
-            full := f"{decoder.path}.{i}.{name}", i, int(config.bits), group_size(full, module.in_features, config),
-            zero_points=config.zero_points,
+            name, i, int(config.bits), group_size(name, module.in_features, config), zero_points=config.zero_points
         )
-        for i, layer in enumerate(decoder.layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
-    ]  # fmt: skip
+        for i, name, module in linear
+        if name.rpartition(".")[2] not in ROUTERS
+    ]
     if not inside:
         raise ModelError(
             f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",

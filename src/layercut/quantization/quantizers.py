@@ -201,8 +201,12 @@ def factored(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for each: those of the largest inputs first, as most others can compensate them.
     """
     order = hessian.diagonal().argsort(descending=True)
-    lower = torch.linalg.cholesky(damped(hessian[order][:, order]))
-    return order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    return order, inverse_factor(damped(hessian[order][:, order]))
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U [I, I] in float32, upper triangular, of H [I, I]: U'U = H^-1."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
 
 
 def compensated(weight: torch.Tensor, grid: Grid, order: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -131,8 +131,8 @@ def quantize_gguf(work: RunContext, segments: Sequence[Segment]) -> QuantizeArte
             stage.files = [QUANTIZED_GGUF]
     found = stage.artefact.gguf or {}
     if found["rounded"]:
-        how = "importance" if is_mixture(kind) else "GPTQ"
-        how = f", {found['importance']} by {how}" if found["importance"] else ""
+        by = "importance" if is_mixture(kind) else "GPTQ"
+        how = f", {found['importance']} by {by}" if found["importance"] else ""
         say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
     return stage.artefact
 
