@@ -26,8 +26,9 @@ from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.resolve_options import resolve
-from layercut.plan import Place, Planner, Rates, plan_run, pruned_parts, savings, shares, sizes, what_folds
+from layercut.plan import Place, Planner, plan_run, pruned_parts, savings, shares, sizes, what_folds
 from layercut.plan.costs import Planned, Stage, Work, stages
+from layercut.plan.rates import Rates
 from layercut.plan.shape import count_parts, measure_shape
 from layercut.registries import criteria
 from layercut.segments import Segment
@@ -225,7 +226,7 @@ def test_chats_quantization_and_what_is_trained_after_it_are_counted(llama):
     shape = llama[1]
     chats = [HealConfig(tune_tokens=2560, chat_share=share) for share in (0.0, 0.1)]
     plain, written = (stages(run_of(shape, Segment(2, 4), heal=heal))["text"].work for heal in chats)
-    assert written.steps - plain.steps == 12 * (16 + 16), "16 tokens one by one, to tune on and held out"
+    assert written.wide_steps - plain.wide_steps == 12 * (16 + 16), "16 tokens one by one, to tune on and held out"
     rounded = {
         (name, how): stages(run_of(shape, Segment(2, 4), quantize=QuantizeConfig(bits=4, quantizer=name), heal=after))[
             "quantize"
@@ -241,10 +242,12 @@ def test_chats_quantization_and_what_is_trained_after_it_are_counted(llama):
     assert parts[1] > 10 * parts[0]
 
 
-def test_time_is_work_over_rates(llama):
-    rates = Rates(flops=10.0, flops64=5.0, matvec=4.0, launch=0.0, memory=2.0, disk=None)
-    work = Work(flops=20, flops64=5, moved=4, decoded=8, read=2, fixed=3)
-    assert rates.seconds(llama[1], work) == 20 / 10 + 5 / 5 + 4 / 2 + 8 / 4 + 2 / 2 + 3
+def test_time_is_work_over_rates():
+    rates = Rates(
+        forward=10.0, backward=5.0, trained=4.0, flops64=5.0, logit=2.0, step=0.5, wide_step=0.25, memory=2.0, disk=None
+    )
+    work = Work(flops=20, back=10, trained=4, flops64=5, logits=3, moved=4, steps=8, wide_steps=16, read=2, fixed=3)
+    assert rates.seconds(work) == 20 / 10 + 10 / 5 + 4 / 4 + 5 / 5 + 3 * 2 + 4 / 2 + 8 / 2 + 16 / 4 + 2 / 2 + 3
 
 
 def test_progress_has_the_share_of_each_stage_of_a_run(tiny_model):

@@ -86,21 +86,21 @@ def release_freed() -> None:
         trim(0)
 
 
-def reuse_freed(most: int = 256 * 2**20) -> None:
-    """From now on let glibc keep up to so many freed bytes for later allocations.
+def reuse_freed(most: int = 2**30) -> None:
+    """From now on let glibc keep up to so many freed bytes for later allocations, also of large pieces.
 
     For work whose steps allocate and free the same again and again: otherwise it returns pages and has each zeroed
-    again, which took 5 % of tuning on a CPU. `release_freed` still returns all.
+    again. `release_freed` still returns all.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are
         library.mallopt(-1, most)  # M_TRIM_THRESHOLD
-        library.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the largest there is: larger pieces are returned at once
+        library.mallopt(-3, most)  # M_MMAP_THRESHOLD: larger pieces are returned at once
 
 
 # --- what one pass may take ---
 
-CHUNK_BYTES = 256 * 2**20  # CPU: logits of a chunk of rows, in float32
+CHUNK_BYTES = 128 * 2**20  # CPU: logits of a chunk of rows, in float32
 PIECE_BYTES = 32 * 2**20
 """CPU: logits of a piece of a tuning pass. Above it glibc fetches memory from the system, page by page, each time."""
 PASS_TOKENS = 1024

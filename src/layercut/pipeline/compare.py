@@ -97,6 +97,8 @@ class Judged:
 def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
     """Run every method on a model and measure what it removes."""
     processes.start()
+    if own_process:
+        memory.reuse_freed()
     asked, journey = config.compare, config.journey()
     if config.load.place == "processes":
         raise ConfigError("compare needs a whole model in every process", "leave out --place processes")
@@ -246,8 +248,6 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
         kl = [mean_kl(stack, DecoderRunner(one), heldout) for one in (folded, student)]
         from_fold = kl[0] < kl[1]
         student = folded if from_fold else student
-    if work.own_process:
-        memory.reuse_freed()
     how: dict[str, Any] = {"heldout": heldout, "files": TuningFiles(stopping=work.stopping)}
     how["settings"], treated = tune_settings(work.config.heal), vars(tuning_treatment(work))
     if state == "lora":

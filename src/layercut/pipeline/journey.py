@@ -65,6 +65,7 @@ def compress(
     processes.start()
     if own_process:
         sum_in_float32_()
+        memory.reuse_freed()
     asked = resolve(model, config, until)
     config, checkpoint = asked.config, asked.checkpoint
     folder = config.run.folder or default_folder(model)

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +27,7 @@ from layercut.errors import ConfigError, LayercutError, SurgeryError
 from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
 from layercut.healing.recipe import endpoints
-from layercut.models import checkpoints, decoder_stack, loading, memory
+from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
 from layercut.pipeline.resolve_options import (
@@ -52,6 +48,7 @@ from layercut.pipeline.resolve_options import (
 )
 from layercut.pipeline.stages.search import planned_search_tests
 from layercut.plan.costs import Planned, Stage, Work, round_healed, stages, total
+from layercut.plan.rates import CARDS, Rates
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
@@ -60,93 +57,6 @@ from layercut.surgery.cut_plan import plan_cut
 
 GB = 10**9
 RESERVED = 1 * GB  # left alone on an accelerator: its runtime and what the allocator cannot use. A guess
-
-
-CARDS = {"t4": (16, 0.32, 65, 0.25), "l4": (24, 0.3, 121, 0.5), "rtx4090": (24, 1.01, 165, 1.3),
-         "l40s": (48, 0.86, 362, 1.4), "a100": (80, 2.04, 312, 9.7), "h100": (80, 3.35, 989, 34),
-         "h200": (141, 4.8, 989, 34), "b200": (180, 8.0, 2250, 37)}  # fmt: skip
-"""GPUs by their data sheets: GB of memory, TB/s, dense TFLOP/s in 16 bits and in float64."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What this machine does in a second."""
-
-    flops: float  # floating-point operations of a matrix product at the model's widths, in its number format
-    flops64: float
-    matvec: float  # bytes of weights that go by when one token is multiplied with a matrix
-    launch: float  # seconds of an operation on a tensor that is next to nothing
-    memory: float  # bytes moved, read and written, by an elementwise operation
-    disk: float | None
-    """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
-
-    @classmethod
-    def of_card(cls, name: str) -> Rates:
-        """A GPU's: 40 % of its data sheet's products, 70 % of its bandwidth, a disk of 1 GB/s. Guesses."""
-        _, bandwidth, flops, flops64 = CARDS[name]
-        moved = 0.7e12 * bandwidth
-        return cls(flops=0.4e12 * flops, flops64=0.4e12 * flops64, matvec=moved, launch=6e-6, memory=moved, disk=1e9)
-
-    @classmethod
-    def measured(cls, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
-        """This machine's."""
-
-        def seconds(work: Callable[[], object]) -> float:
-            """Median of repeats within 0.4 s, the first left out."""
-            found, begun = list[float](), time.perf_counter()
-            while len(found) < 3 or (time.perf_counter() - begun < 0.4 and len(found) < 1000):
-                started = time.perf_counter()
-                work()
-                if device.type != "cpu":
-                    torch.accelerator.synchronize()
-                found.append(time.perf_counter() - started)
-            return statistics.median(found[1:])
-
-        def product(rows: int, width: int, inner: int, kind: torch.dtype, place: torch.device) -> float:
-            a = torch.ones(rows, width, dtype=kind, device=place)
-            b = torch.ones(inner, width, dtype=kind, device=place)
-            return seconds(lambda: a @ b.T)
-
-        width, inner = min(shape.hidden, 8192), max(shape.read)
-        rows, square = min(8 * shape.window, 2048), min(width, 2048)
-        small, large = torch.ones(8, dtype=dtype, device=device), torch.ones(32 * 2**20, device=device)
-        return cls(
-            flops=2 * rows * width * inner / product(rows, width, inner, dtype, device),
-            flops64=2 * square**3 / product(square, square, square, torch.float64, memory.place_of_float64(device)),
-            matvec=width * inner * dtype.itemsize / product(1, width, inner, dtype, device),
-            launch=seconds(lambda: [small.add_(0) for _ in range(100)]) / 100,
-            memory=2 * large.nbytes / seconds(lambda: large.mul_(1.0)),
-            disk=_disk_rate(folder),
-        )
-
-    def seconds(self, shape: Shape, work: Work) -> float:
-        """What a stage's work takes. An operation inside a model costs three times one in a loop: a guess."""
-        computed = work.flops / self.flops + work.flops64 / self.flops64
-        decoded = work.decoded / self.matvec + 3 * work.steps * shape.mean("kernels") * self.launch
-        return computed + decoded + work.moved / self.memory + work.read / (self.disk or self.memory) + work.fixed
-
-
-SOME_CORE = Rates(flops=1.5e11, flops64=2e10, matvec=1e10, launch=1e-6, memory=8e9, disk=1e9)
-"""One of a server: what stages take of each other, not how long."""
-
-
-def _disk_rate(folder: Path, size: int = 64 * 2**20) -> float | None:
-    """Bytes a second of reading a file that was just written and then dropped from the cache."""
-    if not hasattr(os, "posix_fadvise"):
-        return None
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
-            file.write(os.urandom(2**20) * (size // 2**20))
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            begun = time.perf_counter()
-            with open(file.name, "rb", buffering=0) as again:
-                while again.read(2**22):
-                    pass
-            return size / (time.perf_counter() - begun)
-    except OSError:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +108,12 @@ class Planner:
             known = (shape.dense for (_, dtype), shape in self.shapes.items() if dtype == key[1])
             self.shapes[key] = measure_shape(self.stock, key[1], window, next(known, None))
         return self.shapes[key]
+
+    def rates(self, config: CompressConfig, device: torch.device, **limit: float) -> Rates | None:
+        """What this machine does in a second."""
+        on_cpu = device.type == "cpu"
+        shape = self.shape(config.text.window, on_cpu)
+        return Rates.measured(self.stock, shape, self.dtypes[on_cpu], device, self.checkpoint.folder, **limit)
 
     def costs(self, config: CompressConfig, on_cpu: bool, room: int) -> dict[str, Stage]:
         """Every stage in a place with so much memory for weights and what they compute."""
@@ -307,7 +223,7 @@ def savings(config: CompressConfig, spread: bool) -> Iterator[tuple[list[str], C
 
 
 def shares(run: ResolvedRun) -> dict[str, float]:
-    """What each stage of a run takes, by the names in its folder, in the seconds of no particular machine."""
+    """Seconds that each stage of a run takes, by the names in its folder, measured roughly."""
     config, device = run.config, loading.pick_device(run.config.load.device)
     on_cpu = device.type == "cpu"
     try:
@@ -316,9 +232,9 @@ def shares(run: ResolvedRun) -> dict[str, float]:
     except LayercutError:  # how many layers go is found by the run
         return {}
     named = {"text": "text-tuning", "tune": "heal"}
-    shape = planner.shape(config.text.window, on_cpu)
+    rates = planner.rates(config, device, limit=0.05) or Rates.of_some_core(planner.shape(config.text.window, on_cpu))
     return {
-        named.get(name, name): SOME_CORE.seconds(shape, stage.work)
+        named.get(name, name): rates.seconds(stage.work)
         for name, stage in found.items()
         if stage.work and name != "load"
     }
@@ -351,9 +267,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     whole, segments, after, dtypes = planner.whole, planner.segments, planner.after, planner.dtypes
     before, length, on_cpu = count_parts(whole), sum(map(len, segments)), device.type == "cpu"
     shape = planner.shape(asked.text.window, on_cpu)
-    rates = Rates.of_card(card) if card else None
-    if config.calibrate and not card:
-        rates = Rates.measured(shape, dtypes[on_cpu], device, checkpoint.folder)
+    rates = Rates.of_card(card, shape) if card else planner.rates(asked, device) if config.calibrate else None
     folds = what_folds(stock)
     told, room = {}, CARDS[card][0] * GB - RESERVED if card else available_bytes(device)
     for name, stage in planner.costs(asked, on_cpu, room).items():
@@ -361,9 +275,9 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
             continue
         work = stage.work
         told[name] = {
-            "peak_bytes": total(stage.peak), "parts": stage.peak, "flops": work and work.flops + work.flops64,
+            "peak_bytes": total(stage.peak), "parts": stage.peak, "flops": work and work.operations(shape),
             "layer_forwards": work and work.forwards, "layer_backwards": work and work.backwards,
-            "seconds": rates.seconds(shape, work) if rates and work else None,
+            "seconds": rates.seconds(work) if rates and work else None,
         }  # fmt: skip
     ends = {"before": before, "after": after}
     saved = {end: sizes(parts, stored) for end, parts in ends.items()}

@@ -33,16 +33,23 @@ class Work:
 
     forwards: float = 0
     backwards: float = 0
-    flops: float = 0  # in the model's number format
+    flops: float = 0  # of layers forwards, and other products in the model's number format
+    back: float = 0  # of the gradients of their inputs
+    trained: float = 0  # and of their weights
+    logits: float = 0  # numbers that the head gives and that are compared
     flops64: float = 0
     read: float = 0  # bytes from and to the disk
     moved: float = 0  # bytes copied through memory, where that and not arithmetic takes the time
-    decoded: float = 0  # bytes of weights that tokens read which are generated one by one
-    steps: float = 0  # layers called for them
+    steps: float = 0  # layers called for tokens that are generated one by one
+    wide_steps: float = 0  # the same of 32 rows together
     fixed: float = 0  # seconds on any machine, roughly
 
     def __add__(self, other: Work) -> Work:
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def operations(self, shape: Shape) -> float:
+        """Floating-point operations of all of it."""
+        return self.flops + self.back + self.trained + 2 * self.logits * shape.hidden + self.flops64
 
     def __mul__(self, times: float) -> Work:
         return Work(**{f.name: getattr(self, f.name) * times for f in fields(self)})
@@ -126,10 +133,9 @@ def total(peak: Peak) -> int:
 
 def passes(shape: Shape, there: float, back: float = 0, *, heads: float, trained: float = 0, **more: Any) -> Work:
     """Rows through layers and head; `trained` layers compute a gradient of their weights too."""
-    logits = heads * shape.window * shape.vocabulary
-    flops = (there + back + trained) * shape.mean("flops") + 2 * logits * shape.hidden
-    # 28 bytes are moved for each number of compared logits, by the passes that a divergence makes: a guess
-    return Work(forwards=there, backwards=back, flops=flops, moved=more.pop("moved", 0) + 28 * logits, **more)
+    each, logits = shape.mean("flops"), heads * shape.window * shape.vocabulary
+    of_layers = {"flops": there * each, "back": back * each, "trained": trained * each}
+    return Work(forwards=there, backwards=back, logits=logits, **of_layers, **more)
 
 
 def weights(shape: Shape, on_disk: bool) -> Peak:
@@ -306,8 +312,8 @@ def chats(run: Planned) -> Stage:
         peak["cache"] = max(peak["cache"], at_once * length * (shape.dense.kv_bytes_per_token or 0))
         # of each token of the vocabulary 12 bytes: logits, their copy and what they become
         peak["next tokens"] = max(peak["next tokens"], at_once * shape.vocabulary * 12)
-    decoded = {"decoded": steps * shape.dense.total * shape.itemsize, "steps": steps * shape.layers}
-    return Stage(peak, passes(shape, rows * shape.layers, heads=rows, **decoded))
+    # of each token of the vocabulary a logit, and what it is drawn by
+    return Stage(peak, passes(shape, 0, heads=rows, wide_steps=steps * shape.layers))
 
 
 def tune(run: Planned, *, rounded: bool = False) -> Stage:
@@ -407,11 +413,8 @@ def evaluate(run: Planned) -> Stage:
     if config.evaluate.speed:  # six rounds of a prompt of 512 tokens and 24 more, the dense model twice
         forwards += 6 * 512 / shape.window * (2 * layers + kept)
         dense_steps, cut_steps = dense_steps + 288, cut_steps + 144
-    decoded = (dense_steps * shape.dense.total + cut_steps * run.after.total) * shape.itemsize
-    work = passes(
-        shape, forwards, heads=rows + passed + 2 * written, decoded=decoded,
-        steps=dense_steps * layers + cut_steps * kept,
-    )  # fmt: skip
+    steps = dense_steps * layers + cut_steps * kept
+    work = passes(shape, forwards, heads=rows + passed + 2 * written, steps=steps)
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
     # where one row's logits are too many, those of a part of it
     some = min(together * shape.window, 4 * run.budget.logit_tokens(shape.vocabulary) // shape.itemsize)
@@ -437,7 +440,7 @@ def export(run: Planned) -> Stage:
     shape, after, layers = run.shape, run.after, len(run.after.layers)
     size, wide = after.total * shape.itemsize, 4 * after.total
     rows = (1 + max(1, 4 // shape.itemsize)) * shape.rows_of(min(4096, run.config.evaluate.eval_tokens))
-    more = {"read": 2 * size, "moved": wide + 5 * size, "decoded": 24 * wide, "steps": 24 * layers, "fixed": 8}
+    more = {"read": 2 * size, "moved": wide + 5 * size, "steps": 24 * layers, "fixed": 8}
     work = passes(shape, rows * layers, heads=rows, **more)
     fresh = min(total(weights(shape, True)), size + wide) + run.libraries
     return Stage({"fresh process": fresh, "healed weights": (1 + run.on_disk) * run.healed_bytes}, work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,8 +160,6 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int, dense: Parts | N
 
 def _layer_costs(config: Any, dtype: torch.dtype, window: int) -> list[LayerCost]:
     """Of each decoder layer; those with parameters of the same names and sizes are run once."""
-    from transformers.cache_utils import Cache
-
     known: dict[Any, tuple[LayerCost, Any]] = {}
     costs: list[LayerCost] = []
 
@@ -168,9 +167,7 @@ def _layer_costs(config: Any, dtype: torch.dtype, window: int) -> list[LayerCost
         layer = layers[i]
         alike = tuple((name, p.shape) for name, p in layer.named_parameters())
         if alike not in known:
-            given = [None if isinstance(value, Cache) else value for value in args]
-            named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
-            named |= {"use_cache": False} if "use_cache" in named else {}
+            given, named = without_cache(args, kwargs)
             with _LiveBytes(layer) as live, FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 output = run(hidden, *given, **named)
             saved = []
@@ -200,6 +197,15 @@ def _layer_costs(config: Any, dtype: torch.dtype, window: int) -> list[LayerCost
     finally:
         logger.setLevel(level)
     return costs
+
+
+def without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """What a layer is called with, where it is to keep no cache."""
+    from transformers.cache_utils import Cache
+
+    given = [None if isinstance(value, Cache) else value for value in args]
+    named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    return given, named | ({"use_cache": False} if "use_cache" in named else {})
 
 
 def _saved(run: Any, layer: Any, hidden: torch.Tensor) -> int:

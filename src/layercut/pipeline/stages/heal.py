@@ -18,7 +18,7 @@ from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
-from layercut.models import decoder_stack, layer_reader, memory
+from layercut.models import decoder_stack, layer_reader
 from layercut.models.losses import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, FoldArtefact, FoldRecord, HealArtefact
@@ -114,8 +114,6 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
             files = TuningFiles(
                 states=states, state=StateFile(work.run / TUNING_STATE, key=key), stopping=work.stopping
             )
-            if work.own_process:
-                memory.reuse_freed()
             heldout = work.blocks["heldout"]
             report = tune_(student, work.stack, tokens, heldout=heldout, settings=settings, files=files, **treated)
             if states:

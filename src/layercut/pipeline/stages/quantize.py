@@ -191,8 +191,6 @@ def training_inputs(work: RunContext) -> list[Any]:
 def trained(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, TuningRecord]:
     """Train scales and norms of a quantized model, and the rounding where that is asked."""
     files = TuningFiles(state=StateFile(work.run / STATE, key=work.run.hashes["quantize"]), stopping=work.stopping)
-    if work.own_process:
-        memory.reuse_freed()
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     settings = replace(work.config.heal, learning_rate=parts.rate)
     treated = tuning_treatment(work).by_predictions()  # healing has taught the answers
