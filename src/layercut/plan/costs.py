@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut.config.commands import CompressConfig
+from layercut.data.self_sampled import ROWS
 from layercut.export.formats import IMPORTANCE_TOKENS
 from layercut.healing.recipe import endpoints
 from layercut.layer_search.concave_gate import Schedule, beginnings, gates
@@ -41,7 +42,7 @@ class Work:
     read: float = 0  # bytes from and to the disk
     moved: float = 0  # bytes copied through memory, where that and not arithmetic takes the time
     steps: float = 0  # layers called for tokens that are generated one by one
-    wide_steps: float = 0  # the same of 32 rows together
+    wide_steps: float = 0  # the same of as many rows as chats are sampled in
     fixed: float = 0  # seconds on any machine, roughly
 
     def __add__(self, other: Work) -> Work:
@@ -302,13 +303,17 @@ def fold(run: Planned, most: int = FOLD_TOKENS) -> Stage:
 
 
 def chats(run: Planned) -> Stage:
-    """Writing the chats that are tuned on, 32 rows at a time, by the token; none where layers are on disk."""
+    """Sampling the chats that are tuned on, many rows at a time, by the token; none where layers are on disk."""
     shape, heal, steps, rows, peak = run.shape, run.config.heal, 0, 0.0, {"cache": 0, "next tokens": 0}
     uses = ((run.tuned.window, heal.tune_tokens), (shape.window, run.heldout * shape.window))
     for window, tokens in () if run.on_disk else uses:
         length = min(window, 256)
         count = math.ceil(heal.chat_share * tokens / length)
-        steps, rows, at_once = steps + -(-count // 32) * length, rows + count * length / shape.window, min(count, 32)
+        steps, rows, at_once = (
+            steps + -(-count // ROWS) * length,
+            rows + count * length / shape.window,
+            min(count, ROWS),
+        )
         peak["cache"] = max(peak["cache"], at_once * length * (shape.dense.kv_bytes_per_token or 0))
         # of each token of the vocabulary 12 bytes: logits, their copy and what they become
         peak["next tokens"] = max(peak["next tokens"], at_once * shape.vocabulary * 12)

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from layercut.data.self_sampled import ROWS
 from layercut.models import memory
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.loading import build, quiet_transformers, skeleton
@@ -28,8 +29,6 @@ CARDS = {"t4": (16, 0.32, 65, 0.25), "l4": (24, 0.3, 121, 0.5), "rtx4090": (24, 
          "h200": (141, 4.8, 989, 34), "b200": (180, 8.0, 2250, 37)}  # fmt: skip
 """GPUs by their data sheets: GB of memory, TB/s, dense TFLOP/s in 16 bits and in float64."""
 
-AT_ONCE = 32  # rows that chats are written for together
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -41,7 +40,7 @@ class Rates:
     flops64: float
     logit: float  # seconds of one logit of a token, from the hidden state to the divergence
     step: float  # seconds of a layer on one token of one row
-    wide_step: float  # on one token each of AT_ONCE rows
+    wide_step: float  # on one token each of the rows that chats are sampled in
     memory: float  # bytes moved, read and written, by an elementwise operation
     disk: float | None
     """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
@@ -92,7 +91,7 @@ class Rates:
         leaf, ones = hidden.clone().requires_grad_(True), torch.ones_like(hidden)
         with torch.no_grad():
             there = seconds(lambda: call(hidden))
-            single, wide = (real_layer(config, dtype, device, count, 1, layer) for count in (1, AT_ONCE))
+            single, wide = (real_layer(config, dtype, device, count, 1, layer) for count in (1, ROWS))
             step, wide_step = (seconds(lambda each=each: each[1](each[2])) for each in (single, wide))  # type: ignore[misc]
         back = seconds(lambda: torch.autograd.grad(call(leaf), leaf, ones)) - there
         layer.requires_grad_(True)
