@@ -28,7 +28,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.resolve_options import resolve
 from layercut.plan import Place, Planner, plan_run, pruned_parts, savings, shares, sizes, what_folds
 from layercut.plan.costs import Planned, Stage, Work, stages
-from layercut.plan.rates import Rates
+from layercut.plan.rates import Rates, real_layer
 from layercut.plan.shape import count_parts, measure_shape
 from layercut.registries import criteria
 from layercut.segments import Segment
@@ -248,6 +248,20 @@ def test_time_is_work_over_rates():
     )
     work = Work(flops=20, back=10, trained=4, flops64=5, logits=3, moved=4, steps=8, wide_steps=16, read=2, fixed=3)
     assert rates.seconds(work) == 20 / 10 + 10 / 5 + 4 / 4 + 5 / 5 + 3 * 2 + 4 / 2 + 8 / 2 + 16 / 4 + 2 / 2 + 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_of_each_family_is_timed_as_its_model_calls_it(name, tmp_path):
+    """The same shapes come out as the model's own layer gives, and every figure is of something that was run."""
+    shape, place = measure_shape(stock(name), torch.float32, 16), torch.device("cpu")
+    layer, call, hidden = real_layer(stock(name), torch.float32, place, 2, 16)
+    assert hidden.shape == call(hidden).shape == (2, 16, 32)
+    assert len([*layer.parameters()]) == len(
+        [*decoder_stack.find_decoder(tiny.tiny(stock(name))).layers[3].parameters()]
+    )
+    rates = Rates.measured(stock(name), shape, torch.float32, place, tmp_path, limit=0.0)
+    assert rates
+    assert min(value for value in asdict(rates).values() if value is not None) > 0
 
 
 def test_progress_has_the_share_of_each_stage_of_a_run(tiny_model):

@@ -47,7 +47,7 @@ from layercut.pipeline.resolve_options import (
     with_windows,
 )
 from layercut.pipeline.stages.search import planned_search_tests
-from layercut.plan.costs import Planned, Stage, Work, round_healed, stages, total
+from layercut.plan.costs import Planned, Stage, Work, by_llama_cpp, round_healed, stages, total
 from layercut.plan.rates import CARDS, Rates
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
 from layercut.quantization import bit_choice
@@ -138,6 +138,7 @@ class Planner:
         read = sum(file.stat().st_size for file in files if file.is_file()) or weights
         if keeps_gguf(config, self.checkpoint) and "eval" in found:  # what healing changed is rounded and written
             last = {name: found.pop(name) for name in [*found][[*found].index("eval") :]}
+            last["export"] = last["export"].then(by_llama_cpp(run))
             found |= {"quantize": round_healed(run, read)} | last
         # safetensors in the format that is computed in are mapped; a GGUF file is made float32 first
         mapped = on_cpu and not gguf and self.dtypes[True] == self.dtypes[False] and not on_disk

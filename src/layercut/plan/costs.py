@@ -309,11 +309,8 @@ def chats(run: Planned) -> Stage:
     for window, tokens in () if run.on_disk else uses:
         length = min(window, 256)
         count = math.ceil(heal.chat_share * tokens / length)
-        steps, rows, at_once = (
-            steps + -(-count // ROWS) * length,
-            rows + count * length / shape.window,
-            min(count, ROWS),
-        )
+        steps, at_once = steps + -(-count // ROWS) * length, min(count, ROWS)
+        rows += count * length / shape.window
         peak["cache"] = max(peak["cache"], at_once * length * (shape.dense.kv_bytes_per_token or 0))
         # of each token of the vocabulary 12 bytes: logits, their copy and what they become
         peak["next tokens"] = max(peak["next tokens"], at_once * shape.vocabulary * 12)
@@ -404,6 +401,11 @@ def round_healed(run: Planned, read: int) -> Stage:
     factors = 8 * sum(width**2 for width in inputs) + 24 * max(inputs) ** 2
     peak = {"healed weights": 4 * changed, "Hessians": factors, "streams": 2 * shape.stream(rows)}
     return Stage(weights(shape, run.on_disk) | peak, work)
+
+
+def by_llama_cpp(run: Planned) -> Stage:
+    """llama.cpp's check of a GGUF file and nine rounds of 32 tokens of each file, twice as fast as transformers'."""
+    return Stage({}, Work(steps=9 * 32 * (run.shape.layers + len(run.after.layers)) / 2, fixed=12))
 
 
 def evaluate(run: Planned) -> Stage:

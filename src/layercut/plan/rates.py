@@ -147,11 +147,11 @@ def real_layer(
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_floating_point():
-            return torch.randn(value.shape, device=device).to(value.dtype)
+            return torch.randn(value.shape, device=device).to(dtype if value.dtype == torch.bfloat16 else value.dtype)
         return (torch.ones if value.dtype == torch.bool else torch.zeros)(value.shape, dtype=value.dtype, device=device)
 
     with FakeTensorMode(), torch.device("cpu"):
-        model = build(config, dtype)
+        model = build(config, torch.bfloat16)  # fake tensors know the experts' grouped product in no other
         layers = list(find_decoder(model).layers.children())
         middle = len(layers) // 2
         try:
