@@ -21,7 +21,15 @@ from layercut.errors import ModelError
 from layercut.export.formats import write_requantized
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.export.gguf_tensors import CONVERTER, compensated_rows, gguf_tensors, quantized_rows, tensor_types
+from layercut.export.gguf_tensors import (
+    CONVERTER,
+    compensated_rows,
+    gguf_tensors,
+    quantize_file,
+    quantized_rows,
+    tensor_types,
+    weights_by_columns,
+)
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.gguf_header import Header
 from layercut.report.verdicts import broken
@@ -350,6 +358,20 @@ def test_columns_make_up_for_each_others_errors(name):
     assert error(compensated_rows(weight, kind, 2 * inputs.T @ inputs)) < 0.7 * error(
         quantized_rows(weight.numpy(), kind, counts)
     )
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("hidden", [128, 256])
+def test_the_size_that_requantizing_gives_is_that_of_llama_cpps_own_quantizer(tmp_path, hidden):
+    model = tiny.llama(3, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, hidden_size=hidden,
+                       intermediate_size=1024)  # fmt: skip
+    came, out = write_gguf(model, folders.tokenizer(), tmp_path / "came.gguf", "F16"), tmp_path / "out.gguf"
+    held = weights_by_columns(came)
+    quantize_file(came, out, "q4_0", {})
+    head = held["head"] * (8.5 if held["head_narrow"] else 6.56) / 8
+    found = (held["blocks_of_256"] + held["narrower"]) * 4.5 / 8 + held["other_bytes"] + head
+    assert found == pytest.approx(out.stat().st_size, rel=0.05)
+    assert (held["narrower"] == 0) == (hidden == 256)
 
 
 @needs_llama_cpp

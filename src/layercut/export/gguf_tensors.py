@@ -153,6 +153,22 @@ def tensor_types(file: Path) -> dict[str, int]:
     return dict(Counter(tensor.tensor_type.name for tensor in open_gguf(file)[1].tensors).most_common())
 
 
+def weights_by_columns(file: Path) -> dict[str, int]:
+    """Weights in matrices whose columns fill blocks of 256 or do not, those of the head, and bytes of all else."""
+    tensors, found = open_gguf(file)[1].tensors, {"blocks_of_256": 0, "narrower": 0, "head": 0, "head_narrow": 0}
+    other = file.stat().st_size
+    named = {tensor.name for tensor in tensors}
+    head = "output.weight" if "output.weight" in named else "token_embd.weight"
+    for tensor in tensors:
+        narrow, count = bool(int(tensor.shape[0]) % 256), int(tensor.n_elements)
+        if tensor.name == head:
+            found |= {"head": count, "head_narrow": int(narrow)}
+        elif len(tensor.shape) > 1:
+            found["narrower" if narrow else "blocks_of_256"] += count
+        other -= int(tensor.n_bytes) * (len(tensor.shape) > 1)
+    return found | {"other_bytes": other}
+
+
 # --- through llama.cpp's converter ---
 
 

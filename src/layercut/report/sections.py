@@ -102,9 +102,10 @@ def search(run: RunFacts) -> Section:
     if found.gate:
         note += " The concave gate (CLP) was moved from step to step as drawn; real cuts decided among its last places."
     note += decided(found)
-    costs = ("folded", "healed", "longer")
-    rows = [[layer_names(one.segments), *(dash(one[key]) for key in costs)] for one in found.shortlist]
-    heads = ["shortlist: layers", "nats, folded", "healed shortly", "healed longer"]
+    costs = {"folded": "after a quick fold, nats", "healed": "healed shortly", "longer": "healed longer"}
+    known = [key for key in costs if any(number(one[key]) is not None for one in found.shortlist)]
+    rows = [[layer_names(one.segments), *(dash(one[key]) for key in known)] for one in found.shortlist]
+    heads = ["shortlist: layers", *(costs[key] for key in known)]
     shortlist = Table(heads, rows, strong=layer_names(found.segments))
     return Section("search", "Search", note, [shortlist], [*charts.gate_maps(found), charts.cost_chart(found)])
 
@@ -118,8 +119,8 @@ def decided(found: Json) -> str:
     if len(parts) < 2:
         return ""
     last = max((at + 1 for at, (_, layers) in enumerate(parts) if layers != parts[-1][1]), default=0)
-    end = f"{parts[last][0]} decided" if last else "they agree"
-    return f" Layers put first by {'; '.join(f'{name}: {layers}' for name, layers in parts)}; {end}."
+    end = f"{parts[last][0][0].upper()}{parts[last][0][1:]} decided" if last else "They agree"
+    return f" First by {'; by '.join(f'{name}: {layers}' for name, layers in parts)}. {end}."
 
 
 def probe_map(run: RunFacts) -> Section:
@@ -136,7 +137,7 @@ def stages(run: RunFacts) -> Section:
     text = summary.perplexity
     note = (
         f"Perplexity on {whole(text.tokens)} tokens of {source_name(text.dataset)} in windows of {whole(text.window)}, "
-        "± one standard error beside the dense model's windows; states before the last on a quarter of them. "
+        "± one standard error of the difference from the dense model; earlier states on some of the windows. "
         "Gap closed: the share of the cut's log-perplexity loss that is undone."
     )
     for fold in run.heal.fold:
@@ -202,7 +203,8 @@ def abilities(run: RunFacts) -> Section:
     ]  # fmt: skip
     table = probe_table([*skills(run.capabilities.judged), *lengths, *recall(run.summary)])
     note = (
-        "Probes of their own family, unseen in search and tuning: answers given by greedy decoding, KL on their tokens."
+        "Probes in wordings that neither search nor tuning saw; both saw the same kinds of question, so that a gain is "
+        "owed to tuning. Answers by greedy decoding, KL on their tokens."
     )
     return Section("probes", "Recall and skills", note, [table])
 
@@ -242,7 +244,7 @@ def generation(run: RunFacts) -> Section:
     names = {"repeated_4grams": "4-grams that repeat", "distinct_1": "distinct words", "distinct_2": "distinct pairs"}
     rows = [[words, *(dash(health[model][key], percent) for model in BOTH)] for key, words in names.items()]
     rows.append(["dense model's loss, nats", *(dash(health[model].dense_loss) for model in BOTH)])
-    rows.append(["tokens of a reply", *(dash(health.replies[model]) for model in BOTH)])
+    rows.append(["tokens of a reply to a chat", *(dash(health.replies[model]) for model in BOTH)])
     known = [row for row in rows if row[1:] != ["–", "–"]]
     note = f"{whole(health.prompts)} greedy continuations of {whole(health.tokens)} tokens by each model."
     return Section("generation", "Generated text", note, [Table(["", "dense", "pruned"], known)])
@@ -260,7 +262,7 @@ def speed(run: RunFacts) -> Section:
     ) if number(before) is not None]  # fmt: skip
     row, note = found.prefill, "Speed in transformers was not measured."
     if row:
-        rows.append(["prompt, tokens/s", *(figure(row[model]) for model in BOTH), times(row.ratio)])
+        rows.append(["prompt in transformers, tokens/s", *(figure(row[model]) for model in BOTH), times(row.ratio)])
         note = f"On {printable(found.device)}, {dash(found.threads, whole)} threads, both models by turns; medians."
     return Section("speed", "Size and speed", note, [Table(["", "dense", "pruned", "change"], rows)])
 

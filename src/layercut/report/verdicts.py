@@ -60,16 +60,18 @@ LONG_LOSS = 0.1
 LIMITS = (
     f"passed (✓), caution (!) and failed (✗) are conventions. Quality passes up to {CLOSE:g}× the dense model's "
     f"perplexity, with caution up to {FAIR:g}×; tasks and probes pass from {KEPT:.0%} of the dense answers, with "
-    f"caution from {KEPT_FAIR:.0%}; speed passes above {FASTER:g}×; text passes up to {REPEATS:.0%} points more "
-    f"repetition, with caution up to {CIRCLES:.0%} points. Fewer than {FEWEST} items are not judged (–). Above "
+    f"caution from {KEPT_FAIR:.0%}; speed passes above {FASTER:g}×; text passes up to {100 * REPEATS:.0f} points more "
+    f"repetition, with caution up to {100 * CIRCLES:.0f} points. Fewer than {FEWEST} items are not judged (–). Above "
     f"{BROKEN_FACTOR:g}× the perplexity, or below {GUESSING:.0%} of the score above chance over {FEWEST_GUESSED} items "
     "or more, a model is called broken."
 )
 MARKS = {"good": ("✓", "passed"), "fair": ("!", "caution"), "bad": ("✗", "failed"), "open": ("–", "not judged")}
-FORMATS = {"Q8_0": (8.5, 0.0004), "Q6_K": (6.56, 0.0035), "Q5_1": (6.0, 0.017), "Q5_K_M": (5.69, 0.009),
-           "Q5_0": (5.5, 0.021), "Q4_1": (5.0, 0.024), "Q4_K_M": (4.85, 0.028), "Q4_0": (4.5, 0.075),
-           "Q3_K_M": (3.91, 0.105), "Q2_K": (2.96, 0.565)}  # fmt: skip
-"""Bits a weight and the rise of perplexity of Llama-3-8B (llama.cpp's own table; Q4_1: by stage-two.md, scaled)."""
+FORMATS = {"Q8_0": (8.5, 8.5, 0.0004), "Q6_K": (6.56, 8.5, 0.0035), "Q5_1": (6.0, 6.0, 0.017),
+           "Q5_K_M": (5.69, 6.3, 0.009), "Q5_0": (5.5, 5.5, 0.021), "Q4_1": (5.0, 5.0, 0.024),
+           "Q4_K_M": (4.85, 5.8, 0.028), "Q4_0": (4.5, 4.5, 0.075), "Q3_K_M": (3.91, 4.9, 0.105),
+           "Q2_K": (2.96, 4.7, 0.565)}  # fmt: skip
+"""Bits a weight; bits in matrices whose columns do not fill blocks of 256, for which llama.cpp takes another type; and
+the rise of perplexity of Llama-3-8B (llama.cpp's own table; Q4_1: by stage-two.md, scaled)."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,26 @@ def size_alone(run: RunFacts) -> str:
     summary = run.summary
     before, after, had = source_bytes(summary), finite(summary.bytes.after), finite(summary.parameters.before)
     came = printable(run.export.gguf.source_type).replace("_K", "_K_M") if run.export.gguf else ""
-    bits, rise = FORMATS.get(came.replace("Q6_K_M", "Q6_K"), (0.0, 0.0))
+    bits, _, rise = FORMATS.get(came.replace("Q6_K_M", "Q6_K"), (0.0, 0.0, 0.0))
     if not (before and after and had) or (run.export.gguf and not bits) or run.quantization.bits not in (None, 16):
         return ""
     bits = bits or 8 * before / had
     small = max(1.0, 8e9 / had) ** 0.2
-    for name, (width, its_rise) in FORMATS.items():
-        if before * width / bits <= after:
-            factor = (1 + its_rise * small) / (1 + rise * small)
-            return (f"For size alone, requantizing to {name} would give about {size(before * width / bits)} at "
-                    f"{max(1.0, factor):.2f}× the perplexity (estimated from its bits a weight).")  # fmt: skip
-    return ""
+    keys = ("blocks_of_256", "narrower", "head", "head_narrow", "other_bytes")
+    wide, thin, head, head_narrow, other = (finite(run.export.gguf.weights[key]) or 0.0 for key in keys)
+    least, words = before, ""
+    for name, (width, narrow, its_rise) in FORMATS.items():
+        found = before * width / bits
+        if head:
+            in_head = 8.5 if head_narrow or width == 8.5 else 6.56
+            found = (wide * width + thin * narrow + head * in_head) / 8 + other
+        factor = max(1.0, (1 + its_rise * small) / (1 + rise * small))
+        if found < 0.999 * least:
+            least, words = found, f"For size alone, requantizing to {name} would give about {size(found)}"
+            words += f" at {factor:.2f}× the perplexity (estimated from its bits a weight)."
+        if found <= after:
+            return words
+    return words.replace("would give about", "gets no further than") if head else ""
 
 
 def better_way(run: RunFacts) -> str:
@@ -227,7 +238,8 @@ def _probes(run: RunFacts) -> Verdict | None:
     lost = [f"{printable(name)} ({found:.0f} of {n:.0f}, dense {of:.0f})" for name, (n, of, found) in kinds.items()
             if found < KEPT_FAIR * of and n >= FEWEST]  # fmt: skip
     mark = "open" if not dense or total < FEWEST else _graded(-pruned / dense, -KEPT, -KEPT_FAIR)
-    words = f"of the answers, ± {off:.0f} points, the dense model {percent(dense)}; n = {total:,} of {len(kinds)} kinds"
+    words = f"right, the mean of {len(kinds)} kinds of question (n = {total:,}), ± {off:.0f} points, "
+    words += f"the dense model {percent(dense)}"
     words += f"; more than half lost: {', '.join(lost)}" if lost else ""
     mark = "fair" if lost and mark == "good" else mark
     return Verdict("Recall and skills", mark, percent(pruned), f"{words}.{_few(total)}")
@@ -326,6 +338,7 @@ def conclusion(run: RunFacts) -> Verdict:
         sizes = f"{size(source_bytes(summary))} → {size(summary.bytes.after)}"
         why = f"larger than the source ({sizes}), and {rise}. {better_way(run)}"
     elif factor > FAIR:
+        rise += f" (limit {FAIR:g}×)"
         states = {name: value for name, value in perplexities(summary).items() if name != "quantized"}
         before, advice = final_factor(Json({"perplexity": states})), "Heal on more tokens, or remove fewer layers."
         if "quantized" in perplexities(summary) and before is not None and before <= FAIR:

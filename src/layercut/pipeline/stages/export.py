@@ -16,7 +16,7 @@ from layercut.export import engines
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
 from layercut.export.formats import FLOATS, check_cut
 from layercut.export.gguf_check import speed_by_llama_cpp
-from layercut.export.gguf_tensors import tensor_types
+from layercut.export.gguf_tensors import tensor_types, weights_by_columns
 from layercut.files import partial_of, replace_folder, writing
 from layercut.models import layer_reader
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
@@ -100,7 +100,7 @@ def export_gguf(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact
                 theirs["speed"] = speed_by_llama_cpp(work.checkpoint.file, file)
             kinds = (kind for kind in tensor_types(work.checkpoint.file) if kind not in FLOATS)
             facts |= {"tensor_types": tensor_types(file), "file": name, "bytes": file.stat().st_size}
-            facts["source_type"] = next(kinds, None)
+            facts |= {"source_type": next(kinds, None), "weights": weights_by_columns(work.checkpoint.file)}
             written = (work.run.artefact(QuantizeArtefact, "quantize").gguf or {}) | facts
             stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written)
             stage.files = ["model"]
