@@ -379,8 +379,10 @@ def test_each_kind_of_probe_counts_the_same_and_a_lost_one_is_named(tmp_path: Pa
 def test_text_is_judged_by_repetition_and_by_the_dense_models_loss(repeated: float, loss: Any, mark: str) -> None:
     health = {"dense": {"repeated_4grams": 0.35, "dense_loss": 0.6}, "prompts": 24, "tokens": 64,
               "compressed": {"repeated_4grams": repeated, "dense_loss": loss}}  # fmt: skip
-    found = judged(of_summary(generation_health=health))
+    replies = {"replies": {"dense": 61.4, "compressed": 29.1, "prompts": 8}}
+    found = judged(of_summary(generation_health=health | replies))
     assert found["Text it writes"].mark == mark
+    assert "Replies to 8 chats have 29 tokens, the dense model's 61." in found["Text it writes"].text
     assert found["Conclusion"].text.startswith("Do not ship this. It goes in circles") == (mark == "bad")
 
 

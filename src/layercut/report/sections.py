@@ -102,6 +102,8 @@ def search(run: RunFacts) -> Section:
     if found.gate:
         note += " The concave gate (CLP) was moved from step to step as drawn; real cuts decided among its last places."
     note += decided(found)
+    if found.shortlist:
+        note += " The shortlist is of text and probes; a neighbour replaces the first where it is clearly cheaper."
     costs = {"folded": "after a quick fold, nats", "healed": "healed shortly", "longer": "healed longer"}
     known = [key for key in costs if any(number(one[key]) is not None for one in found.shortlist)]
     rows = [[layer_names(one.segments), *(dash(one[key]) for key in known)] for one in found.shortlist]

@@ -256,7 +256,11 @@ def _text(run: RunFacts) -> Verdict | None:
     prompts = int(finite(health.prompts) or 0)
     mark = "open" if not marks or prompts < FEWEST else next(one for one in ("bad", "fair", "good") if one in marks)
     words = f"of the phrases it writes are repeated, the dense model's {percent(health.dense.repeated_4grams)}"
-    return Verdict("Text it writes", mark, percent(health.compressed.repeated_4grams), f"{words}; n = {prompts} texts.")
+    words += f"; n = {prompts} texts."
+    long, short = finite(health.replies.dense), finite(health.replies.compressed)
+    if long and short is not None:
+        words += f" Replies to {health.replies.prompts} chats have {short:.0f} tokens, the dense model's {long:.0f}."
+    return Verdict("Text it writes", mark, percent(health.compressed.repeated_4grams), words)
 
 
 def _long_context(run: RunFacts) -> Verdict | None:
