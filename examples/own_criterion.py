@@ -14,7 +14,8 @@ name, calibration = sys.argv[1:3]
 tokens_in_all, window = (int(value) for value in (*sys.argv[3:], "16384", "256")[:2])
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
-tokens = lc.token_blocks(calibration, tokenizer, tokens=tokens_in_all, window=window)
+rows = lc.token_blocks(calibration, tokenizer, tokens=2 * tokens_in_all, window=window)
+tokens, heldout = rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
 @lc.criteria.register("example-norm")
@@ -30,4 +31,4 @@ def norm(runner, tokens, length, **_):
 for method in ("example-norm", "cosine", "exhaustive"):
     found = lc.search(model, tokens, ratio=0.2, method=method)
     small = lc.cut(model, found.segments)
-    print(method, *found.segments, lc.evaluate(small, tokens, baseline=model))
+    print(method, *found.segments, lc.evaluate(small, heldout, baseline=model))

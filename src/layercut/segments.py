@@ -7,6 +7,7 @@ stop, are its *endpoints*: the only ones that healing trains.
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -71,9 +72,10 @@ def _as_segment(given: Any) -> Segment:
         start, stop = given
         return Segment(operator.index(start), operator.index(stop))
     except (TypeError, ValueError):
+        shown, holds = reprlib.repr(given), hasattr(given, "segments")
         raise ConfigError(
-            f"{given!r} is no segment; allowed are Segment(13, 19), (13, 19) and '13:19'",
-            "several segments are given as a list: [(3, 5), (13, 19)]",
+            f"{shown} is no segment; allowed are Segment(13, 19), (13, 19) and '13:19'",
+            "give its segments: found.segments" if holds else "several are given as a list: [(3, 5), (13, 19)]",
         ) from None
 
 
@@ -123,7 +125,7 @@ def joined_segments(layers: Iterable[int]) -> tuple[Segment, ...]:
 def layers_to_remove(ratio: float, layers: int) -> int:
     """n = round(ratio * layers), at least one layer and never all of them."""
     if not 0 < ratio < 1:
-        raise ConfigError(f"--ratio {ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
+        raise ConfigError(f"--ratio {ratio:g} is not between 0 and 1", "a fifth of the layers: --ratio 0.2")
     n = round(ratio * layers)
     if layers < 2:
         raise ConfigError(

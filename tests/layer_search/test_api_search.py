@@ -167,11 +167,18 @@ def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(mo
     assert (found.method, found.kl, len(found.candidates)) == ("pairs", 0.5, 2)
 
 
+@pytest.mark.parametrize("picked", [[(1, 3)], ["1:3"], "1:3", (1, 3), (Segment(1, 2), Segment(2, 3))])
+def test_a_criterion_may_return_segments_in_any_form(model, picked):
+    found = search(model, tiny.some_tokens(), n_layers=2, method=lambda runner, tokens, length: picked)
+    assert found.segments == [Segment(1, 3)]
+
+
 @pytest.mark.parametrize(
     ("picked", "message"),
     [
         ([Segment(1, 2)], "picked 1 layers"), ([], r"picked 0 layers \(none\)"), ([Segment(7, 9)], "beyond"),
         (torch.zeros(3), r"scores of shape \[3\]; allowed is \[8\]"),
+        (None, "'<lambda>' returned what None is no segment"), ([0.5] * 8, "returned what 0.5 is no segment"),
     ],
 )  # fmt: skip
 def test_what_a_criterion_may_not_pick(model, picked, message):

@@ -110,3 +110,8 @@ def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
         assert found.best < 0.9 * found.heldout[0]["loss"]
     assert 1 < found.loss_scale < 2.0**30, "what overflows is taken again by half"
     assert best[2.0**16] == pytest.approx(best[1.0], rel=0.01)
+
+
+def test_no_kernels_of_the_hub_take_a_layers_place(checkpoint: Path):
+    """They are code that was not asked for, and their numbers differ; transformers takes them unless told not to."""
+    assert not getattr(load(checkpoint).model, "use_kernels", False)

@@ -233,7 +233,7 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
         ("--methods=fisher,magic", "'magic'"), ("--methods=,", "no method"),
         ("--methods=cosine:recall", "goes by text alone"), ("--methods=fisher:music", "'music'"),
         ("--states=cut,healed", "'healed'"), ("--states=,", "names none"), ("--states=tuned", "give --tune-tokens"),
-        ("--methods=fisher,2:5", "2:5 removes 3 layers"), ("--ratio=1.5", "outside 0 to 1"), ("", "no --ratio"),
+        ("--methods=fisher,2:5", "2:5 removes 3 layers"), ("--ratio=1.5", "not between 0 and 1"), ("", "no --ratio"),
         ("--eval-tokens=1", "too small"), ("--tune-tokens=-1", "too small"), ("--place=disk", "has to be in memory"),
     ],
 )  # fmt: skip

@@ -166,7 +166,7 @@ def test_only_what_is_allowed_is_chosen():
         ({"target_size": "1MB", "ratio": 0.2, "embedding_bits": 4}, "--embedding-bits 4 is given"),
         ({"target_size": "1MB", "ratio": 0.2, "bits_allowed": "5"}, "--bits-allowed is '5'"),
         ({"target_size": "1MB", "ratio": 0.2, "bits": 4}, "both --ratio and --target-size"),
-        ({"ratio": 0.0, "bits": 16}, "outside 0 to 1"),
+        ({"ratio": 0.0, "bits": 16}, "not between 0 and 1"),
     ],
     ids=str,
 )  # fmt: skip

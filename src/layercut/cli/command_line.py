@@ -71,11 +71,13 @@ class ShortHelp(DefaultFormatter):
             super().__call__(console, options, panel)
 
 
+MORE = "layercut COMMAND --help-all lists every option."
+
 app = cyclopts.App(
     name="layercut",
     help_format="plaintext",
     help_formatter=ShortHelp(),
-    help_epilogue="layercut COMMAND --help-all lists every option.",
+    help_epilogue=MORE,
     help="Make a large language model smaller: find the layers it can best do without, cut, heal, prove.",
     version=__version__,
     result_action="return_value",
@@ -318,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     ShortHelp.full = "--help-all" in arguments
+    app.help_epilogue = None if ShortHelp.full else MORE
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while another process has their core slow small products tenfold; read when torch is loaded

@@ -224,7 +224,7 @@ class SearchConfig:
         given, ratio, loss = [flag for flag in self.given if flag != "--target-size"], self.ratio, self.max_loss
         refuse(
             (len(given) > 1, f"both {' and '.join(given[:2])} are given", "give one of them"),
-            (ratio is not None and not 0 <= ratio < 1, f"--ratio {ratio} is outside 0 to 1",
+            (ratio is not None and not 0 <= ratio < 1, f"--ratio {ratio} is not between 0 and 1",
              "a fifth of the layers: --ratio 0.2"),
             (loss is not None and not 0 < loss < math.inf, f"--max-loss {loss or 0:g} is not above 0",
              "perplexity up by a tenth: --max-loss 0.1"),

@@ -153,7 +153,8 @@ class CompressConfig(TuneConfig):
              "give --ratio in its place, or leave out --bits"),
             (len(given) > 1 and not auto and not both, f"both {given[0]} and {given[-1]} are given",
              "give one of them; both go with --bits auto"),
-            (search.ratio == 0 and not quantize.rounds, "--ratio 0 is outside 0 to 1", f"{fifth}; none: give --bits"),
+            (search.ratio == 0 and not quantize.rounds, "--ratio 0 is not between 0 and 1",
+             f"{fifth}; none: give --bits"),
             (both and not heal.tune_tokens, f"{with_loss} is measured after healing, and --tune-tokens is 0",
              "give --tune-tokens"),
             (forced and quantize.bits == 16 and not both, f"{trains} nothing is quantized", "give --bits too"),
@@ -382,7 +383,7 @@ class MethodsConfig(ReportedText):
         allowed = f"allowed are {', '.join(COMPARED_STATES)}"
         trained = self.state_names == ["tuned"] or "lora" in self.state_names
         refuse(
-            (self.ratio is not None and not 0 < self.ratio < 1, f"--ratio {self.ratio} is outside 0 to 1",
+            (self.ratio is not None and not 0 < self.ratio < 1, f"--ratio {self.ratio} is not between 0 and 1",
              "a fifth of the layers: --ratio 0.2"),
             (bool(unknown) or not self.names, f"--methods names {', '.join(map(repr, unknown)) or 'no method'}",
              f"allowed are {', '.join(criteria)}"),

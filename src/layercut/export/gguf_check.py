@@ -109,7 +109,12 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
     with quiet_transformers(), redirect_stderr(io.StringIO()), quick_gguf():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                source.folder, config=config, gguf_file=source.gguf_path, dtype=torch.float32, output_loading_info=True
+                source.folder,
+                config=config,
+                gguf_file=source.gguf_path,
+                dtype=torch.float32,
+                output_loading_info=True,
+                use_kernels=False,
             )
         except LayercutError:
             raise

@@ -28,7 +28,7 @@ TIE = 1e-3  # logits nearer than this may change places between two orders of su
 def load(folder, dtype, device, attention):
     """The model, by stock transformers; exits where a weight is missing, left over or of another shape."""
     config = AutoConfig.from_pretrained(folder)
-    chosen = {"attn_implementation": attention} if attention else {}
+    chosen = {"use_kernels": False} | ({"attn_implementation": attention} if attention else {})
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     several = device.startswith("{")
     chosen |= {"device_map": json.loads(device)} if several else {}

@@ -31,7 +31,7 @@ from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.runner import prepared
 from layercut.progress import bar, say
-from layercut.segments import as_segments, checked_segments, layers_to_remove
+from layercut.segments import Segment, as_segments, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
@@ -128,8 +128,7 @@ def search(
                         "one score a layer, the lowest are removed",
                     )
                 picked = lowest(picked, limits)
-            chosen = picked.segments if isinstance(picked, SearchResult) else picked
-            cuts = tuple(checked_segments(chosen, layers))
+            cuts = tuple(checked_segments(segments_of(picked, name), layers))
             if sum(map(len, cuts)) != length:
                 raise ConfigError(
                     f"the criterion {name!r} picked {sum(map(len, cuts))} layers ({', '.join(map(str, cuts)) or 'none'}"
@@ -169,6 +168,16 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
     if not 1 <= n_layers < layers:
         raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
     return n_layers
+
+
+def segments_of(picked: Any, criterion: str) -> list[Segment]:
+    """The segments that a criterion returned, in any form that a person may give them."""
+    try:
+        return as_segments(picked.segments if isinstance(picked, SearchResult) else picked)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the criterion {criterion!r} returned what {error.message}", "or a tensor with one score a layer"
+        ) from None
 
 
 def most_segments(asked: int | Literal["auto"], length: int, compares: bool) -> int:

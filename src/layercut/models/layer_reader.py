@@ -99,7 +99,7 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
     cls = _get_model_class(config, loading.auto_class(config)._model_mapping)
     if (text := config.sub_configs.get("text_config")) and cls.config_class == text:
         config = config.get_text_config()
-    how = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # refused below, and by name
+    how = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_kernels": False}  # refused by name
     with loading.quiet_transformers():
         try:
             model, info = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype, **how)

@@ -235,6 +235,7 @@ def load(
                 dtype=as_read,
                 ignore_mismatched_sizes=True,  # refused by name
                 output_loading_info=True,
+                use_kernels=False,  # by default since transformers 5.25: code from the Hub, other numbers
                 **how,
             )
         check_loading(info, checkpoint.name)
