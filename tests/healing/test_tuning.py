@@ -348,6 +348,13 @@ def test_only_the_endpoints_change_and_the_held_out_loss_falls(objective, monkey
     assert "<th>trained layers</th><td>2, 3</td>" in report._repr_html_()
 
 
+def test_a_control_has_all_layers():
+    model = users_model()
+    tokens = tiny.some_tokens(64, 4, seed=1)
+    with pytest.raises(ConfigError, match=r"beside is given, and the student has 6 of the dense model's 8"):
+        tune_(cut(model, CUT), model, tokens, beside=CUT)
+
+
 def test_a_failure_leaves_the_student_as_it_was(monkeypatch):
     model = users_model()
     student = cut(model, CUT)

@@ -111,6 +111,28 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     assert apart, "no method chose layers apart from each other"
 
 
+def test_the_control_is_the_dense_model_trained_alike(arguments, tiny_model, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--methods=2:4", "--states=tuned,control", f"--out={out}"]
+    assert main([*arguments, *FAIR, *flags]) == 0
+    assert "control" in capsys.readouterr().out
+    (row,) = json.loads((out / "compare.json").read_text())["methods"]
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    heldout = evaluation.perplexity(model, stored_blocks(out, "heldout"))
+    # the dense model stands where the training begins: no KL, and its own next-token loss
+    assert row["control"]["heldout"][0]["loss"] == pytest.approx(DEFAULT_MIX * math.log(heldout), rel=1e-5)
+    assert row["tuning"]["trained_layers"] == [1, 2]
+    assert row["control"]["trained_layers"] == [1, 4]
+    assert row["control"]["tokens"] == row["tuning"]["tokens"]
+    weights = load_file(out / "compare-at-2.4-control.safetensors")
+    assert {name.split(".")[2] for name in weights} == {"1", "4"}
+    student = decoder_stack.share(model)
+    decoder_stack.replace_parameters_(student, weights)
+    measured = evaluation.perplexity(student, stored_blocks(out, "evaluation"))
+    assert row["perplexity"]["control"] == pytest.approx(measured, rel=1e-6)
+    assert row["standard_error"]["control"] is not None
+
+
 def test_of_a_mix_each_text_has_its_perplexity():
     facts = SimpleNamespace(source="one.txt+two.txt", origins=["file 1", "file 2"])
     work = SimpleNamespace(text={"evaluation": facts})

@@ -348,9 +348,9 @@ class PerplexityConfig(ConfigFile):
         ReportedText(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
 
 
-COMPARED_STATES = ("cut", "folded", "tuned", "lora")
-"""What becomes of every method's cut, in this order; LoRA where it is named."""
-TRAINED_STATES = ("tuned", "lora")
+COMPARED_STATES = ("cut", "folded", "tuned", "lora", "control")
+"""What becomes of every method's cut, in this order; LoRA and the control where they are named."""
+TRAINED_STATES = ("tuned", "lora", "control")
 """Of these, what is trained."""
 
 
@@ -367,7 +367,8 @@ class MethodsConfig(ReportedText):
     evaluates no shortlist. 3:6+12:15: these layers. The first is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank
-    32 on all layers and merged in, is trained only where it is named, on the same rows as the endpoints."""
+    32 on all layers and merged in, and control, the dense model with the same layers trained and none removed, are
+    trained only where they are named, on the same rows as the endpoints."""
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
     probe_share: Annotated[float, Parameter(group=HEALING)] = 0.1
@@ -381,7 +382,7 @@ class MethodsConfig(ReportedText):
         unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not name[0].isdigit()]
         wrong = [state for state in split_names(self.states) if state not in COMPARED_STATES]
         allowed = f"allowed are {', '.join(COMPARED_STATES)}"
-        trained = self.state_names == ["tuned"] or "lora" in self.state_names
+        trained = {"lora", "control"}.intersection(self.state_names) or self.state_names == ["tuned"]
         refuse(
             (self.ratio is not None and not 0 < self.ratio < 1, f"--ratio {self.ratio} is not between 0 and 1",
              "a fifth of the layers: --ratio 0.2"),
@@ -389,7 +390,7 @@ class MethodsConfig(ReportedText):
              f"allowed are {', '.join(criteria)}"),
             (bool(wrong), f"--states names {', '.join(map(repr, wrong))}", allowed),
             (not self.state_names, "--states names none", allowed),
-            (trained and not self.tune_tokens, f"--states {self.states} is given, and nothing is tuned",
+            (bool(trained) and not self.tune_tokens, f"--states {self.states} is given, and nothing is tuned",
              "give --tune-tokens, or --states cut"),
         )  # fmt: skip
         for name in self.names:

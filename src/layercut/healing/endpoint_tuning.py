@@ -51,6 +51,7 @@ from layercut.models.losses import KL, LOSS_SCALE, as_cost, objective_of
 from layercut.models.memory import kept_bytes
 from layercut.models.runner import DecoderRunner, prepared, shared_layers
 from layercut.progress import bar
+from layercut.segments import Segment, kept_layers
 
 Given = Sequence[tuple[nn.Parameter, float]]
 """Parameters to train, each with the unit of which the learning rate is a share."""
@@ -81,6 +82,7 @@ def tune_(
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     answers: torch.Tensor | None = None,
+    beside: Sequence[Segment] = (),
     files: TuningFiles = TuningFiles(),
     **options: Any,
 ) -> TuningResult:
@@ -99,6 +101,8 @@ def tune_(
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
         answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
+        beside: segments of a student that has all layers: those beside them are trained. The control of their cut: what
+            the text brings without it.
         files: what to keep on disk; nothing by default.
         options: fields of the settings by their names: `learning_rate=1e-3`, `batch_tokens=1024`, `radius=1`,
             `objective="next-token"` or an `Objective`, as `KL(mix=0.3)`.
@@ -116,7 +120,7 @@ def tune_(
     if files.states and files.states.lengths_key != rows.lengths_key:
         raise ConfigError("the states were stored of rows of other lengths", "store them with the same row_lengths")
     with prepared(student, dense) as (cut, whole), torch.enable_grad():
-        pair, positions = _pair(cut, whole, settings)
+        pair, positions = _pair(cut, whole, settings, beside)
         if files.states:
             pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
         training = _Training(pair, positions, rows, settings)
@@ -160,9 +164,17 @@ def frozen_states(
     return store_states(pair, rows, folder, per_step=per_step, per_pass=per_pass, key=key)
 
 
-def _pair(student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings) -> tuple[Pair, list[int]]:
+def _pair(
+    student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, beside: Sequence[Segment] = ()
+) -> tuple[Pair, list[int]]:
     """The two models and the objective; the positions of the layers that are trained."""
-    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
+    positions = endpoints(beside or removed_segments(student, dense), len(dense), settings.radius)
+    if beside:
+        if len(student) != len(dense):
+            words = f"beside is given, and the student has {len(student)} of the dense model's {len(dense)} layers"
+            raise ConfigError(words, "the control of a cut has all of them: student = layercut.cut(dense, [])")
+        kept = kept_layers(beside, len(dense))
+        positions = [kept[p] for p in positions]
     # below the first trained layer nothing differs, unless the student was changed there before
     prefix = min(min(positions), shared_layers(dense, student))
     return Pair(dense=dense, student=student, prefix=prefix, objective=objective_of(settings.objective)), positions

@@ -1,10 +1,11 @@
 """Search methods side by side: what each removes, what finding that took, and what becomes of its cut.
 
 Every method gets the same calibration tokens. Its cut is measured by perplexity on the same held-out tokens: plain,
-after the closed-form fold, after endpoint tuning and after LoRA, each on the same rows. With --tasks, --probes and
---evaluations it is measured what a cut still does in every state. Each method (`compare-METHOD.json`), and each state
-of each set of removed layers (`compare-at-SEGMENTS-STATE.json`), is a stage of the run folder: a comparison that was
-stopped goes on there, methods can be added later, and what two methods remove alike is measured once.
+after the closed-form fold, after endpoint tuning and after LoRA, each on the same rows; its control is the dense model
+with the same layers trained on these. With --tasks, --probes and --evaluations it is measured what a cut still does in
+every state. Each method (`compare-METHOD.json`), and each state of each set of removed layers
+(`compare-at-SEGMENTS-STATE.json`), is a stage of the run folder: a comparison that was stopped goes on there, methods
+can be added later, and what two methods remove alike is measured once.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def compared(work: RunContext, model: str, asked: MethodsConfig, length: int) ->
             "texts": {state: by_text(work, losses) for state, losses in known.items()},
             "fold": of["folded"].fold,
             "tuning": of["tuned"].tuning if "tuned" in of else None,
-            "lora": of["lora"].tuning if "lora" in of else None,
+            **{state: of[state].tuning if state in of else None for state in ("lora", "control")},
             "refused": of["cut"].refused,
             "judged": {state: each[chosen.method] for state, each in judged.items() if chosen.method in each},
         })  # fmt: skip
@@ -221,6 +222,7 @@ def cut_in_state(work: RunContext, segments: Sequence[Segment], state: str) -> C
         if stage.open:
             try:
                 student, found = cut(work.dense.model, segments), CutState()
+                student = cut(work.dense.model, ()) if state == "control" else student
             except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
                 student, found = None, CutState(refused=error.message)
             if student is not None and state == "folded":
@@ -243,7 +245,7 @@ def cut_in_state(work: RunContext, segments: Sequence[Segment], state: str) -> C
 def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: str) -> tuple[Any, CutState]:
     """A student trained as the journey does it, or by LoRA on the same rows: from the fold where that is nearer."""
     stack, rows, heldout, from_fold = work.stack, work.blocks["tuning"], work.blocks["heldout"], False
-    if work.run.artefact(CutState, f"{stem(segments)}-folded").losses:
+    if state != "control" and work.run.artefact(CutState, f"{stem(segments)}-folded").losses:
         folded = student_in(work, segments, "folded")
         kl = [mean_kl(stack, DecoderRunner(one), heldout) for one in (folded, student)]
         from_fold = kl[0] < kl[1]
@@ -253,7 +255,8 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
     if state == "lora":
         report = lora.tune_lora_(student, stack, Rows(tokens=rows, **treated), **how)
     else:
-        report = tune_(student, stack, rows, **how, **treated)
+        beside = segments if state == "control" else ()
+        report = tune_(student, stack, rows, beside=beside, **how, **treated)
     start = report.heldout[0]["loss"]
     say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
     return student, CutState(tuning=replace(report, curve=[]), from_fold=from_fold)
@@ -268,7 +271,7 @@ def measured(work: RunContext, model: Any) -> CutState:
 
 def student_in(work: RunContext, segments: Sequence[Segment], state: str) -> Any:
     """The model without the segments, in a state whose weights the run folder has."""
-    student = cut(work.dense.model, segments)
+    student = cut(work.dense.model, () if state == "control" else segments)
     if state != "cut":
         decoder_stack.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
     return student

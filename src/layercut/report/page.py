@@ -210,8 +210,8 @@ def by_kl(found: Json) -> list[Json]:
 
 
 def _methods(found: Json) -> Section:
-    lora = any(finite(row.perplexity.lora) is not None for row in found.methods)
-    states = ["cut", "folded", *(["tuned"] if found.tuning else []), *(["lora"] if lora else [])]
+    named = [s for s in ("lora", "control") if any(finite(row.perplexity[s]) is not None for row in found.methods)]
+    states = ["cut", "folded", *(["tuned"] if found.tuning else []), *named]
     rows, dense = [], finite(found.dense.perplexity)
     for row in by_kl(found):
         cells = [dash(row.perplexity[state]) for state in states]
