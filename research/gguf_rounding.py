@@ -3,9 +3,9 @@
     python research/gguf_rounding.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --kinds q4_0 iq4_nl
     python research/gguf_rounding.py …      # goes on; rows that are done are kept
 
-The model is the dithered control (control.py), whole. Each type is rounded by llama.cpp without and with
-an importance matrix; llama.cpp itself measures perplexity. Until 2026-12 layercut chose codes of four types by its own
-GPTQ; those rows stay in the result file.
+The model is the dithered control (control.py), whole. Each type is rounded by llama.cpp without (where it can) and
+with an importance matrix; llama.cpp itself measures perplexity. Until 2026-12 layercut chose codes of four types by
+its own GPTQ; those rows stay in the result file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from layercut.models import loading
 from layercut.progress import say
 from layercut.surgery import cut_gguf
 
+NEED_MATRIX = ("iq1", "iq2", "iq3_xxs", "q2_k_s")
+"""What the names of types begin with that llama.cpp makes with an importance matrix alone."""
 FLOAT, PLAIN, IMPORTANT = "float32", "llama.cpp", "llama.cpp, importance matrix"
 
 
@@ -77,6 +79,8 @@ def main() -> None:
             add("f32", FLOAT, plain, time.process_time())
         for kind in args.kinds:
             for how, measured in ((PLAIN, {}), (IMPORTANT, matrices)):
+                if how == PLAIN and kind.startswith(NEED_MATRIX):
+                    continue
                 if {"kind": kind, "rounded": how} not in done:
                     begun = time.process_time()
                     quantize_file(plain, file, kind, measured)
