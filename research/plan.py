@@ -240,7 +240,7 @@ def draw_tokens(work: RunContext, config: CompressConfig) -> None:
     counts = {
         "calibration": config.text.tokens,
         "heldout": 1024,
-        "tuning": config.heal.tune_tokens,
+        "tuning": config.heal.tokens,
         "evaluation": config.evaluate.eval_tokens,
     }
     drawn = {use: torch.randint(250, (-(-count // window), window)) for use, count in counts.items()}

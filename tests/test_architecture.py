@@ -23,6 +23,7 @@ LEVELS = [
     {"report"},
     {"pipeline"},
     {"plan"},
+    {"run"},
     {"cli"},
 ]
 """From the lowest level up: a package imports from the levels below it, and from itself."""

@@ -37,7 +37,7 @@ _WHERE = {
     "evaluate": "evaluation", "Evaluation": "evaluation", "capability_figures": "evaluation",
     "CapabilityFigures": "evaluation",
     "save": "export", "Exported": "export",
-    "compress": "pipeline", "RunResult": "pipeline",
+    "compress": "run", "RunResult": "run",
     "Segment": "segments", "DecoderRunner": "models.runner", "Objective": "models.losses",
     "criteria": "registries", "objectives": "registries", "quantizers": "registries", "evaluations": "registries",
     "exporters": "registries",
@@ -62,11 +62,11 @@ if TYPE_CHECKING:
     from layercut.models.losses import Objective as Objective
     from layercut.models.memory import memory_limit as memory_limit
     from layercut.models.runner import DecoderRunner as DecoderRunner
-    from layercut.pipeline import RunResult as RunResult, compress as compress
     from layercut.progress import progress_to as progress_to
     from layercut.quantization import Quantized as Quantized, quantize as quantize
     from layercut.registries import criteria as criteria, evaluations as evaluations, exporters as exporters
     from layercut.registries import objectives as objectives, quantizers as quantizers
+    from layercut.run import RunResult as RunResult, compress as compress
     from layercut.segments import Segment as Segment
     from layercut.surgery import cut as cut
     # isort: on

@@ -415,6 +415,8 @@ UNIT_BYTES = {"B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
 }
 
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
 
 def parse_bytes(flag: str, text: str) -> int:
     """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20."""
@@ -425,6 +427,15 @@ def parse_bytes(flag: str, text: str) -> int:
     if size < 1:
         raise ConfigError(f"{flag} {text!r} is no size", f"allowed is a number with MB, GB, MiB or GiB: {flag} 200MB")
     return size
+
+
+def parse_time(flag: str, text: str) -> float:
+    """Seconds of "30m", "2h" or "1.5h"; a plain number is refused, since its unit is not known."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|m|min|h|d)\s*", text, re.IGNORECASE)
+    seconds = float(found[1]) * UNIT_SECONDS[found[2][0].lower()] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{flag} {text!r} is no time", f"allowed is a number with m, h or d: {flag} 30m")
+    return seconds
 
 
 def size(count: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from datetime import datetime
 from itertools import pairwise
 
@@ -67,6 +68,7 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
     assert vars(found.facts) == {
         "source": "pages.txt", "reads": reads, "origins": reads, "tokens": 112, "window": 16, "passed_over": 0,
         "documents": (found.tokens == 0).sum(), "fingerprint": fingerprint(found.tokens),
+        "passes": 1.0,
     }  # fmt: skip
 
 
@@ -340,6 +342,24 @@ def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer,
         load_blocks("short.txt", tokenizer, tokens=4, window=4, seed=0, skip=2)
     with pytest.raises(DataError, match="make no block"):
         load_blocks("short.txt", tokenizer, tokens=0, window=4, seed=0)
+
+
+def test_text_that_runs_out_is_gone_over_again_where_that_is_asked(text, tokenizer):
+    every = load_blocks(str(text), tokenizer, tokens=64, window=16, seed=0).tokens
+    held = int(re.search(r"holds ([\d,]+) tokens", message_of(text, tokenizer))[1].replace(",", "")) // 16
+    found = Reader(tokenizer, seed=0).draw("tuning", str(text), tokens=16 * (2 * held + 1), window=16, repeats=True)
+    assert torch.equal(found.tokens[:4], every)
+    assert torch.equal(found.tokens[held : 2 * held], found.tokens[:held])
+    assert torch.equal(found.tokens[-1], found.tokens[0])
+    assert found.facts.passes == (2 * held + 1) / held
+    with pytest.raises(DataError, match="are needed"):
+        Reader(tokenizer, seed=0).draw("tuning", str(text), tokens=10**7, window=10**6, repeats=True)
+
+
+def message_of(text, tokenizer):
+    with pytest.raises(DataError) as caught:
+        load_blocks(str(text), tokenizer, tokens=10**6, window=16, seed=0)
+    return caught.value.message
 
 
 # --- the Hub, as far as it can be known without one ---

@@ -1,4 +1,4 @@
-"""LoRA on all layers, beside which `compare` puts endpoint tuning: merged in exactly, and nobody else's weights."""
+"""LoRA on all layers: merged in exactly, and nobody else's weights; and all layers trained by themselves."""
 
 import copy
 import json
@@ -13,13 +13,11 @@ import families
 import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
-from layercut.config import TuneSettings
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ModelError
+from layercut.healing import endpoint_tuning, tune_
 from layercut.healing import lora as room
-from layercut.healing.endpoint_tuning import TuningFiles
-from layercut.healing.inputs import Rows
-from layercut.healing.lora import tune_lora_
+from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
@@ -37,13 +35,12 @@ def test_what_is_merged_in_is_what_peft_computes_and_the_dense_model_stays(famil
     student, rows = cut(dense, [Segment(2, 4)]), tiny.some_tokens(20)
     adapted = {}
 
-    def with_adapters(runner, merge=room._merge_):
+    def with_adapters(runner, merge=room.merge_):
         adapted["logits"] = runner.model(rows).logits.detach()
         merge(runner)
 
-    monkeypatch.setattr(room, "_merge_", with_adapters)
-    given = {"heldout": rows[16:], "settings": TuneSettings(batch_tokens=16), "files": TuningFiles()}
-    found = tune_lora_(student, dense, Rows(tokens=rows[:16].repeat(3, 1)), **given)
+    monkeypatch.setattr(room, "merge_", with_adapters)
+    found = tune_(student, dense, rows[:16].repeat(3, 1), heldout=rows[16:], batch_tokens=16, train="lora")
     assert found.best < found.heldout[0]["loss"]
     assert torch.allclose(student(rows).logits, adapted["logits"], atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
@@ -61,7 +58,7 @@ def test_untrained_adapters_change_no_bit(family):
     before, rows = copy.deepcopy(student.state_dict()), families.tokens()
     room.adapters_((runner := DecoderRunner(student)).layers)
     assert torch.isfinite(student(rows).logits).all(), "it runs with them"
-    room._merge_(runner)
+    room.merge_(runner)
     assert student.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
@@ -105,11 +102,72 @@ def test_merged_weights_are_rounded_to_the_dtype_that_is_saved():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.01)
-    room._merge_(runner)
+    room.merge_(runner)
     weight = student.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(kept.weight, kept.weight.bfloat16().float())
+
+
+def test_all_layers_that_stay_are_trained_and_nothing_else():
+    dense = tiny.llama()
+    before, rows = copy.deepcopy(dense.state_dict()), tiny.some_tokens(20)
+    student = cut(dense, [Segment(2, 4)])
+    found = tune_(student, dense, rows[:16].repeat(3, 1), heldout=rows[16:], batch_tokens=16, train="all")
+    assert found.best < found.heldout[0]["loss"]
+    assert found.trained_layers == list(range(len(student.model.layers)))
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    shared = {id(parameter) for parameter in dense.parameters()}
+    for name, parameter in student.named_parameters():
+        assert (id(parameter) in shared) != ("layers." in name), name
+
+
+def test_the_command_trains_what_is_asked_and_goes_on_to_the_same_weights(tiny_model, texts, tmp_path, monkeypatch):
+    text, _ = texts
+    flags = ["--segment=2:4", f"--data={text}", "--tokens=64", "--window=16", "--tune-tokens=512", "--batch-tokens=64",
+             "--dtype=float32", "--preserve=none"]  # fmt: skip
+    weights = {}
+    for train in ("endpoints", "all", "lora"):
+        out = tmp_path / train
+        assert main(["tune", str(tiny_model), *flags, f"--train={train}", f"--out={out}"]) == 0
+        weights[train] = load_file(out / "tuned.safetensors")
+        found = json.loads((out / "heal.json").read_text())["tuning"]
+        assert len(found["trained_layers"]) == (2 if train == "endpoints" else 6)
+    assert weights["all"].keys() > weights["endpoints"].keys()
+    assert not any("lora_" in name for name in weights["lora"])
+
+    made, step = [], endpoint_tuning._Training.step_
+
+    def killed(training):
+        made.append(training)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return step(training)
+
+    again = ["tune", str(tiny_model), *flags, "--train=lora", f"--out={tmp_path / 'again'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint_tuning._Training, "step_", killed)
+        patch.setattr(StateFile, "due", lambda _: True)
+        assert main(again) == 130
+    assert (tmp_path / "again" / "tuning-state.safetensors").is_file()
+    assert main(again) == 0
+    went_on = load_file(tmp_path / "again" / "tuned.safetensors")
+    assert all(torch.equal(value, weights["lora"][name]) for name, value in went_on.items())
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_layers_on_disk_are_not_all_trained(tiny_model, texts, tmp_path, capsys, train):
+    flags = [
+        "--segment=2:4",
+        "--window=16",
+        f"--data={texts[0]}",
+        "--place=disk",
+        f"--train={train}",
+        f"--out={tmp_path / 'run'}",
+    ]
+    assert main(["tune", str(tiny_model), *flags]) == 2
+    assert f"--train {train} needs the model in memory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,11 @@ from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.losses import KL
 from layercut.models.memory import Budget
 from layercut.models.runner import DecoderRunner, prepared
-from layercut.pipeline import compress
 from layercut.pipeline.stages import quantize as stage
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
+from layercut.run import compress
 from layercut.segments import Segment
 
 TOKENS, HELDOUT = tiny.some_tokens(16), tiny.some_tokens(4, seed=1)

@@ -347,19 +347,22 @@ def test_tables_and_a_calibration(bare, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "fold", "tuned"),
+    ("name", "flags", "fold", "train", "tuned"),
     [
-        ("gemma2", ["--segment=1:2", "--segment=4:6", "--window=16"], "attention, MLP, behind norms", [0, 1, 2]),
-        ("mixtral", ["--ratio=0.3", "--no-fold", "--window=16"], "", [1, 2]),
+        ("gemma2", ["--segment=1:2", "--segment=4:6"], "attention, MLP, behind norms", "endpoints", [0, 1, 2]),
+        ("mixtral", ["--ratio=0.3", "--no-fold"], "", "endpoints", [1, 2]),
+        ("mixtral", ["--ratio=0.3", "--no-fold", "--train=lora"], "", "lora", [0, 1, 2, 3]),
     ],
 )
-def test_what_heals_is_said(name, flags, fold, tuned, tmp_path, capsys):
+def test_what_heals_is_said(name, flags, fold, train, tuned, tmp_path, capsys):
+    flags = ["--window=16", *flags]
     stock(name).save_pretrained(tmp_path)
     plan = planned(capsys, tmp_path, *flags)
-    assert plan["healing"] == {"fold": fold, "tuned": tuned}
+    assert plan["healing"] == {"fold": fold, "train": train, "tuned": tuned}
     assert ("fold" in plan["stages"]) == bool(fold)
     assert main(["plan", str(tmp_path), "--no-calibrate", *flags]) == 0
-    said = f"healing: {f'fold ({fold})' if fold else 'no fold'}, tuning of {len(tuned)} layers"
+    how = "LoRA on" if train == "lora" else "tuning of"
+    said = f"healing: {f'fold ({fold})' if fold else 'no fold'}, {how} {len(tuned)} layers"
     assert said in " ".join(capsys.readouterr().out.split())
 
 

@@ -102,11 +102,10 @@ def compress(model: Model, *, config: CompressConfig | None = None, log: Log = N
         layercut compress MODEL --bits auto --target-size 60MB
         layercut compress MODEL.gguf --ratio 0.2 --out small.gguf
     """
-    from layercut.pipeline.journey import compress
-    from layercut.plan import shares
+    from layercut.run import run
 
     config = config or CompressConfig()
-    _show(compress(model, config, own_process=True, planned=shares), config.run.out)
+    _show(run(model, config, own_process=True), config.run.out)
 
 
 @app.command
@@ -132,9 +131,9 @@ def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None) -> 
 
         layercut tune MODEL --segment 13:19 --tune-data mine.txt
     """
-    from layercut.pipeline.journey import compress
+    from layercut.run import run
 
-    tuned = compress(model, (config or TuneConfig()).journey(), until="tune", own_process=True)
+    tuned = run(model, (config or TuneConfig()).journey(), until="tune", own_process=True)
     print(shown(str(tuned / "model")))
 
 

@@ -27,8 +27,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def demo(run: RunConfig) -> Path:
     """Compress SmolLM2-135M-Instruct by a tenth of its layers; the run folder, runs/demo where none is named."""
-    from layercut.pipeline.journey import compress
-    from layercut.plan import shares
+    from layercut.run import run as run_journey
 
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
@@ -37,7 +36,7 @@ def demo(run: RunConfig) -> Path:
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=4096, eval_window=128, speed=False),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
-    return compress(str(fetch_model()), config, own_process=True, planned=shares)
+    return run_journey(str(fetch_model()), config, own_process=True)
 
 
 def cache_folder() -> Path:

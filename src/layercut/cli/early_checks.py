@@ -92,8 +92,8 @@ def _texts(config: Any) -> Iterator[tuple[str, str, int]]:
     text, heal, evaluate = (getattr(config, name, None) for name in ("text", "heal", "evaluate"))
     if text:
         yield "--data", text.data, text.tokens
-    if heal and heal.tune_tokens and heal.tune_data:
-        yield "--tune-data", heal.tune_data, heal.tune_tokens
+    if text and heal and heal.tokens and heal.tune_data:
+        yield "--tune-data", heal.tune_data, text.window  # it may be gone over several times
     if evaluate:
         yield "--eval-data", evaluate.eval_data, evaluate.eval_tokens
     elif getattr(config, "eval_data", None):

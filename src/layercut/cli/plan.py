@@ -49,6 +49,14 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     yield stages
     if plan["search_is"]:
         yield plan["search_is"]
+    if plan["times"]:
+        heads = ("--time", "tokens to tune on", "trained", "effort", "planned")
+        times = Table(*heads, title="In a time", title_justify="left")
+        for one in plan["times"]:
+            trained = f"radius {one['radius']}" if one["train"] == "endpoints" else one["train"]
+            tokens = f"{one['tune_tokens']:,}" if one["tune_tokens"] is not None else "too short"
+            times.add_row(one["time"], tokens, trained, one["effort"] or "", duration(one["seconds"]))
+        yield times
 
     fits = Table("where", "needs", "for", "fits", "with", title="Where it fits", title_justify="left")
     for fit in plan["fits"]:
@@ -62,7 +70,8 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
 def _healing(found: dict[str, Any]) -> str:
     fold, tuned = found["fold"], len(found["tuned"])
     parts = ["a fold where the layers allow one" if fold is None else f"fold ({fold})" if fold else "no fold"]
-    return ", ".join([*parts, f"tuning of {tuned} layer{'s' * (tuned != 1)}" if tuned else "no tuning"])
+    how = "LoRA on" if found["train"] == "lora" else "tuning of"
+    return ", ".join([*parts, f"{how} {tuned} layer{'s' * (tuned != 1)}" if tuned else "no tuning"])
 
 
 def duration(seconds: float | None) -> str:

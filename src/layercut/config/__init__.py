@@ -16,12 +16,17 @@ from typing import Annotated, Any, Literal, get_args
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
-from layercut.files import parse_bytes
+from layercut.files import parse_bytes, parse_time
 from layercut.registries import Registry, criteria, evaluations, objectives, quantizers
 from layercut.segments import Segment
 
 Placement = Literal["auto", "memory", "disk", "devices", "processes"]
 """Where the weights lie: in one device's memory, the layers on disk, or in parts on several devices or processes."""
+Effort = Literal["low", "normal", "high"]
+DEFAULT_TOKENS = 131072
+"""To tune on, of a run on a CPU that names neither tokens nor a time."""
+Train = Literal["endpoints", "all", "lora"]
+"""What of the pruned model is trained."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tested)."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
@@ -215,9 +220,10 @@ class SearchConfig:
             "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),
     ] = "auto"
-    effort: Literal["low", "normal", "high"] = "normal"
+    effort: Effort | None = None
     """What finding the layers may take. low: an estimate and real cuts. normal: a few cuts are folded as well, and
-    the best of them taken. high: on more text, and the best are healed for a while, in several times as long."""
+    the best of them taken. high: on more text, and the best are healed for a while, in several times as long. Not
+    given: normal, or what --time leaves room for."""
     consumers: Consumers = ""
 
     def __post_init__(self) -> None:
@@ -283,14 +289,22 @@ class TuneSettings:
     64 steps, 2 / N of it where N > 2 layers are."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
+    train: Train = "endpoints"
+    """What is trained. endpoints: the layers beside the cut (CLP). all: every layer that stays. lora: LoRA of rank 32
+    on every layer that stays, merged before saving (extra lora)."""
     radius: Annotated[int, rare] = 1
-    """Layers tuned on each side of a cut. With more of them perplexity gets lower, and fewer keys are kept."""
+    """Layers tuned on each side of a cut, of --train endpoints. With more of them perplexity gets lower, and fewer keys
+    are kept."""
 
     def __post_init__(self) -> None:
         if isinstance(self.objective, str):  # in Python also an objective itself
             objectives.check(self.objective, "--objective")
         at_least("batch_tokens", self.batch_tokens, 1)
         at_least("radius", self.radius, 1)
+        if self.train != "endpoints" and self.radius != 1:
+            raise ConfigError(
+                f"--radius is for --train endpoints, and --train {self.train} is given", "leave out --radius"
+            )
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
 
@@ -304,8 +318,12 @@ class HealConfig(TuneSettings):
     """Fold a least-squares correction into the layer before the cut."""
     tune_data: str | None = None
     """Text to tune on; values as for --data. Not given: other tokens of the calibration text's source."""
-    tune_tokens: int = 131072
-    """Tokens to tune the layers beside the cut on; 0 leaves tuning out."""
+    tune_tokens: int | None = None
+    """Tokens to tune on; 0 leaves tuning out. Not given: what --time leaves room for, else 131,072 on a CPU and an
+    hour's worth on an accelerator."""
+    time: Annotated[str | None, Parameter(group=RUN)] = None
+    """What the whole run may take on this machine: 30m, 2h, 8h. It decides --tune-tokens and --effort where these are
+    not given. --tasks and --evaluations come on top."""
     tune_window: Annotated[int | None, Parameter(parse=False)] = None
     """Tokens in every second row to tune on, of text or probes; the others are as --window, of probes 256. Of a run
     1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
@@ -324,9 +342,16 @@ class HealConfig(TuneSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("tune_tokens", self.tune_tokens, 0)
+        if self.time is not None:
+            parse_time("--time", self.time)
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to tune on, by the default where no other number was found."""
+        return DEFAULT_TOKENS if self.tune_tokens is None else self.tune_tokens
 
 
 @options(QUANTIZATION)

@@ -51,6 +51,8 @@ class TextFacts:
     documents: int  # of which the rows are; of text that is made anew every row is one
     passed_over: int  # documents that were left out, since another use of the run has them
     fingerprint: str  # first 16 hex digits of the SHA-256 of the token ids
+    passes: float = 1.0
+    """How often the text is gone over, of a mix the part that runs out first; more than once where it is too short."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,14 @@ class Reader:
     _streams: dict[tuple[str, Order], TextStream | MadeStream] = field(default_factory=dict)
 
     def draw(
-        self, use: str, source: str, *, tokens: int, window: int, order: Order = "shuffled", skip: int = 0
-    ) -> Blocks:
+        self, use: str, source: str, *, tokens: int, window: int, order: Order = "shuffled", skip: int = 0,
+        repeats: bool = False,
+    ) -> Blocks:  # fmt: skip
         """N = ceil(tokens / window) blocks for this use, from where an earlier use of the source stopped.
 
         Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. The blocks
-        of a mix come from its parts in turn. `skip` blocks are passed over first.
+        of a mix come from its parts in turn. `skip` blocks are passed over first. repeats: text that runs out is gone
+        over again, and not refused.
         """
         if tokens < 1 or window < 1 or skip < 0:
             words = f"{tokens} tokens in windows of {window} after {skip} blocks make no block"
@@ -189,15 +193,16 @@ class Reader:
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
         count, order_of = math.ceil(tokens / window), turns(parts)
         blocks, marks = torch.empty(count, window, dtype=torch.int64), Marks.none(count, window)
-        keys, documents, passed_over = set[int](), 0, 0
+        keys, documents, passed_over, passes = set[int](), 0, 0, 1.0
         for i, part in enumerate(parts):
             places = [j for j in range(count) if order_of[(skip + j) % len(order_of)] == i]
             if not places:
                 continue
             before = sum(order_of[j % len(order_of)] == i for j in range(skip))
             stream = self._stream(part, order)
-            taken = stream.take(range(before, before + len(places)), window, partial(self._is_anothers, use))
-            blocks[places] = taken.rows
+            taken = stream.take(range(before, before + len(places)), window, partial(self._is_anothers, use), repeats)
+            passes = max(passes, len(places) / len(taken.rows))
+            blocks[places] = taken.rows[torch.arange(len(places)) % len(taken.rows)]
             if part.name == TESTS and len(parts) == 1 and not taken.marks:
                 raise DataError(f"no probe fits rows of {window} tokens", "give longer rows: --window 256")
             if taken.marks:
@@ -210,7 +215,7 @@ class Reader:
             source=public_name(source), reads=[read for part in parts for read in part.reads],
             origins=[parts[order_of[(skip + j) % len(order_of)]].stream for j in range(len(order_of))],
             tokens=blocks.numel(), window=window, documents=documents, passed_over=passed_over,
-            fingerprint=fingerprint(blocks),
+            fingerprint=fingerprint(blocks), passes=passes,
         )  # fmt: skip
         return Blocks(blocks, facts, frozenset(keys), marks if any(part.name in SHARED for part in parts) else None)
 
@@ -289,7 +294,7 @@ class MadeStream:
     def __init__(self, make: Callable[[int, range], tuple[torch.Tensor, Marks | None]]) -> None:
         self._make, self.given = make, 0
 
-    def take(self, span: range, window: int, refused: Callable[[int], bool]) -> Taken:
+    def take(self, span: range, window: int, refused: Callable[[int], bool], repeats: bool = False) -> Taken:
         wanted = range(self.given + span.start, self.given + span.stop)
         self.given = wanted.stop
         rows, marks = self._make(window, wanted)
@@ -308,8 +313,8 @@ class TextStream:
         self._parts: list[list[int]] = []
         """[number, key, tokens] of the documents that the ids not yet taken are of."""
 
-    def take(self, span: range, window: int, refused: Callable[[int], bool]) -> Taken:
-        """Rows `span` of what is left, [len(span), T]; those before are dropped.
+    def take(self, span: range, window: int, refused: Callable[[int], bool], repeats: bool = False) -> Taken:
+        """Rows `span` of what is left, [len(span), T]; those before are dropped. With `repeats` fewer where it ends.
 
         `refused` says which documents to leave out, by their key. A document that was begun is continued.
         """
@@ -318,7 +323,10 @@ class TextStream:
         while len(self._ids) < end:
             piece = next(self._encoded, None)
             if piece is None:
-                raise self._too_short(end, begin)
+                if not repeats or len(self._ids) < begin + window:
+                    raise self._too_short(end, begin)
+                end = begin + (len(self._ids) - begin) // window * window
+                break
             number, key, ids = piece
             self._ids.extend(ids)
             if not self._parts or self._parts[-1][0] != number:

@@ -32,14 +32,15 @@ from layercut.config import TuneSettings
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.files import digest
+from layercut.healing import lora
 from layercut.healing.inputs import Batch, Rows, removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
 from layercut.healing.recipe import (
     SETBACK,
     TOLERATED,
     default_learning_rate,
-    endpoints,
     is_setback,
+    trained_layers,
     usual_weight,
     warmup_then_cosine,
 )
@@ -88,9 +89,10 @@ def tune_(
 ) -> TuningResult:
     """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
 
-    Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step: the end is never worse
-    than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their own, so that a
-    dense model that shares weights with the student is left as it is. Deterministic.
+    Cutoff endpoint tuning (CLP, 2510.23652); by `train` all layers, or LoRA on all (2106.09685), instead. The held-out
+    loss is taken before the first step: the end is never worse than the start, and a rate that makes it rise is
+    lowered. The trained layers get parameters of their own, so that a dense model that shares weights with the student
+    is left as it is. Deterministic.
 
     Args:
         student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
@@ -105,7 +107,7 @@ def tune_(
             the text brings without it.
         files: what to keep on disk; nothing by default.
         options: fields of the settings by their names: `learning_rate=1e-3`, `batch_tokens=1024`, `radius=1`,
-            `objective="next-token"` or an `Objective`, as `KL(mix=0.3)`.
+            `train="all"`, `objective="next-token"` or an `Objective`, as `KL(mix=0.3)`.
 
     Returns:
         What was trained, and the losses.
@@ -123,8 +125,22 @@ def tune_(
         pair, positions = _pair(cut, whole, settings, beside)
         if files.states:
             pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
-        training = _Training(pair, positions, rows, settings)
-        training.run_(heldout, files, "tuning the endpoints")
+        if settings.train == "lora":
+            settings = replace(settings, learning_rate=settings.learning_rate or lora.LEARNING_RATE)
+            training = _Training(
+                pair,
+                positions,
+                rows,
+                settings,
+                [(each, 1.0) for each in lora.adapters_([cut.layers[p] for p in positions])],
+            )
+            try:
+                training.run_(heldout, files, "tuning LoRA")
+            finally:
+                lora.merge_(cut)
+        else:
+            training = _Training(pair, positions, rows, settings)
+            training.run_(heldout, files, "tuning")
     return training.result()
 
 
@@ -150,7 +166,7 @@ def tune_parameters_(
             parameter.requires_grad_(True)
         pair = Pair(dense=whole, student=cut, prefix=0, objective=objective_of(settings.objective), apart=True)
         training = _Training(pair, list(range(len(cut))), rows, settings, given)
-        training.rate_from, training.tolerated = rate_from, tolerated
+        training.rate_from, training.tolerated, training.train = rate_from, tolerated, "rounded"
         training.run_(heldout, files, words)
     return training.result()
 
@@ -168,7 +184,7 @@ def _pair(
     student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, beside: Sequence[Segment] = ()
 ) -> tuple[Pair, list[int]]:
     """The two models and the objective; the positions of the layers that are trained."""
-    positions = endpoints(beside or removed_segments(student, dense), len(dense), settings.radius)
+    positions = trained_layers(beside or removed_segments(student, dense), len(dense), settings)
     if beside:
         if len(student) != len(dense):
             words = f"beside is given, and the student has {len(student)} of the dense model's {len(dense)} layers"
@@ -256,6 +272,7 @@ class _Training:
         self.rate = settings.learning_rate or default
         self.rate_from: Callable[[float], float] | None = None
         self.tolerated = TOLERATED
+        self.train: str = settings.train
         # parameters of one unit are stepped together
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
         groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]
@@ -427,7 +444,8 @@ class _Training:
         objective, count, report = self.pair.objective, sum(p.numel() for p in self.trained), self.report
         return TuningResult(
             objective=objective.name, label=objective.label, steps=self.steps, learning_rate=self.rate,
-            trained_layers=list(self.positions), trained_parameters=count, state_bytes=STATE_BYTES * count,
+            trained_layers=list(self.positions), trained_parameters=count, train=self.train,
+            state_bytes=STATE_BYTES * count,
             tokens_per_second=report.tokens / report.seconds if report.seconds else 0.0, **copy.deepcopy(vars(report)),
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""LoRA on all linear maps of all layers, merged in: what other work heals with, beside which `compare` puts tuning.
+"""LoRA on all linear maps of all layers, merged in (`--train lora`).
 
 LoRA (Hu et al., 2106.09685): a frozen W becomes W + (alpha / r) B A, A [r, in] random and B [out, r] zero, so that
-training starts from the model as it is. The adapters are peft's, an extra: `pip install 'layercut[lora]'`. Rows, loss,
-optimizer, schedule and what is kept by held-out loss are those of endpoint tuning, since both are trained by its loop.
+training starts from the model as it is. The adapters are peft's, an extra: `pip install 'layercut[lora]'`. The loop of
+endpoint tuning trains them. The merged weights are the student's own: what a dense model shares with it stays.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercut.config import TuneSettings
 from layercut.errors import ConfigError, ModelError
-from layercut.healing.endpoint_tuning import TuningFiles, tune_parameters_
-from layercut.healing.inputs import Rows
-from layercut.healing.tuning_state import TuningResult
 from layercut.models.decoder_stack import find_decoder, weight_as_stored
-from layercut.models.runner import DecoderRunner, prepared
+from layercut.models.runner import DecoderRunner
 from layercut.progress import say
 
 RANK = 32
@@ -39,35 +34,16 @@ def check_lora(model: Any) -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        words = "--states names lora, which needs peft, and that is not installed"
+        words = "LoRA needs peft, and that is not installed"
         raise ConfigError(words, "pip install 'layercut[lora]', or in a checkout: pip install '.[lora]'") from None
     layers = find_decoder(model).layers
     adapted = sum(each.weight.numel() for maps in _own_maps(layers) for each in maps.values())
     if not adapted:
-        raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out of --states")
+        raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out")
     matrices = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1}
     if (share := adapted / sum(matrices.values())) < 0.98:
         say("note", f"LoRA adapts {share:.0%} of the layers' matrices: experts that are one tensor, and what several "
             "layers share, have no linear map of their own")  # fmt: skip
-
-
-def tune_lora_(
-    student: Any, dense: Any, rows: Rows, *, heldout: torch.Tensor, settings: TuneSettings, files: TuningFiles
-) -> TuningResult:
-    """Train LoRA on every linear map of every layer of the student, and merge it in, in place.
-
-    Adapters keep their best state by held-out loss; the merged weights, in the dtype that they are saved in, are
-    parameters of the student's own, so that a dense model that shares weights with it is left as it is.
-    """
-    with prepared(student, dense) as (cut, whole):
-        given = [(adapter, 1.0) for adapter in adapters_(cut.layers)]
-        settings = replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE)
-        try:
-            return tune_parameters_(
-                cut, whole, given, rows, heldout=heldout, settings=settings, files=files, words="tuning LoRA"
-            )
-        finally:
-            _merge_(cut)
 
 
 def adapters_(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -101,7 +77,7 @@ def _own_maps(layers: Sequence[nn.Module]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _merge_(student: DecoderRunner) -> None:
+def merge_(student: DecoderRunner) -> None:
     """Put W + (alpha / r) B A in the place of every adapted linear map; the sum is taken in float32.
 
     peft's own merge adds to W in place, which the dense model shares.

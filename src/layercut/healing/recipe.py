@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from layercut.config import TuneSettings
 from layercut.distributed import sharding
 from layercut.models.losses import KL
 from layercut.segments import Segment, kept_layers
@@ -27,6 +28,13 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
         cut = sum(i < segment.start for i in kept)
         beside |= {p for p in range(cut - radius, cut + radius) if 0 <= p < len(kept)}
     return sorted(beside)
+
+
+def trained_layers(segments: Sequence[Segment], layers: int, settings: TuneSettings) -> list[int]:
+    """Positions, in the cut model, of the layers that are trained."""
+    if settings.train == "endpoints":
+        return endpoints(segments, layers, settings.radius)
+    return [*range(len(kept_layers(segments, layers)))]
 
 
 def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2) -> float:

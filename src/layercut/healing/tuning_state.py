@@ -42,6 +42,8 @@ class TuningResult:
     trained_layers: list[int]
     """Positions in the cut model."""
     trained_parameters: int
+    train: str
+    """Which: "endpoints", "all" layers, "lora", or what was "rounded"."""
     state_bytes: int
     """Bytes of masters, their gradients and AdamW's moments; the trained weights themselves come on top."""
     curve: list[dict[str, float]]

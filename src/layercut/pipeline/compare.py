@@ -32,7 +32,6 @@ from layercut.evaluation.tasks import Retained, compare_records, representative_
 from layercut.files import OPTIONAL, jsonable
 from layercut.healing import TuningResult, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
-from layercut.healing.inputs import Rows
 from layercut.healing.least_squares import Fold, fold_cut_
 from layercut.models import checkpoints, decoder_stack, loading, memory, placement
 from layercut.models.losses import mean_kl
@@ -252,11 +251,9 @@ def trained(work: RunContext, student: Any, segments: Sequence[Segment], state: 
         student = folded if from_fold else student
     how: dict[str, Any] = {"heldout": heldout, "files": TuningFiles(stopping=work.stopping)}
     how["settings"], treated = tune_settings(work.config.heal), vars(tuning_treatment(work))
-    if state == "lora":
-        report = lora.tune_lora_(student, stack, Rows(tokens=rows, **treated), **how)
-    else:
-        beside = segments if state == "control" else ()
-        report = tune_(student, stack, rows, beside=beside, **how, **treated)
+    beside = segments if state == "control" else ()
+    how["settings"] = replace(how["settings"], train="lora") if state == "lora" else how["settings"]
+    report = tune_(student, stack, rows, beside=beside, **how, **treated)
     start = report.heldout[0]["loss"]
     say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
     return student, CutState(tuning=replace(report, curve=[]), from_fold=from_fold)

@@ -44,7 +44,8 @@ def compress(
     *,
     until: Stage = "report",
     own_process: bool = False,
-    planned: Callable[[ResolvedRun], Mapping[str, float]] = lambda run: {},
+    in_time: Callable[[str, CompressConfig, Stage], CompressConfig] | None = None,
+    planned: Callable[[ResolvedRun], Mapping[str, float]] | None = None,
 ) -> Path:
     """Search, cut, heal, measure and export `model`; a run that was stopped is resumed.
 
@@ -54,6 +55,7 @@ def compress(
         until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
         own_process: whether this process is the command's own, so that SIGINT and SIGTERM may be caught while tuning,
             to keep its state first, and the C library set to keep freed memory. A library call changes neither.
+        in_time: fills in what `--time` decides (`plan/in_time.py`).
         planned: says how long each stage takes, in any unit, for what progress tells of the whole run.
 
     Returns:
@@ -66,13 +68,13 @@ def compress(
     if own_process:
         sum_in_float32_()
         memory.reuse_freed()
-    asked = resolve(model, config, until)
+    asked = resolve(model, in_time(model, config, until) if in_time else config, until)
     config, checkpoint = asked.config, asked.checkpoint
     folder = config.run.folder or default_folder(model)
     with (
         memory.memory_limit(config.load.max_memory),
         Run(folder, force=config.run.force) as run,
-        progress.whole_run(lambda: planned(asked)),
+        progress.whole_run(lambda: planned(asked) if planned else {}),
     ):
         run.describe({"model": model, **flattened(config)}, checkpoint)
         work = RunContext(

@@ -24,6 +24,7 @@ from layercut.export import engines
 from layercut.export.formats import AS_THEY_CAME, FINER, SAME, healed_type, is_mixture
 from layercut.export.gguf_tensors import PLAIN, architecture_of, check_converts, possible_names, require_llama_cpp
 from layercut.files import check_new, is_run
+from layercut.healing.lora import check_lora
 from layercut.layer_search import length_for_size
 from layercut.layer_search.criteria import most_segments, names
 from layercut.models import checkpoints, decoder_stack, loading, placement
@@ -63,7 +64,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, decoder_stack.positions(architecture))
-    config = with_windows(config, architecture)
+    config = with_windows(with_defaults(config), architecture)
     layers = decoder_stack.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_output(config, checkpoint, chooses=until == "report")
@@ -82,6 +83,8 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_spread(config)
     if until != "search" and on_disk:
         check_streamed(config, spread)
+    if until != "search" and config.heal.tokens and config.heal.train == "lora":
+        check_lora(loading.skeleton(architecture, torch.float32))
     if config.tasks.names and until == "report":
         evaluation.check_tasks(tuple(config.tasks.names), config.tasks.include_path)
     if until == "report":
@@ -96,7 +99,7 @@ def shortlists(config: CompressConfig) -> bool:
     """Whether a run heals candidates for a while: where the search weighs probes and enough is tuned on to spare."""
     search, heal = config.search, config.heal
     weighs = search.preserve != "none" and names(criteria.get(search.method), "probes")
-    enough = heal.fold and heal.tune_tokens >= ENOUGH_TOKENS
+    enough = heal.fold and heal.tokens >= ENOUGH_TOKENS
     return bool(enough and weighs and search.effort != "low" and not search.segment and search.max_loss is None)
 
 
@@ -159,6 +162,7 @@ def check_spread(config: CompressConfig) -> None:
         "--target-size with --max-loss": search.two_budgets,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": search.method == "taylor",
+        "--train lora": config.heal.train == "lora",
     }
     why = "needs a whole model in every process, and its weights are sharded over them"
     refuse(*((asked, f"{flag} {why}", f"leave out {flag}; {mends}") for flag, asked in refused.items()))
@@ -182,6 +186,7 @@ def needing_memory(config: CompressConfig) -> list[str]:
         "--bits": config.quantize.rounds, "--tasks": bool(tasks.names), "--evaluations": bool(tasks.evaluation_names),
         "--probes": tasks.probes, "--long-context": config.evaluate.long_context > 0,
         "--target-size with --max-loss": config.search.two_budgets,
+        f"--train {config.heal.train}": config.heal.train != "endpoints",
     }  # fmt: skip
     return [flag for flag, is_asked in asked.items() if is_asked]
 
@@ -192,11 +197,18 @@ def needs_memory(flag: str) -> ConfigError:
     return ConfigError(f"{flag} needs the model in memory, and its layers are left on disk", hint)
 
 
+def with_defaults(config: CompressConfig) -> CompressConfig:
+    """The config with the effort and the tokens to tune on filled in."""
+    search, heal = config.search, config.heal
+    search, heal = replace(search, effort=search.effort or "normal"), replace(heal, tune_tokens=heal.tokens)
+    return replace(config, search=search, heal=heal)
+
+
 def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
     """The config with the windows that are tuned on and that perplexity is reported on filled in."""
     reported, heal = config.evaluate.eval_window or decoder_stack.reported_window(architecture), config.heal
     positions = decoder_stack.positions(architecture)
-    fits = (positions or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
+    fits = (positions or LONG_ROW) >= LONG_ROW and heal.tokens >= ENOUGH_TOKENS
     long = min(LONG_ROW, heal.batch_tokens) if fits else 0
     short = config.text.window
     tuned = heal.tune_window or max(short, long // short * short)
@@ -245,7 +257,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
         if config.search.target_size:
             words = f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}"
             raise ConfigError(words, "give --ratio, or leave out --gguf-type")
-    if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tune_tokens):
+    if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tokens):
         # nothing is healed before it is known that llama.cpp is there, where only it writes the healed layers' formats
         tensors, kind = open_gguf(checkpoint.file)[1].tensors, type_of_healed(config)
         within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
@@ -264,14 +276,15 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
 def type_of_healed(config: CompressConfig) -> str:
     """What --gguf-type means: where it is not given, one step finer, but where bytes are short.
 
-    Of a --target-size the bytes are better spent on a layer more.
+    Of a --target-size the bytes are better spent on a layer more. Where all layers are trained, the file would grow.
     """
-    return config.output.gguf_type or (SAME if config.search.target_size else FINER)
+    grows = config.search.target_size or config.heal.train != "endpoints"
+    return config.output.gguf_type or (SAME if grows else FINER)
 
 
 def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
     """Refuse, before anything is healed, a file whose layers could not be written back once they are tuned."""
-    if not keeps_gguf(config, checkpoint) or not config.heal.tune_tokens:
+    if not keeps_gguf(config, checkpoint) or not config.heal.tokens:
         return
     kind, bare = architecture_of(checkpoint.file), loading.skeleton(architecture, torch.float32)
     names, layers = possible_names(bare, kind), f"{decoder_stack.find_decoder(bare).path}."
@@ -318,7 +331,8 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
 
     def beside(n: int) -> int:
         segments = most_segments(criterion, search.num_segments, n)
-        return sum(dearest[: min(2 * radius * segments, layers - n)])
+        healed = 2 * radius * segments if config.heal.train == "endpoints" else layers
+        return sum(dearest[: min(healed, layers - n)])
 
     if target >= file.whole:
         return length_for_size(file.blocks, file.whole, target)  # which refuses it: the file is as small already

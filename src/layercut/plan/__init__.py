@@ -23,10 +23,10 @@ from layercut import registries
 from layercut.config import check_window
 from layercut.config.commands import CompressConfig, PlanConfig
 from layercut.data.probe_families import capability_names
-from layercut.errors import ConfigError, LayercutError, SurgeryError
+from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError
 from layercut.export.formats import is_mixture
 from layercut.files import parse_bytes
-from layercut.healing.recipe import endpoints
+from layercut.healing.recipe import trained_layers
 from layercut.models import checkpoints, decoder_stack, loading
 from layercut.models.memory import Budget, available_bytes, resident_bytes
 from layercut.pipeline.environment import accelerator_name
@@ -44,18 +44,23 @@ from layercut.pipeline.resolve_options import (
     needing_memory,
     shortlists,
     wanted_length,
+    with_defaults,
     with_windows,
 )
 from layercut.pipeline.stages.search import planned_search_tests
 from layercut.plan.costs import Planned, Stage, Work, by_llama_cpp, round_healed, stages, total
 from layercut.plan.rates import CARDS, Rates
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
+from layercut.plan.time_budget import Seconds, fitted
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
 GB = 10**9
+TIMES = ("30m", "2h", "8h")
+UNPLANNED = 1.1
+"""What a run takes over what is planned: 990 s for 896 on SmolLM2-135M (research/cost.md)."""
 RESERVED = 1 * GB  # left alone on an accelerator: its runtime and what the allocator cannot use. A guess
 
 
@@ -146,6 +151,23 @@ class Planner:
         found = {"load": Stage(peak, Work(read=read, moved=2 * weights)), **found}
         beside = {"python and libraries": base} if on_cpu else {}
         return {name: Stage(beside | stage.peak, stage.work) for name, stage in found.items()}
+
+    def seconds(self, asked: CompressConfig, device: torch.device, until: str = "report") -> Seconds:
+        """What runs take on this machine, which is measured now."""
+        if (rates := self.rates(asked, device)) is None:
+            raise ModelError("there is no room to run a layer of the model", "free some memory")
+        return self.by(rates, device.type == "cpu", available_bytes(device), until)
+
+    def by(self, rates: Rates, on_cpu: bool, room: int, until: str = "report") -> Seconds:
+        """What runs take by these rates."""
+        measured = {"eval", "capabilities"} if until == "tune" else set()
+
+        def seconds(run: CompressConfig) -> float:
+            found = self.costs(with_windows(run, self.stock), on_cpu, room)
+            works = [stage.work for name, stage in found.items() if stage.work and name not in measured]
+            return UNPLANNED * sum(map(rates.seconds, works))
+
+        return seconds
 
     def judged(self, place: Place, config: CompressConfig) -> dict[str, Any]:
         """Whether every stage fits a place, and if not, the flags that make it fit; None where none do."""
@@ -243,8 +265,9 @@ def shares(run: ResolvedRun) -> dict[str, float]:
 
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     """Everything `layercut compress` with the same flags will take; what a run would refuse is refused."""
-    asked = config.journey()
-    asked.check()
+    given = config.journey()
+    given.check()
+    asked = with_defaults(given)
     checkpoint = checkpoints.resolve(model, weights=False)
     if checkpoint.gguf:
         check_output(asked, checkpoint)  # else it is about --out, which a plan has not
@@ -255,8 +278,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     stored = loading.pick_dtype(config.load.dtype, stock, checkpoint)
     check_window("--window", asked.text.window, decoder_stack.positions(stock))
     capability_names(asked.search.preserve)
-    given = checked_segments(asked.search.segments, layers)
-    check_consumers(asked, stock, given, wanted_length(asked.search, layers), gguf=keeps_gguf(asked, checkpoint))
+    wanted = checked_segments(asked.search.segments, layers)
+    check_consumers(asked, stock, wanted, wanted_length(asked.search, layers), gguf=keeps_gguf(asked, checkpoint))
     check_names(asked, checkpoint, stock)
     if asked.load.place == "disk":
         check_streamed(asked, spread=False)
@@ -281,11 +304,12 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
             "seconds": rates.seconds(work) if rates and work else None,
         }  # fmt: skip
     ends = {"before": before, "after": after}
+    trained = trained_layers(segments, layers, asked.heal) if asked.heal.tokens and segments else []
     saved = {end: sizes(parts, stored) for end, parts in ends.items()}
     if keeps_gguf(asked, checkpoint) and not (asked.output.gguf_type and is_mixture(asked.output.gguf_type)):
         file = bytes_by_block(asked, checkpoint)
         gone = sum(sum(file.blocks[s.start : s.stop]) for s in segments)
-        grown = sum(sorted(file.growth)[-2 * asked.heal.radius * len(segments) :]) if segments else 0
+        grown = sum(sorted(file.growth)[-len(trained) :]) if trained else 0
         saved = {"before": {"gguf": file.whole}, "after": {"gguf": file.whole - gone + grown}}
     elif asked.quantize.rounds and asked.quantize.bits != "auto":
         packed = saved_bytes(whole, asked.quantize, stored)
@@ -295,7 +319,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     if asked.shares_size:
         assumed = f"how many layers go is chosen by the run; planned without any search: {length}"
     left = [before.total - sum(before.layers[s : s + length]) for s in range(layers - length + 1)]
-    unknown = not given and asked.search.method not in registries.criteria.own
+    unknown = not wanted and asked.search.method not in registries.criteria.own
     return {
         "model": model,
         "device": card or str(device),
@@ -303,21 +327,37 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "computed_in": str(dtypes[on_cpu]).removeprefix("torch."),
         "layers": {end: len(parts.layers) for end, parts in ends.items()},
         "segments": [[s.start, s.stop] for s in segments],
-        "segments_are": "given" if given else assumed,
+        "segments_are": "given" if wanted else assumed,
         "healing": {
             "fold": folds if asked.heal.fold and segments else "",
-            "tuned": endpoints(segments, layers, asked.heal.radius) if asked.heal.tune_tokens else [],
+            "train": asked.heal.train,
+            "tuned": trained,
         },
         "search_is": f"What the criterion {asked.search.method!r} takes is not known." if unknown else None,
         "parameters": {end: asdict(parts) | {"total": parts.total} for end, parts in ends.items()},
-        "parameters_after_range": None if given else {"least": min(left), "most": max(left)},
+        "parameters_after_range": None if wanted else {"least": min(left), "most": max(left)},
         "bytes": saved,
         "base_bytes": planner.base,
         "machine": asdict(rates) if rates else None,
         "stages": told,
         "seconds": sum(stage["seconds"] or 0 for stage in told.values()) if rates else None,
+        "times": times(given, planner.by(rates, on_cpu, room)) if rates and given.heal.tune_tokens is None else [],
         "fits": [planner.judged(place, asked) for place in places(card)],
     }
+
+
+def times(asked: CompressConfig, seconds: Seconds) -> list[dict[str, Any]]:
+    """What --time would decide; null where it is too short."""
+    found = []
+    for time in TIMES if asked.heal.time is None else (asked.heal.time,):
+        run: CompressConfig | None = None
+        with contextlib.suppress(ConfigError):
+            run = fitted(replace(asked, heal=replace(asked.heal, time=time)), seconds)
+        heal, decided = asked.heal, {"tune_tokens": run and run.heal.tokens, "effort": run and run.search.effort}
+        found.append(
+            {"time": time, **decided, "train": heal.train, "radius": heal.radius, "seconds": run and seconds(run)}
+        )
+    return found
 
 
 def what_folds(config: Any) -> str | None:

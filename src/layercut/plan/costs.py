@@ -16,7 +16,7 @@ import torch
 from layercut.config.commands import CompressConfig
 from layercut.data.self_sampled import ROWS
 from layercut.export.formats import IMPORTANCE_TOKENS
-from layercut.healing.recipe import endpoints
+from layercut.healing.recipe import trained_layers
 from layercut.layer_search.concave_gate import Schedule, beginnings, gates
 from layercut.layer_search.shortlist import EFFORTS
 from layercut.models.memory import Budget
@@ -98,7 +98,7 @@ class Planned:
     @property
     def heldout(self) -> int:
         """Rows that judge healing."""
-        return self.shape.rows_of(max(1024, self.config.heal.tune_tokens // 32))
+        return self.shape.rows_of(max(1024, self.config.heal.tokens // 32))
 
     @property
     def on_disk(self) -> bool:
@@ -111,15 +111,15 @@ class Planned:
         return kept_layers(self.segments, self.shape.layers)
 
     @property
-    def endpoints(self) -> list[int]:
+    def trained(self) -> list[int]:
         """Positions, in the pruned model, of the layers that are tuned."""
-        return endpoints(self.segments, self.shape.layers, self.config.heal.radius)
+        return trained_layers(self.segments, self.shape.layers, self.config.heal)
 
     @property
     def healed_bytes(self) -> int:
         """Of the weights that healing changes, the largest layers taken."""
         heal, shape = self.config.heal, self.shape
-        tuned = sum(sorted(shape.dense.layers)[-len(self.endpoints) :]) if heal.tune_tokens and self.segments else 0
+        tuned = sum(sorted(shape.dense.layers)[-len(self.trained) :]) if heal.tokens and self.segments else 0
         return (tuned + (heal.fold and bool(self.segments)) * shape.hidden * sum(shape.read)) * shape.itemsize
 
     def chunk(self, shape: Shape, rows: int) -> int:
@@ -150,16 +150,16 @@ def weights(shape: Shape, on_disk: bool) -> Peak:
 def stages(run: Planned) -> dict[str, Stage]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
     config, found = run.config, dict[str, Stage]()
-    if run.segments and config.heal.tune_tokens:
+    if run.segments and config.heal.tokens:
         found["text"] = chats(run)
     if config.shares_size:  # how many cuts are compared is not known
         found["shares"] = Stage(max(fold(run).peak, quantize(run).peak, key=total), None)
     if run.segments:
-        judged = run.shortlisted and (run.foldable or EFFORTS[run.config.search.effort].healed)
+        judged = run.shortlisted and (run.foldable or EFFORTS[run.config.search.effort or "normal"].healed)
         found["search"] = search(run).then(shortlist(run)) if judged else search(run)
         if config.heal.fold:
             found["fold"] = fold(run)
-        if config.heal.tune_tokens:
+        if config.heal.tokens:
             found["tune"] = tune(run)
     if config.quantize.rounds:
         found["quantize"] = quantize(run)
@@ -247,7 +247,7 @@ def concave_gate(run: Planned, count: int) -> tuple[Work, Peak]:
 
 def shortlist(run: Planned) -> Stage:
     """Candidates after a quick fold; with a high effort some after a short healing, and a few after a longer one."""
-    shape, wide, effort = run.shape, widest(run.shape), EFFORTS[run.config.search.effort]
+    shape, wide, effort = run.shape, widest(run.shape), EFFORTS[run.config.search.effort or "normal"]
     fit, probed = min(max(1, effort.fit_tokens // shape.window), run.text), run.tests > 0
     judged = min(run.heldout, effort.judged) * (1 + probed)
     solved = solved_flops(wide, shape.hidden, fit * shape.window, 6)
@@ -282,7 +282,7 @@ def solved_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float
 def fold(run: Planned, most: int = FOLD_TOKENS) -> Stage:
     """Of each cut the dense stream to its end, sums in float64 to fit and to check on, KL before and after."""
     shape, d, itemsize = run.shape, run.shape.hidden, run.shape.itemsize
-    every = min(shape.rows_of(run.config.text.tokens + run.config.heal.tune_tokens), FOLD_TOKENS // shape.window)
+    every = min(shape.rows_of(run.config.text.tokens + run.config.heal.tokens), FOLD_TOKENS // shape.window)
     rows = min(max(run.text, every), max(1, most // shape.window))
     wide, few = widest(shape), min(rows, run.budget.layer_rows(shape.window))
     forwards = rows * sum(segment.stop + 2 for segment in run.segments)
@@ -305,7 +305,7 @@ def fold(run: Planned, most: int = FOLD_TOKENS) -> Stage:
 def chats(run: Planned) -> Stage:
     """Sampling the chats that are tuned on, many rows at a time, by the token; none where layers are on disk."""
     shape, heal, steps, rows, peak = run.shape, run.config.heal, 0, 0.0, {"cache": 0, "next tokens": 0}
-    uses = ((run.tuned.window, heal.tune_tokens), (shape.window, run.heldout * shape.window))
+    uses = ((run.tuned.window, heal.tokens), (shape.window, run.heldout * shape.window))
     for window, tokens in () if run.on_disk else uses:
         length = min(window, 256)
         count = math.ceil(heal.chat_share * tokens / length)
@@ -321,13 +321,13 @@ def chats(run: Planned) -> Stage:
 def tune(run: Planned, *, rounded: bool = False) -> Stage:
     """Training: the teacher forwards, the student from the first trained layer on there and back.
 
-    Of the endpoint layers; rounded: of the scales and norms of every layer, and of the rounding where that is asked.
+    Of the layers that are trained; rounded: of the scales and norms of every layer, and of the rounding where asked.
     """
     shape, held, kept, heal = run.tuned, run.shape, run.kept, run.config.heal
     layers = len(kept)
-    positions = [*range(layers)] if rounded else run.endpoints
+    positions = [*range(layers)] if rounded else run.trained
     first, teacher = min(positions), layers if rounded else held.layers
-    rows, scored = shape.rows_of(heal.tune_tokens), 9 * run.heldout  # eight times during training
+    rows, scored = shape.rows_of(heal.tokens), 9 * run.heldout  # eight times during training
     work = passes(
         shape, rows * (layers - first + teacher), rows * (layers - first), trained=rows * len(positions), heads=3 * rows
     ) + passes(held, run.heldout * teacher + scored * (layers - first), heads=2 * scored)
@@ -388,7 +388,7 @@ def quantize(run: Planned) -> Stage:
             back = passes(shape, some * layers, some * layers, heads=2 * some)
             found = found.then(Stage({"kept for backward": kept, "logits": logits}, back))
     tuned = run.config.heal.tune_quantized
-    trains = run.config.heal.tune_tokens and (bits < 8 if tuned == "auto" else tuned != "none")
+    trains = run.config.heal.tokens and (bits < 8 if tuned == "auto" else tuned != "none")
     return found.then(tune(run, rounded=True)) if trains else found
 
 
@@ -413,7 +413,7 @@ def evaluate(run: Planned) -> Stage:
     shape, kept, config, layers = run.reported, len(run.after.layers), run.config, run.reported.layers
     rows = shape.rows_of(config.evaluate.eval_tokens)
     # of the states before the last a quarter of the windows
-    passed = rows * (1 + (config.heal.fold + bool(config.heal.tune_tokens) + config.quantize.rounds) / 4)
+    passed = rows * (1 + (config.heal.fold + bool(config.heal.tokens) + config.quantize.rounds) / 4)
     written = 8 * 96 / shape.window
     forwards = rows * layers + passed * kept + 2 * written * layers
     dense_steps = cut_steps = 5 * 64 + 64

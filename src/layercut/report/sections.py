@@ -150,8 +150,11 @@ def stages(run: RunFacts) -> Section:
     if tuning:
         before = {str(i): layer for i, layer in enumerate(summary.original_layer_index)}  # as the picture counts
         layers = ", ".join(str(before.get(str(i), i)) for i in tuning.trained_layers)
+        lora = " (LoRA, merged)" if tuning.train == "lora" else ""
         objective = printable(tuning.label or tuning.objective)
-        note += f" Tuned: {count(tuning.trained_parameters)} weights of layers {layers}, {whole(tuning.steps)} steps"
+        note += (
+            f" Tuned: {count(tuning.trained_parameters)} weights of layers {layers}{lora}, {whole(tuning.steps)} steps"
+        )
         note += f", objective {objective}." if objective else "."
     if losses := held_out_losses(run.quantization.tuning):
         note += f" Trained after rounding: held-out loss {figure(losses[0])} → {figure(min(losses))}."

@@ -64,7 +64,9 @@ def _losses(tuning: dict[str, Any], unchanged: str) -> str:
 def describe_tuning(tuning: dict[str, Any]) -> str:
     words = _losses(tuning, "it did not help, so the start is kept: try a lower --learning-rate")
     quartered = f"; learning rate quartered {len(tuning['setbacks'])} times" if tuning["setbacks"] else ""
-    return f"layers {', '.join(map(str, tuning['trained_layers']))}, {words}{quartered}"
+    layers = f"layers {', '.join(map(str, tuning['trained_layers']))}"
+    trained = {"all": "all layers", "lora": "LoRA on all layers"}.get(tuning.get("train", ""), layers)
+    return f"{trained}, {words}{quartered}"
 
 
 def describe_quantization(artefact: dict[str, Any]) -> str:

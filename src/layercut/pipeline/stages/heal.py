@@ -14,7 +14,7 @@ from layercut.config import HealConfig
 from layercut.data.blocks import fingerprint, in_rows
 from layercut.distributed import processes
 from layercut.files import digest, remove_written
-from layercut.healing import fold_, tune_
+from layercut.healing import fold_, lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, frozen_states
 from layercut.healing.inputs import Rows
 from layercut.healing.tuning_state import StateFile
@@ -98,10 +98,10 @@ def tune(work: RunContext, segments: Sequence[Segment]) -> HealArtefact:
     """Cutoff endpoint tuning, from the fold where that was kept."""
     config, text = work.config.heal, work.text
     fold = work.run.artefact(FoldArtefact, "fold")
-    inputs = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
-    inputs += taught(work)
+    inputs: list[Any] = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
+    inputs += [*taught(work), *(lora.RECIPE if config.train == "lora" else [])]
     with work.run.stage(HealArtefact, "heal", inputs, after=["fold"], together=True) as stage:
-        if stage.open and not (segments and config.tune_tokens):
+        if stage.open and not (segments and config.tokens):
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
         elif stage.open:
             student, settings = DecoderRunner(work.student(segments, "folded")), tune_settings(config)
@@ -145,4 +145,5 @@ def tune_settings(heal: HealConfig) -> HealConfig:
 
 def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
-    return replace(heal, tune_data=None, chat_share=0.0, tune_quantized="auto")  # the text's name has its share
+    # the text's name has its share of chats
+    return replace(heal, tune_data=None, chat_share=0.0, tune_quantized="auto", tune_tokens=heal.tokens, time=None)

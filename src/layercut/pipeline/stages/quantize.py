@@ -177,7 +177,7 @@ def is_trained(config: CompressConfig) -> bool:
     """Whether what was rounded is trained: below 8 bits, unless that was switched off or nothing is tuned at all."""
     asked, bits = config.heal.tune_quantized, config.quantize.bits
     wanted = (bits == "auto" or bits < 8) if asked == "auto" else asked != "none"
-    return config.quantize.rounds and bool(config.heal.tune_tokens) and wanted
+    return config.quantize.rounds and bool(config.heal.tokens) and wanted
 
 
 def training_inputs(work: RunContext) -> list[Any]:

@@ -48,7 +48,7 @@ def inputs(work: RunContext) -> list[Any]:
 
 def effort_of(work: RunContext) -> Effort:
     """What a shortlist may take; with a low effort there is none, and folds elsewhere are those of a normal one."""
-    return EFFORTS.get(work.config.search.effort, EFFORTS["normal"])
+    return EFFORTS.get(work.config.search.effort or "", EFFORTS["normal"])
 
 
 def healing_inputs(work: RunContext) -> list[Any]:
@@ -154,7 +154,7 @@ def healed_for_a_while(
     heal, effort = work.config.heal, effort_of(work)
     heldout = work.blocks["heldout"][: effort.judged]
     student = DecoderRunner(surgery.cut(work.dense.model, cuts))
-    rows, treated = some_to_tune(work, times) if heal.tune_tokens else (tokens[:0], None)
+    rows, treated = some_to_tune(work, times) if heal.tokens else (tokens[:0], None)
     if heal.fold:
         fitted = tokens_to_fold(tokens, rows)[: max(1, effort.fold_tokens // tokens.shape[1])]
         fold_(student, work.stack, fitted, heldout=heldout)

@@ -45,8 +45,8 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
     wanted: dict[Use, bool] = {
         "evaluation": until == "report",
         "calibration": True,
-        "heldout": config.shares_size or (heals and (heal.fold or heal.tune_tokens > 0)),
-        "tuning": heals and heal.tune_tokens > 0,
+        "heldout": config.shares_size or (heals and (heal.fold or heal.tokens > 0)),
+        "tuning": heals and heal.tokens > 0,
     }
     return [use for use, is_wanted in wanted.items() if is_wanted]
 
@@ -61,8 +61,8 @@ def text_wanted(work: RunContext, use: Use, chats: bool = True) -> dict[str, Any
         }  # fmt: skip
     tokens, window = {
         "calibration": (text.tokens, text.window),
-        "heldout": (max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE), text.window),
-        "tuning": (heal.tune_tokens, heal.tune_window or text.window),
+        "heldout": (max(FEWEST_HELD_OUT, heal.tokens // HELD_OUT_SHARE), text.window),
+        "tuning": (heal.tokens, heal.tune_window or text.window),
     }[use]
     source = text.data if use == "calibration" else tuning_source(work, chats)
     return {"source": source, "tokens": tokens, "window": window, "order": "shuffled"}
@@ -79,7 +79,7 @@ def tuning_source(work: RunContext, chats: bool) -> str:
     room = 1 - sum(share or 0 for share in shares) if None in shares else 0
     wanted = {
         TESTS: heal.probe_share * (preserves and work.probes_fit),
-        CHATS: heal.chat_share * (chats and heal.tune_tokens > 0 and work.chats_fit),
+        CHATS: heal.chat_share * (chats and heal.tokens > 0 and work.chats_fit),
     }
     added = dict[str, float]()
     for name, share in wanted.items():
@@ -163,7 +163,8 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
         drawn = draw(work, use, list(uses[: uses.index(use)]))
         work.text[use], work.blocks[use] = drawn, stored_blocks(work.run.folder, use)
         if use != "heldout":
-            say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
+            over = "" if drawn.passes == 1 else f"; the text runs out, and is gone over {drawn.passes:.1f} times"
+            say(use, f"{drawn.tokens:,} tokens of {drawn.source}{over}")
         asks_chats = work.config.heal.chat_share and use == "tuning" and work.tokenizer.chat_template
         if asks_chats and CHATS not in drawn.reads:
             why = "the dense model can write them only where it is in memory as a whole"
@@ -206,7 +207,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextFacts:
             for other in drawn:
                 had = text_wanted(work, other, CHATS in work.text[other].reads)
                 reader.skip_blocks(other, **had, keys=_keys(work.run.folder, other))
-            blocks = reader.draw(use, **wanted)
+            blocks = reader.draw(use, **wanted, repeats=use == "tuning")
             decoder_stack.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.run.drawn(f"text-{use}", blocks.facts.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")

@@ -1,0 +1,92 @@
+"""Claim: how much more text, and more trained layers, bring back of what users lose.
+
+    python research/dose.py --data C4+WIKI --texts wiki=WIKI.txt c4=HELDOUT.txt --tasks piqa,sciq --items 400 \
+        --ways "131072" "131072 radius=2" "131072 train=lora"
+    python research/dose.py …        # goes on: rows are kept, a way that was stopped is resumed
+
+A way is its tokens, and what of a run's healing is given otherwise: `radius`, `train`, `learning_rate`. Each is one
+`compress` up to the tuned checkpoint, in a folder under --work, with the text, probes, chats and fold of a run. It is
+judged as in recall.py, beside the dense model, by text, tasks, probes and replies that it was not tuned on.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RowsDone, arguments, blocks, finish, open_model
+from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
+from layercut.data.probes import probe_rows
+from layercut.evaluation.probe_scores import probes_for
+from layercut.files import read_json
+from layercut.models import checkpoints, loading
+from layercut.pipeline.journey import compress
+from layercut.progress import say
+from recall import judged
+from tasks_kept import ASKED, tasks_kept
+
+
+def config_of(way: str, args: Namespace) -> CompressConfig:
+    """The run of a way."""
+    tokens, *options = way.split()
+    given: dict[str, Any] = dict(option.split("=") for option in options)
+    kinds = {"radius": int, "learning_rate": float, "train": str}
+    heal = HealConfig(tune_tokens=int(tokens), **{name: kinds[name](value) for name, value in given.items()})
+    return CompressConfig(
+        text=DataConfig(data=args.data, tokens=args.tokens, seed=args.seed),
+        search=SearchConfig(segment=tuple(args.segments)), heal=heal,
+        evaluate=EvaluateConfig(eval_data=args.texts[0].partition("=")[2], eval_tokens=2),
+        output=OutputConfig(format="safetensors"),
+        run=RunConfig(out=Path(args.work) / "-".join(way.replace("=", "-").split())),
+    )  # fmt: skip
+
+
+def healed(name: str, way: str, args: Namespace) -> tuple[loading.LanguageModel, dict[str, Any]]:
+    """The checkpoint of a way, and what its tuning took."""
+    config, begun = config_of(way, args), time.perf_counter()
+    run = compress(name, config, until="tune")
+    tuning = read_json(run / "heal.json")["tuning"]
+    kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step", "setbacks",
+            "tokens", "seconds", "cpu_seconds")  # fmt: skip
+    small = loading.load(checkpoints.resolve(str(run / "model")))
+    return small, {"tuning": {key: tuning[key] for key in kept}, "run_seconds": time.perf_counter() - begun}
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "", data="c4", texts=["wiki=wikitext2"], ways=["131072"], segments=["4:6", "12:16"], tokens=16384,
+        eval_tokens=32768, window=256, longest=1024, trials=6, seed=0, work="runs/dose", **ASKED,
+    )  # fmt: skip
+    model = open_model(args.model)
+    texts = {
+        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
+        for name, _, source in (item.partition("=") for item in args.texts)
+    }
+    tests = probe_rows(model.tokenizer, rows=48, window=args.window, family="judging", seed=args.seed)
+    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
+    probes = replace(longer, rows=tests)
+    named = ("segments", "tokens", "eval_tokens", "window", "longest", "trials", "seed", "items")
+    facts = {key: getattr(args, key) for key in named} | {"data": [Path(part).name for part in args.data.split("+")]}
+    done = RowsDone(args.out, facts)
+    for way in ("dense", *args.ways):
+        if {"way": way} in done:
+            continue
+        small, row = (model, {}) if way == "dense" else healed(model.checkpoint.name, way, args)
+        begun = time.perf_counter()
+        with torch.no_grad():
+            row |= judged(model, small.model, texts, probes) | tasks_kept(model, small.model, args)
+        done.add({"way": way, **row, "judging_seconds": time.perf_counter() - begun})
+        kept = row.get("retained", {}).get("mean")
+        say(way, f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}, tasks {kept}")
+    finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, **facts)
+    done.partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
