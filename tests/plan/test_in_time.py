@@ -4,13 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from layercut.cli.command_line import main
-from layercut.config import HealConfig, SearchConfig
-from layercut.config.commands import CompressConfig
+from layercut.config import DataConfig, HealConfig, SearchConfig
+from layercut.config.commands import CompressConfig, RunConfig
 from layercut.errors import ConfigError
 from layercut.healing import endpoint_tuning
+from layercut.plan.in_time import in_time
 from layercut.plan.time_budget import FEWEST, MOST, STEP, fitted
 
 HIGHER = 600.0  # seconds that a high effort takes more
@@ -121,3 +123,20 @@ def test_plan_says_what_fits_some_times_and_a_run_what_its_own(tiny_model, capsy
     assert [row["tune_tokens"] for row in json.loads(capsys.readouterr().out)["times"]] == [None]
     assert main([*flags, "--tune-tokens=64"]) == 0
     assert json.loads(capsys.readouterr().out)["times"] == []
+
+
+def test_on_an_accelerator_a_run_takes_an_hour_where_nothing_is_said(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.models.loading.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("layercut.plan.Planner.seconds", lambda *_: seconds)
+    plain = CompressConfig(
+        text=DataConfig(window=16), search=SearchConfig(ratio=0.3), run=RunConfig(out=tmp_path / "none")
+    )
+    found = in_time(str(tiny_model), plain)
+    assert (found.heal.time, found.search.effort) == ("1h", "high")
+    assert found.heal.tokens == (3600 - 500 - HIGHER) * 100 // STEP * STEP
+    given = replace(plain, heal=HealConfig(tune_tokens=64))
+    assert in_time(str(tiny_model), given) is given
+    by_loss = replace(plain, search=SearchConfig(max_loss=0.1))
+    assert in_time(str(tiny_model), by_loss) is by_loss, "how many layers go is found by the run"
+    with pytest.raises(ConfigError, match="--time cannot be planned: --max-loss"):
+        in_time(str(tiny_model), replace(by_loss, heal=HealConfig(time="1h")))

@@ -37,25 +37,26 @@ def in_time(model: str, config: CompressConfig, until: Stage = "report") -> Comp
         return config
     asked = replace(config, heal=replace(heal, time=heal.time or ON_ACCELERATOR))
 
-    def decide() -> dict[str, Any]:
+    def decide() -> dict[str, Any] | None:
         if (before := decided(model, asked)) is not None:
             return before
         checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
         architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-        planner = Planner.of(with_windows(with_defaults(asked), architecture), checkpoint, architecture)
-        seconds = planner.seconds(asked, device, until)
+        try:
+            planner = Planner.of(with_windows(with_defaults(asked), architecture), checkpoint, architecture)
+            seconds = planner.seconds(asked, device, until)
+        except LayercutError as error:  # of --max-loss, or a class that cannot be built without its own code
+            if heal.time is None:
+                return None
+            raise ConfigError(
+                f"--time cannot be planned: {error.message}", "give --tune-tokens in its place"
+            ) from error
         found = fitted(asked, seconds)
         say("time", describe_fitted(found, seconds(found)))
         return {"tune_tokens": found.heal.tokens, "effort": found.search.effort}
 
-    try:
-        found = processes.on_main(decide)
-    except ConfigError:
-        raise
-    except LayercutError as error:  # such as a class that cannot be built without its own code
-        if heal.time is None:
-            return config
-        raise ConfigError(f"--time cannot be planned: {error.message}", "give --tune-tokens in its place") from error
+    if (found := processes.on_main(decide)) is None:
+        return config
     search, tuned = replace(asked.search, effort=found["effort"]), replace(asked.heal, tune_tokens=found["tune_tokens"])
     return replace(asked, search=search, heal=tuned)
 
