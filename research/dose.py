@@ -1,12 +1,13 @@
 """Claim: how much more text, and more trained layers, bring back of what users lose.
 
     python research/dose.py --data C4+WIKI --texts wiki=WIKI.txt c4=HELDOUT.txt --tasks piqa,sciq --items 400 \
-        --ways "131072" "131072 radius=2" "131072 train=lora"
+        --ways 131072 "131072 control" "131072 radius=2" "131072 train=lora"
     python research/dose.py …        # goes on: rows are kept, a way that was stopped is resumed
 
 A way is its tokens, and what of a run's healing is given otherwise: `radius`, `train`, `learning_rate`. Each is one
-`compress` up to the tuned checkpoint, in a folder under --work, with the text, probes, chats and fold of a run. It is
-judged as in recall.py, beside the dense model, by text, tasks, probes and replies that it was not tuned on.
+`compress` up to the tuned checkpoint, in a folder under --work, with the text, probes, chats and fold of a run.
+"131072 control" is the dense model with the same layers trained on the rows of "131072". All are judged as in recall.py,
+beside the dense model, by text, tasks, probes and replies that they were not tuned on.
 """
 
 from __future__ import annotations
@@ -22,14 +23,25 @@ import torch
 from common import RowsDone, arguments, blocks, finish, open_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
+from layercut.data.blocks import stored_blocks, stored_marks
 from layercut.data.probes import probe_rows
 from layercut.evaluation.probe_scores import probes_for
 from layercut.files import read_json
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.tuning_state import StateFile
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
+from layercut.pipeline.stages.heal import tune_settings
+from layercut.pipeline.stages.text import Treatment
 from layercut.progress import say
+from layercut.surgery import cut
 from recall import judged
 from tasks_kept import ASKED, tasks_kept
+
+KEPT = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step", "setbacks",
+        "tokens", "seconds", "cpu_seconds")  # fmt: skip
+"""What a row has of a tuning."""
 
 
 def config_of(way: str, args: Namespace) -> CompressConfig:
@@ -47,15 +59,31 @@ def config_of(way: str, args: Namespace) -> CompressConfig:
     )  # fmt: skip
 
 
-def healed(name: str, way: str, args: Namespace) -> tuple[loading.LanguageModel, dict[str, Any]]:
-    """The checkpoint of a way, and what its tuning took."""
-    config, begun = config_of(way, args), time.perf_counter()
-    run = compress(name, config, until="tune")
-    tuning = read_json(run / "heal.json")["tuning"]
-    kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step", "setbacks",
-            "tokens", "seconds", "cpu_seconds")  # fmt: skip
-    small = loading.load(checkpoints.resolve(str(run / "model")))
-    return small, {"tuning": {key: tuning[key] for key in kept}, "run_seconds": time.perf_counter() - begun}
+def healed(model: loading.LanguageModel, way: str, args: Namespace) -> tuple[Any, dict[str, Any]]:
+    """The healed model of a way, and what its tuning took."""
+    config, begun = config_of(way.removesuffix(" control"), args), time.perf_counter()
+    run = compress(model.checkpoint.name, config, until="tune")
+    if way.endswith(" control"):
+        small, tuning = control(model.model, run, config)
+    else:
+        small, tuning = (
+            loading.load(checkpoints.resolve(str(run / "model"))).model,
+            read_json(run / "heal.json")["tuning"],
+        )
+    return small, {"tuning": {key: tuning[key] for key in KEPT}, "run_seconds": time.perf_counter() - begun}
+
+
+def control(dense: Any, run: Path, config: CompressConfig) -> tuple[Any, dict[str, Any]]:
+    """The dense model with the layers beside a run's cut trained on its rows; a tuning that was stopped is resumed."""
+    small, rows = cut(dense, ()), stored_blocks(run, "tuning")
+    origins = read_json(run / "text-tuning.json")["origins"]
+    treated = Treatment.as_drawn(rows, origins, stored_marks(run, "tuning"), short=config.text.window)
+    state = StateFile(run / "control.safetensors")
+    found = tune_(
+        small, dense, rows, heldout=stored_blocks(run, "heldout"), settings=tune_settings(config.heal),
+        beside=config.search.segments, files=TuningFiles(state=state), **vars(treated),
+    )  # fmt: skip
+    return small, vars(found)
 
 
 def main() -> None:
@@ -77,10 +105,10 @@ def main() -> None:
     for way in ("dense", *args.ways):
         if {"way": way} in done:
             continue
-        small, row = (model, {}) if way == "dense" else healed(model.checkpoint.name, way, args)
+        small, row = (model.model, {}) if way == "dense" else healed(model, way, args)
         begun = time.perf_counter()
         with torch.no_grad():
-            row |= judged(model, small.model, texts, probes) | tasks_kept(model, small.model, args)
+            row |= judged(model, small, texts, probes) | tasks_kept(model, small, args)
         done.add({"way": way, **row, "judging_seconds": time.perf_counter() - begun})
         kept = row.get("retained", {}).get("mean")
         say(way, f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}, tasks {kept}")

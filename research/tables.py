@@ -12,8 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks_kept import behind
+
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "docs/results.md", "docs/engines.md", "research/search.md", "research/cost.md")
+NAMES = (
+    "README.md",
+    "docs/results.md",
+    "docs/engines.md",
+    "research/search.md",
+    "research/cost.md",
+    "research/healing.md",
+)
 PAGES = [ROOT / name for name in NAMES]
 
 
@@ -181,9 +190,34 @@ def account() -> str:
     return markdown(heads, table, left=3)
 
 
+def dose() -> str:
+    """Tokens and what is trained: tasks, recall, formats, replies and perplexity."""
+    first, *rows = read("dose")["rows"]
+    best = max(rows, key=lambda row: row["retained"]["mean"])
+    table = []
+    for row in rows:
+        tokens, *options = row["way"].split()
+        trained = {"train=all": "all layers", "train=lora": "LoRA on all"}.get(" ".join(options))
+        apart = "{:.1f} ± {:.1f}".format(*(100 * each for each in behind(first, best, row)))
+        perplexity = [f"{row['perplexity'][text] / first['perplexity'][text]:.2f}" for text in ("wiki", "c4")]
+        tuning = row["tuning"]
+        table.append([
+            f"{int(tokens):,}", trained or " ".join(["endpoints", *options]).replace("=", " "), kept(row["retained"]),
+            "" if row is best else apart,
+            str(row["keys_found"]), str(row["lists_found"]), f"{row['hits']['format'] / first['hits']['format']:.1f}",
+            f"{row['replies']['compressed'] / first['replies']['dense']:.2f}", *perplexity,
+            f"{min(point['kl'] for point in tuning['heldout']):.3f}", f"{tuning['seconds'] / 60:.0f}",
+            f"{tuning['trained_parameters'] / 1e6:.1f}M",
+        ])  # fmt: skip
+    heads = ["tokens", "trained", "tasks kept, %", "behind the best, %", f"keys of {first['keys_asked']}",
+             f"list values (dense {first['lists_found']})", "formats", "length of replies", "WikiText-2", "C4",
+             "held-out KL", "minutes of tuning", "weights trained"]  # fmt: skip
+    return markdown(heads, table, left=2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "methods": methods, "healing": healing, "speed": speed, "engines": engines,
-    "gates": gates, "account": account,
+    "gates": gates, "account": account, "dose": dose,
 }  # fmt: skip
 
 
