@@ -1,13 +1,13 @@
 """Claim: how much more text, and more trained layers, bring back of what users lose.
 
-    python research/dose.py --data C4+WIKI --texts wiki=WIKI.txt c4=HELDOUT.txt --tasks piqa,sciq --items 400 \
+    python research/dose.py --data C4+WIKI --texts wiki=WIKI.txt c4=C4.txt --tasks piqa,sciq --items 400 \
         --ways 131072 "131072 control" "131072 radius=2" "131072 train=lora"
     python research/dose.py …        # goes on: rows are kept, a way that was stopped is resumed
 
 A way is its tokens, and what of a run's healing is given otherwise: `radius`, `train`, `learning_rate`. Each is one
 `compress` up to the tuned checkpoint, in a folder under --work, with the text, probes, chats and fold of a run.
-"131072 control" is the dense model with the same layers trained on the rows of "131072". All are judged as in recall.py,
-beside the dense model, by text, tasks, probes and replies that they were not tuned on.
+"131072 control" is the dense model with the same layers trained on the rows of "131072". All are judged beside the
+dense model as in recall.py, by text, tasks, probes and replies that they were not tuned on.
 """
 
 from __future__ import annotations
