@@ -113,16 +113,21 @@ def test_a_time_that_cannot_be_kept_is_refused_before_anything_is_written(comman
     assert not (tmp_path / "run").exists()
 
 
-def test_plan_says_what_fits_some_times_and_a_run_what_its_own(tiny_model, capsys):
+def test_plan_says_what_fits_some_times(tiny_model, capsys):
     flags = ["plan", str(tiny_model), "--ratio=0.3", "--window=16", "--tokens=64", "--json"]
-    assert main(flags) == 0
-    rows = json.loads(capsys.readouterr().out)["times"]
+    rows = json_of(capsys, *flags)["times"]
     assert [row["time"] for row in rows] == ["30m", "2h", "8h"]
     assert rows[0]["tune_tokens"] <= rows[1]["tune_tokens"] <= rows[2]["tune_tokens"]
-    assert main([*flags, "--time=1s"]) == 0
-    assert [row["tune_tokens"] for row in json.loads(capsys.readouterr().out)["times"]] == [None]
-    assert main([*flags, "--tune-tokens=64"]) == 0
-    assert json.loads(capsys.readouterr().out)["times"] == []
+    seconds = [json_of(capsys, *flags, *more)["stages"]["tune"]["seconds"] for more in ([], ["--time=1h"])]
+    assert seconds[0] < seconds[1], "the stages are those of the tokens that fit"
+    assert main([*flags, "--time=1s"]) == 2
+    assert "--time 1s is too short" in capsys.readouterr().err
+    assert json_of(capsys, *flags, "--tune-tokens=64")["times"] == []
+
+
+def json_of(capsys, *words):
+    assert main([*words]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_on_an_accelerator_a_run_takes_an_hour_where_nothing_is_said(tiny_model, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ from layercut.pipeline.stages.search import planned_search_tests
 from layercut.plan.costs import Planned, Stage, Work, by_llama_cpp, round_healed, stages, total
 from layercut.plan.rates import CARDS, Rates
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
-from layercut.plan.time_budget import Seconds, fitted
+from layercut.plan.time_budget import ON_ACCELERATOR, Seconds, fitted
 from layercut.quantization import bit_choice
 from layercut.quantization.packing import saved_bytes
 from layercut.segments import Segment, checked_segments
@@ -294,6 +294,10 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     rates = Rates.of_card(card, shape) if card else planner.rates(asked, device) if config.calibrate else None
     folds = what_folds(stock)
     told, room = {}, CARDS[card][0] * GB - RESERVED if card else available_bytes(device)
+    time = given.heal.time or (None if on_cpu else ON_ACCELERATOR)
+    if rates and time and given.heal.tune_tokens is None:
+        timed = replace(given, heal=replace(given.heal, time=time))
+        asked = with_windows(fitted(timed, planner.by(rates, on_cpu, room)), stock)
     for name, stage in planner.costs(asked, on_cpu, room).items():
         if name == "fold" and folds == "":
             continue
@@ -349,7 +353,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 def times(asked: CompressConfig, seconds: Seconds) -> list[dict[str, Any]]:
     """What --time would decide; null where it is too short."""
     found = []
-    for time in TIMES if asked.heal.time is None else (asked.heal.time,):
+    for time in TIMES:
         run: CompressConfig | None = None
         with contextlib.suppress(ConfigError):
             run = fitted(replace(asked, heal=replace(asked.heal, time=time)), seconds)

@@ -17,11 +17,9 @@ from layercut.models import checkpoints, loading
 from layercut.pipeline.resolve_options import Stage, default_folder, with_defaults, with_windows
 from layercut.pipeline.run_folder import ELSEWHERE
 from layercut.plan import Planner
-from layercut.plan.time_budget import describe_fitted, fitted
+from layercut.plan.time_budget import ON_ACCELERATOR, describe_fitted, fitted
 from layercut.progress import say
 
-ON_ACCELERATOR = "1h"
-"""The time of a run on an accelerator that names neither a time nor tokens."""
 DECIDED = ("tune_tokens", "effort")
 
 

@@ -16,6 +16,8 @@ FEWEST, MOST, STEP = 16384, 2**24, 8192
 """Tokens to tune on, and in what steps. The most is four times the longest run measured (research/healing.md)."""
 CHOOSING = 0.25
 """Share of the time that a high effort may take more than a normal one. A guess."""
+ON_ACCELERATOR = "1h"
+"""The time of a run on an accelerator that names neither a time nor tokens."""
 Seconds = Callable[[CompressConfig], float]
 """What a run takes."""
 
