@@ -17,7 +17,7 @@ from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ran_out
 from layercut.progress import bar
 
-ROWS = 32  # rows sampled from the model in one batch
+ROWS, ROWS_OF_ACCELERATOR = 32, 256  # rows sampled from the model in one batch, fewer where memory runs out
 CHAT_HEAT = 0.7  # temperature of chats: at 1 a small model loses the thread, and nobody asks it so (measured)
 
 
@@ -42,7 +42,7 @@ def sample(
             advance(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        first, most = span.start, ROWS
+        first, most = span.start, ROWS if model.device.type == "cpu" else ROWS_OF_ACCELERATOR
         while first < span.stop:
             batch, draw = min(most, span.stop - first), random.Random(f"{seed}/{first}")
             torch.manual_seed(draw.getrandbits(32))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layercut.config.commands import CompressConfig
-from layercut.data.self_sampled import ROWS
+from layercut.data.self_sampled import ROWS, ROWS_OF_ACCELERATOR
 from layercut.export.formats import IMPORTANCE_TOKENS
 from layercut.healing.recipe import trained_layers
 from layercut.layer_search.concave_gate import Schedule, beginnings, gates
@@ -305,11 +305,12 @@ def fold(run: Planned, most: int = FOLD_TOKENS) -> Stage:
 def chats(run: Planned) -> Stage:
     """Sampling the chats that are tuned on, many rows at a time, by the token; none where layers are on disk."""
     shape, heal, steps, rows, peak = run.shape, run.config.heal, 0, 0.0, {"cache": 0, "next tokens": 0}
+    batch = ROWS if run.libraries else ROWS_OF_ACCELERATOR
     uses = ((run.tuned.window, heal.tokens), (shape.window, run.heldout * shape.window))
     for window, tokens in () if run.on_disk else uses:
         length = min(window, 256)
         count = math.ceil(heal.chat_share * tokens / length)
-        steps, at_once = steps + -(-count // ROWS) * length, min(count, ROWS)
+        steps, at_once = steps + -(-count // batch) * length, min(count, batch)
         rows += count * length / shape.window
         peak["cache"] = max(peak["cache"], at_once * length * (shape.dense.kv_bytes_per_token or 0))
         # of each token of the vocabulary 12 bytes: logits, their copy and what they become

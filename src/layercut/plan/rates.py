@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from layercut.data.self_sampled import ROWS
+from layercut.data.self_sampled import ROWS, ROWS_OF_ACCELERATOR
 from layercut.models import memory
 from layercut.models.decoder_stack import find_decoder
 from layercut.models.loading import build, quiet_transformers, skeleton
@@ -89,9 +89,10 @@ class Rates:
         rows = max(1, memory.PASS_TOKENS // shape.window)
         layer, call, hidden = real_layer(config, dtype, device, rows, shape.window)
         leaf, ones = hidden.clone().requires_grad_(True), torch.ones_like(hidden)
+        batch = ROWS if device.type == "cpu" else ROWS_OF_ACCELERATOR
         with torch.no_grad():
             there = seconds(lambda: call(hidden))
-            single, wide = (real_layer(config, dtype, device, count, 1, layer) for count in (1, ROWS))
+            single, wide = (real_layer(config, dtype, device, count, 1, layer) for count in (1, batch))
             step, wide_step = (seconds(lambda each=each: each[1](each[2])) for each in (single, wide))  # type: ignore[misc]
         back = seconds(lambda: torch.autograd.grad(call(leaf), leaf, ones)) - there
         layer.requires_grad_(True)
