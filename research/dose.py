@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import RowsDone, arguments, blocks, finish, open_model
+from common import RowsDone, arguments, finish, open_model
 from layercut.config import DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.config.commands import CompressConfig, OutputConfig, RunConfig
 from layercut.data.blocks import stored_blocks, stored_marks
-from layercut.data.probes import probe_rows
-from layercut.evaluation.probe_scores import probes_for
 from layercut.files import read_json
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles
@@ -36,7 +33,7 @@ from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.text import Treatment
 from layercut.progress import say
 from layercut.surgery import cut
-from recall import judged
+from recall import judged, judges
 from tasks_kept import ASKED, tasks_kept
 
 KEPT = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step", "setbacks",
@@ -92,13 +89,7 @@ def main() -> None:
         eval_tokens=32768, window=256, longest=1024, trials=6, seed=0, work="runs/dose", **ASKED,
     )  # fmt: skip
     model = open_model(args.model)
-    texts = {
-        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
-        for name, _, source in (item.partition("=") for item in args.texts)
-    }
-    tests = probe_rows(model.tokenizer, rows=48, window=args.window, family="judging", seed=args.seed)
-    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
-    probes = replace(longer, rows=tests)
+    texts, probes = judges(model, args, rows=48)
     named = ("segments", "tokens", "eval_tokens", "window", "longest", "trials", "seed", "items")
     facts = {key: getattr(args, key) for key in named} | {"data": [Path(part).name for part in args.data.split("+")]}
     done = RowsDone(args.out, facts)

@@ -15,6 +15,7 @@ the cost on tests of the judging family, and replies to eight questions are meas
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
 from tasks_kept import ASKED, tasks_kept
 from teaching import Healing, healed
+
+
+def judges(model: loading.LanguageModel, args: Namespace, rows: int) -> tuple[dict[str, torch.Tensor], Probes]:
+    """The texts to report on, token ids [N, T] by name, and the probes, of which so many rows are of all skills."""
+    texts = {
+        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
+        for name, _, source in (item.partition("=") for item in args.texts)
+    }
+    tests = probe_rows(model.tokenizer, rows=rows, window=args.window, family="judging", seed=args.seed)
+    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
+    return texts, replace(longer, rows=tests)
 
 
 def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:
@@ -51,13 +63,7 @@ def main() -> None:
         fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, trials=2, seed=0, **ASKED,
     )  # fmt: skip
     model = open_model(args.model)
-    texts = {
-        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
-        for name, _, source in (item.partition("=") for item in args.texts)
-    }
-    tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, each=args.trials)
-    probes = replace(longer, rows=tests)
+    texts, probes = judges(model, args, rows=24)
     named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
     facts = {key: getattr(args, key) for key in named}
     done = RowsDone(args.out, facts)
