@@ -206,12 +206,12 @@ def dose() -> str:
             "" if row is best else apart,
             str(row["keys_found"]), str(row["lists_found"]), f"{row['hits']['format'] / first['hits']['format']:.1f}",
             f"{row['replies']['compressed'] / first['replies']['dense']:.2f}", *perplexity,
-            f"{min(point['kl'] for point in tuning['heldout']):.3f}", f"{tuning['seconds'] / 60:.0f}",
+            f"{min(point['kl'] for point in tuning['heldout']):.3f}", f"{tuning['cpu_seconds'] / 60:.0f}",
             f"{tuning['trained_parameters'] / 1e6:.1f}M",
         ])  # fmt: skip
     heads = ["tokens", "trained", "tasks kept, %", "behind the best, %", f"keys of {first['keys_asked']}",
              f"list values (dense {first['lists_found']})", "formats", "length of replies", "WikiText-2", "C4",
-             "held-out KL", "minutes of tuning", "weights trained"]  # fmt: skip
+             "held-out KL", "CPU minutes of tuning", "weights trained"]  # fmt: skip
     return markdown(heads, table, left=2)
 
 
