@@ -68,7 +68,7 @@ def command(tiny_model, texts, monkeypatch):
     text, heldout = texts
     return [
         "compress", str(tiny_model), "--segment=2:4", f"--data={text}", "--tokens=64", "--window=16", "--no-speed",
-        f"--eval-data={heldout}", "--eval-tokens=64", "--eval-window=16", "--dtype=float32", "--preserve=none",
+        f"--eval-data={heldout}", "--eval-tokens=64", "--dtype=float32", "--preserve=none",
         "--batch-tokens=64",
     ]  # fmt: skip
 

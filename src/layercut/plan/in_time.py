@@ -20,8 +20,6 @@ from layercut.plan import Planner
 from layercut.plan.time_budget import ON_ACCELERATOR, describe_fitted, fitted
 from layercut.progress import say
 
-DECIDED = ("tune_tokens", "effort")
-
 
 def in_time(model: str, config: CompressConfig, until: Stage = "report") -> CompressConfig:
     """The config with the tokens and the effort that fit its time; as it is where it names no time and runs on a CPU.
@@ -36,12 +34,14 @@ def in_time(model: str, config: CompressConfig, until: Stage = "report") -> Comp
     asked = replace(config, heal=replace(heal, time=heal.time or ON_ACCELERATOR))
 
     def decide() -> dict[str, Any] | None:
-        if (before := decided(model, asked)) is not None:
-            return before
         checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
         architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+        filled = with_windows(with_defaults(asked), architecture)
+        given = {"tune_tokens": heal.tune_tokens, "effort": config.search.effort}
+        if (before := decided(model, filled, [name for name, value in given.items() if value is None])) is not None:
+            return before
         try:
-            planner = Planner.of(with_windows(with_defaults(asked), architecture), checkpoint, architecture)
+            planner = Planner.of(filled, checkpoint, architecture)
             seconds = planner.seconds(asked, device, until)
         except LayercutError as error:  # of --max-loss, or a class that cannot be built without its own code
             if heal.time is None:
@@ -59,15 +59,18 @@ def in_time(model: str, config: CompressConfig, until: Stage = "report") -> Comp
     return replace(asked, search=search, heal=tuned)
 
 
-def decided(model: str, asked: CompressConfig) -> dict[str, Any] | None:
-    """What the run's folder says was decided for the same command; None where there is no such run."""
+def decided(model: str, asked: CompressConfig, left_open: list[str]) -> dict[str, Any] | None:
+    """What the run's folder says was decided for the same command; None where there is no such run.
+
+    asked: with windows filled in, as a run's config.yaml has them. left_open: options that the command does not give.
+    """
     folder = asked.run.folder or default_folder(model)
     try:
         before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     now = yaml.safe_load(yaml.safe_dump({"model": model, **flattened(asked)}))
-    same = [key for key in now if key not in ELSEWHERE and not (key in DECIDED and now[key] is None)]
+    same = [key for key in now if key not in (*ELSEWHERE, *left_open)]
     if asked.run.force or not isinstance(before, dict) or any(before.get(key) != now[key] for key in same):
         return None
-    return {key: before[key] for key in DECIDED}
+    return {key: before[key] for key in ("tune_tokens", "effort")}
