@@ -267,6 +267,11 @@ def test_without_a_hub_the_default_texts_come_with_python_and_that_is_said(tiny_
     monkeypatch.setattr(early_checks, "_online", lambda: True)
     assert main(["compress", str(tiny_model), "--ratio=0.25", "--window=16"]) == 0
     assert (taken[1].text.data, taken[1].evaluate.eval_data) == ("c4", "wikitext2")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("data: python-docstrings\neval_data: wikitext2\n")
+    (tmp_path / "begun" / "env.json").write_text('{"versions": {"layercut": "0"}}')
+    assert main(["compress", str(tiny_model), "--ratio=0.25", "--window=16", f"--out={tmp_path / 'begun'}"]) == 0
+    assert (taken[2].text.data, taken[2].evaluate.eval_data) == ("python-docstrings", "wikitext2"), "as the run began"
 
 
 # --- in a process of its own: exit code, and no noise of the libraries beneath ----------------------------

@@ -105,10 +105,14 @@ def _with_default(config: Any, flag: str, source: str, online: Callable[[], bool
     from layercut.progress import say
 
     folder = getattr(getattr(config, "run", None), "folder", None)
-    resumed = folder and (folder / "config.yaml").is_file()
-    if source not in HUB_SETS or resumed or _there(HUB_SETS[source]) or online():
+    begun = folder / "config.yaml" if folder else None
+    resumed, line = begun and begun.is_file(), f"{flag[2:].replace('-', '_')}: {OFFLINE[flag]}"
+    if begun and resumed and line not in begun.read_text(encoding="utf-8", errors="replace").splitlines():
         return config
-    say("text", f"the Hub cannot be reached: {OFFLINE[flag]} in the place of {source}; for another: {flag} FILE.txt")
+    if source not in HUB_SETS or (not resumed and (_there(HUB_SETS[source]) or online())):
+        return config
+    words = "as the run began" if resumed else "the Hub cannot be reached"
+    say("text", f"{words}: {OFFLINE[flag]} in the place of {source}; for another: {flag} FILE.txt")
     if flag == "--data":
         return replace(config, text=replace(config.text, data=OFFLINE[flag]))
     return replace(config, evaluate=replace(config.evaluate, eval_data=OFFLINE[flag]))
