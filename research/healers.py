@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_
-from layercut.healing.inputs import Batch
+from layercut.healing.inputs import Batch, Rows
 from layercut.healing.least_squares import RIDGES
 from layercut.healing.lora import adapters_
 from layercut.healing.normal_equations import HELD_OUT, Normal
@@ -108,7 +108,7 @@ def train_(
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, len(batches)))
-    judge = HeldOut(pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
+    judge = HeldOut(pair, Rows(tokens=heldout), rows=max(1, PASS_TOKENS // heldout.shape[1]))
     curve, best = [], judged(judge)
     scores = [{"step": 0, "tokens": 0, "loss": best}]
     best_state = [p.detach().clone() for p in trained]

@@ -46,6 +46,7 @@ from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
 from layercut.files import write_json, write_text
 from layercut.healing import tune_
+from layercut.healing.inputs import Rows
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.recipe import default_learning_rate, usual_weight
 from layercut.healing.tuning_pass import HeldOut, Pair
@@ -446,7 +447,7 @@ def healed_by_peer(
 def model_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor) -> float:
     """Mean KL to the dense model, also of a student with embeddings of its own."""
     pair = Pair(dense=dense, student=student, prefix=0, objective=KL())
-    return judged(HeldOut(pair, tokens, rows=max(1, PASS_TOKENS // tokens.shape[1])))
+    return judged(HeldOut(pair, Rows(tokens=tokens), rows=max(1, PASS_TOKENS // tokens.shape[1])))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning, fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, own_parameters_
-from layercut.healing.inputs import Batch, removed_segments
+from layercut.healing.inputs import Batch, Rows, removed_segments
 from layercut.healing.recipe import endpoints, warmup_then_cosine
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import decoder_stack, memory
-from layercut.models.losses import KL, Objective, mean_kl, objective_of
+from layercut.models.losses import KL, Objective, kl_divergence, mean_kl, next_token_loss, objective_of
 from layercut.models.runner import DecoderRunner
 from layercut.registries import objectives
 from layercut.segments import Segment
@@ -285,7 +285,54 @@ def test_a_student_is_judged_by_what_it_is_tuned_for(objective, mix):
     terms = {"kl": mean_kl(dense, student, HELDOUT), "next-token": perplexity(student.model, HELDOUT)}
     terms["next-token"] = torch.tensor(terms["next-token"]).log().item()
     expected = {"loss": (1 - share) * terms["kl"] + share * terms["next-token"]} | (terms if 0 < mix < 1 else {})
-    assert HeldOut(pair, HELDOUT, rows=4).score() == pytest.approx(expected, rel=1e-5)
+    assert HeldOut(pair, Rows(tokens=HELDOUT), rows=4).score() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_is_judged_by_the_tokens_that_count():
+    model = tiny.llama()
+    dense, student = DecoderRunner(model), DecoderRunner(cut(model, CUT))
+    own_parameters_(student, [2, 3])
+    weights = torch.zeros(HELDOUT.shape)
+    weights[:, 5:8] = 2.0
+    pair = Pair(dense=dense, student=student, prefix=2, objective=objective_of("next-token"))
+    expected = next_token_loss(student.model(HELDOUT).logits, HELDOUT)[:, 5:8].mean().item()
+    judge = HeldOut(pair, Rows(tokens=HELDOUT, token_weights=weights), rows=3)
+    assert judge.score()["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_do_not_count_are_left_out_of_loss_and_gradient():
+    model = tiny.llama()
+    dense, student = DecoderRunner(model), DecoderRunner(cut(model, CUT))
+    own = own_parameters_(student, [2, 3])
+    rows = HELDOUT[:4]
+    weights = torch.zeros(rows.shape)
+    weights[:, 3:6] = torch.tensor([1.0, 2.0, 4.0])
+    pair = Pair(dense=dense, student=student, prefix=2, objective=objective_of("kl"))
+    batch = Batch(rows, torch.arange(4), torch.zeros(4), token_weights=weights)
+    with torch.enable_grad():
+        (loss,) = pair.backward([batch])
+    found = [p.grad.clone() for p in own]
+    for p in own:
+        p.grad = None
+    with torch.enable_grad():
+        kl = kl_divergence(model(rows).logits.detach(), student.model(rows).logits)
+        expected = (kl * weights).mean()
+        expected.backward()
+    assert loss.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, p in zip(found, own, strict=True):
+        assert torch.allclose(gradient, p.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_all_layers_of_a_model_that_lacks_none_can_be_trained():
+    model = tiny.llama()
+    student = cut(model, [])
+    found = tune_(
+        student, model, tiny.some_tokens(32), heldout=HELDOUT, train="all", objective="next-token", learning_rate=1e-3
+    )
+    assert found.trained_layers == [*range(len(DecoderRunner(model)))]
+    assert min(point["loss"] for point in found.heldout) < found.heldout[0]["loss"]
+    with pytest.raises(ConfigError, match="no cut to heal"):
+        tune_(cut(model, []), model, HELDOUT, heldout=HELDOUT)
 
 
 def test_an_objective_of_the_callers_own_tunes_as_the_built_in_one_does(monkeypatch):

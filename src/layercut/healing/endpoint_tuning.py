@@ -83,6 +83,7 @@ def tune_(
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     answers: torch.Tensor | None = None,
+    heldout_weights: torch.Tensor | None = None,
     beside: Sequence[Segment] = (),
     files: TuningFiles = TuningFiles(),
     **options: Any,
@@ -95,14 +96,16 @@ def tune_(
     is left as it is. Deterministic.
 
     Args:
-        student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
+        student: a model without some of the dense model's layers (`layercut.cut`), folded or not; to train all layers,
+            also one that lacks none.
         dense: the model that it was cut from.
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge; not given, the last eighth of the rows, one at least, is not trained on.
         settings: how to train.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
-        token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
+        token_weights: [N, T], factors of the loss of predicting the token after each.
         answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
+        heldout_weights: [M, T], the same of the held-out loss; not given, every token counts alike.
         beside: segments of a student that has all layers: those beside them are trained. The control of their cut: what
             the text brings without it.
         files: what to keep on disk; nothing by default.
@@ -121,6 +124,7 @@ def tune_(
     rows = Rows(tokens=tokens, row_lengths=row_lengths, token_weights=token_weights, answers=answers).first(len(own))
     if files.states and files.states.lengths_key != rows.lengths_key:
         raise ConfigError("the states were stored of rows of other lengths", "store them with the same row_lengths")
+    judged = Rows(tokens=heldout, token_weights=heldout_weights)
     with prepared(student, dense) as (cut, whole), torch.enable_grad():
         pair, positions = _pair(cut, whole, settings, beside)
         if files.states:
@@ -135,12 +139,12 @@ def tune_(
                 [(each, 1.0) for each in lora.adapters_([cut.layers[p] for p in positions])],
             )
             try:
-                training.run_(heldout, files, "tuning LoRA")
+                training.run_(judged, files, "tuning LoRA")
             finally:
                 lora.merge_(cut)
         else:
             training = _Training(pair, positions, rows, settings)
-            training.run_(heldout, files, "tuning")
+            training.run_(judged, files, "tuning")
     return training.result()
 
 
@@ -167,7 +171,7 @@ def tune_parameters_(
         pair = Pair(dense=whole, student=cut, prefix=0, objective=objective_of(settings.objective), apart=True)
         training = _Training(pair, list(range(len(cut))), rows, settings, given)
         training.rate_from, training.tolerated, training.train = rate_from, tolerated, "rounded"
-        training.run_(heldout, files, words)
+        training.run_(Rows(tokens=heldout), files, words)
     return training.result()
 
 
@@ -184,7 +188,9 @@ def _pair(
     student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, beside: Sequence[Segment] = ()
 ) -> tuple[Pair, list[int]]:
     """The two models and the objective; the positions of the layers that are trained."""
-    positions = trained_layers(beside or removed_segments(student, dense), len(dense), settings)
+    whole = settings.train != "endpoints" and len(student) == len(dense) and not beside
+    removed = () if whole else beside or removed_segments(student, dense)
+    positions = trained_layers(removed, len(dense), settings)
     if beside:
         if len(student) != len(dense):
             words = f"beside is given, and the student has {len(student)} of the dense model's {len(dense)} layers"
@@ -290,7 +296,7 @@ class _Training:
         """What this process holds of the trained weights. Read again each time: FSDP2 may move a part to pad it."""
         return [sharding.local(p.detach()) for p in self.trained]
 
-    def run_(self, heldout: torch.Tensor, files: TuningFiles, words: str) -> None:
+    def run_(self, heldout: Rows, files: TuningFiles, words: str) -> None:
         """Make all steps, or those that are left of a stopped run; leave the student in its best state."""
         report, state = self.report, files.state
         try:
@@ -451,14 +457,14 @@ class _Training:
 
     # --- to disk and back ---
 
-    def key(self, heldout: torch.Tensor, of_file: str) -> str:
+    def key(self, heldout: Rows, of_file: str) -> str:
         """Hash of all that decides the result, the weights that are started from included."""
         start, objective = hashlib.sha256(), self.pair.objective
         for p in self.trained:
             start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         facts = {one.name: getattr(self.settings, one.name) for one in fields(TuneSettings)}
         facts |= objective.options | {"objective": objective.name}
-        data = [*self.rows.digests, *Rows(tokens=heldout).digests]
+        data = [*self.rows.digests, *heldout.digests]
         plan = [of_file, facts, self.rate, self.steps, self.positions, self.tolerated]
         return digest([plan, data, start.hexdigest()])
 

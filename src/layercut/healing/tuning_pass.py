@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from layercut.distributed import processes, sharding
-from layercut.healing.inputs import Batch
+from layercut.healing.inputs import Batch, Rows
 from layercut.models.losses import NextToken, Objective, not_finite
 from layercut.models.memory import slices
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all
@@ -63,21 +64,31 @@ def loss_gradient(
     pair: Pair, batch: Batch, out: torch.Tensor, dense: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight x the mean loss of what leaves the student's layers, in parts, and its gradient there [B, T, D]."""
-    tokens, student, budget, window = batch.tokens, pair.student, pair.student.budget, batch.tokens.shape[1]
-    targets, scale = next_tokens(student.place(tokens)), torch.tensor(batch.weight / tokens.numel())
+    student, budget, window = pair.student, pair.student.budget, batch.tokens.shape[1]
+    scale = torch.tensor(batch.weight / batch.tokens.numel())
     # weights for a mean over T tokens: of a row's T - 1 predictions each counts more
     terms = [(w * (window / (window - 1) if each.per_target else 1.0), each) for w, each in pair.objective.terms()]
-    of_all = sum(w for w, _ in terms)
+    of_all, whole, counted = sum(w for w, _ in terms), out, torch.empty(0)
+    tokens, targets = batch.tokens, next_tokens(student.place(batch.tokens))
+    given = [batch.token_weights, batch.answers]
+    if batch.token_weights is not None and not sharding.is_spread(student.model):
+        counted = batch.token_weights.flatten().nonzero()[:, 0]
+        if 0 < len(counted) < tokens.numel():  # a prompt and padding, which weigh nothing, need no logits
+
+            def counting(each: torch.Tensor) -> torch.Tensor:
+                return each.flatten(0, 1)[counted.to(each.device)][None]
+
+            out, tokens, targets = counting(out), counting(tokens), counting(targets)
+            dense, *given = (x if x is None else counting(x) for x in (dense, *given))
     parts, gradient = list[torch.Tensor](), torch.empty_like(out)
-    pieces = list(budget.logit_pieces(len(tokens), window, student.vocabulary * out.element_size()))
+    pieces = list(budget.logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
     for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
         leaf = out[piece].detach().requires_grad_(True)  # [b, t, D]: the graph of the head ends here
         logits = student.exit(leaf, tokens[piece])  # [b, t, V]
         z, slope = logits.detach().flatten(0, 1), torch.empty_like(logits).flatten(0, 1)
         with torch.no_grad():
             p = None if dense is None else pair.dense.exit(dense[piece], tokens[piece]).flatten(0, 1)
-        of_tokens = (targets, batch.token_weights, batch.answers)
-        following, weights, answers = (x if x is None else x[piece].flatten() for x in of_tokens)
+        following, weights, answers = (x if x is None else x[piece].flatten() for x in (targets, *given))
         assert following is not None
         total = torch.zeros((), device=z.device)
         for part in slices(len(z), budget.float_tokens(z.shape[-1])):
@@ -94,6 +105,10 @@ def loss_gradient(
         if counts:
             parts.append(total)
             gradient[piece] = leaf.grad
+    if out is not whole:
+        of_whole = torch.zeros_like(whole)
+        of_whole.flatten(0, 1)[counted] = gradient[0]
+        gradient = of_whole
     return torch.stack(parts) * scale, gradient
 
 
@@ -107,6 +122,7 @@ class HeldRows:
     """Held-out rows [B, T] with what stays as it is while the student is tuned."""
 
     tokens: torch.Tensor
+    weights: torch.Tensor | None  # of the loss of predicting the token after each [B, T]; None: 1
     counts: bool  # whether they are this process's own, and not run to keep in step with others
     final: torch.Tensor  # the dense h_L [B, T, D]
     shared: torch.Tensor  # h at `prefix` [B, T, D]
@@ -117,7 +133,8 @@ class HeldRows:
     def split(self, rows: int) -> list[HeldRows]:
         """As of a tensor: so many rows each."""
         parts = zip(*(x.split(rows) for x in (self.tokens, self.final, self.shared)), strict=True)
-        return [HeldRows(tokens, self.counts, final, shared) for tokens, final, shared in parts]
+        weights = iter(self.weights.split(rows)) if self.weights is not None else repeat(None)
+        return [HeldRows(tokens, next(weights), self.counts, final, shared) for tokens, final, shared in parts]
 
 
 class HeldOut:
@@ -128,8 +145,9 @@ class HeldOut:
     fewer at once where memory runs out; of layers on disk all go through a layer together.
     """
 
-    def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
-        self.pair, self.tokens = pair, tokens
+    def __init__(self, pair: Pair, held: Rows, rows: int) -> None:
+        self.pair, self.tokens, self.weights = pair, held.tokens, held.token_weights
+        tokens = self.tokens
         parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
         self.groups: list[list[HeldRows]] = []
         queue = pair.dense.parts("tune", [parts] if pair.student.on_disk else [[part] for part in parts])
@@ -150,7 +168,8 @@ class HeldOut:
                 row = int((~finite).nonzero()[0])
                 raise not_finite(dense, batch[row : row + 1])
         counts = [counts for _, counts in parts]
-        return [HeldRows(*each) for each in zip(batches, counts, hidden, shared, strict=True)]
+        weights = [None if self.weights is None else student.place(self.weights[part].float()) for part, _ in parts]
+        return [HeldRows(*each) for each in zip(batches, weights, counts, hidden, shared, strict=True)]
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -164,8 +183,8 @@ class HeldOut:
         self.groups = done
         read = torch.stack(sums).tolist() if sums else []  # the host waits here alone
         found = processes.summed([sum(piece[i] for piece in read) for i in range(len(terms))])
-        tokens, ends = self.tokens.numel(), len(self.tokens)
-        counts = [tokens - ends if term.per_target else tokens for _, term in terms]
+        weights = torch.ones(self.tokens.shape) if self.weights is None else self.weights
+        counts = [float((weights[:, :-1] if term.per_target else weights).double().sum()) for _, term in terms]
         means = [loss / count for loss, count in zip(found, counts, strict=True)]
         mean = sum(share * each for (share, _), each in zip(terms, means, strict=True))
         by_name = {term.name: each for (_, term), each in zip(terms, means, strict=True)}
@@ -183,6 +202,7 @@ class HeldOut:
             for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
                 p: Any = None
                 q, following = student.exit(out[piece], batch[piece]).flatten(0, 1), targets[piece].flatten()
+                weights = None if rows.weights is None else rows.weights[piece].flatten()
                 if pair.objective.needs_dense:
                     p = pair.dense.exit(rows.final[piece], batch[piece]).flatten(0, 1)
                 if not (rows.counts and counts):
@@ -190,6 +210,7 @@ class HeldOut:
                 totals = torch.zeros(len(terms), device=q.device)
                 for part in slices(len(q), budget.float_tokens(q.shape[-1])):
                     z, dense = q[part].float(), None if p is None else p[part].float()
-                    totals += torch.stack([term.loss(z, dense, following[part]).sum() for term in terms])
+                    losses = torch.stack([term.loss(z, dense, following[part]) for term in terms])
+                    totals += (losses if weights is None else losses * weights[part]).sum(1)
                 sums.append(totals)
         return sums
