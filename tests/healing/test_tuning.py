@@ -300,7 +300,7 @@ def test_a_student_is_judged_by_the_tokens_that_count():
     assert judge.score()["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_tokens_that_do_not_count_are_left_out_of_loss_and_gradient():
+def test_tokens_that_do_not_count_are_left_out_of_loss_and_gradient(monkeypatch):
     model = tiny.llama()
     dense, student = DecoderRunner(model), DecoderRunner(cut(model, CUT))
     own = own_parameters_(student, [2, 3])
@@ -308,9 +308,16 @@ def test_tokens_that_do_not_count_are_left_out_of_loss_and_gradient():
     weights = torch.zeros(rows.shape)
     weights[:, 3:6] = torch.tensor([1.0, 2.0, 4.0])
     pair = Pair(dense=dense, student=student, prefix=2, objective=objective_of("kl"))
-    batch = Batch(rows, torch.arange(4), torch.zeros(4), token_weights=weights)
-    with torch.enable_grad():
+    settings = TuneSettings(batch_tokens=rows.numel())
+    training = endpoint_tuning._Training(
+        pair, [2, 3], Rows(tokens=rows, token_weights=weights), settings, [(p, 1.0) for p in own]
+    )
+    (batch,) = training._batches(torch.arange(4))
+    through_head, exits = [], DecoderRunner.exit
+    with monkeypatch.context() as patch, torch.enable_grad():
+        patch.setattr(DecoderRunner, "exit", lambda *of: (through_head.append(of[2].numel()), exits(*of))[1])
         (loss,) = pair.backward([batch])
+    assert {*through_head} == {12}, "3 of the tokens of each row have logits, of either model"
     found = [p.grad.clone() for p in own]
     for p in own:
         p.grad = None
@@ -333,6 +340,8 @@ def test_all_layers_of_a_model_that_lacks_none_can_be_trained():
     assert min(point["loss"] for point in found.heldout) < found.heldout[0]["loss"]
     with pytest.raises(ConfigError, match="no cut to heal"):
         tune_(cut(model, []), model, HELDOUT, heldout=HELDOUT)
+    with pytest.raises(ConfigError, match="all 0"):
+        tune_(cut(model, CUT), model, HELDOUT, heldout=HELDOUT, heldout_weights=torch.zeros(HELDOUT.shape))
 
 
 def test_an_objective_of_the_callers_own_tunes_as_the_built_in_one_does(monkeypatch):

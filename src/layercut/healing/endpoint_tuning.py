@@ -125,6 +125,8 @@ def tune_(
     if files.states and files.states.lengths_key != rows.lengths_key:
         raise ConfigError("the states were stored of rows of other lengths", "store them with the same row_lengths")
     judged = Rows(tokens=heldout, token_weights=heldout_weights)
+    if heldout_weights is not None and not heldout_weights.any():
+        raise ConfigError("heldout_weights are all 0: no token judges", "give a weight above 0 to some")
     with prepared(student, dense) as (cut, whole), torch.enable_grad():
         pair, positions = _pair(cut, whole, settings, beside)
         if files.states:
@@ -382,11 +384,14 @@ class _Training:
             scale = self.report.loss_scale * length / (rows.numel() * window)
             mine = processes.share_of_batches(len(parts.tokens), self.report.pass_rows * (window // length))
             for part, counts in sharding.in_step(student.model, mine, slice(0, 1)):
-                tokens, of_rows, starts, weights, answers, _ = parts.some(part)
+                tokens, of_rows, starts, weights, answers, *_ = parts.some(part)
+                counted = None  # found on the host: an accelerator would be waited for
+                if weights is not None and not sharding.is_spread(student.model) and not weights.all():
+                    counted = weights.flatten().nonzero()[:, 0] if weights.any() else None
                 weights = None if weights is None else student.place(weights.float())
                 answers = None if answers is None or not answers.any() else student.place(answers)
                 weight = len(tokens) * scale if counts else 0.0
-                found.append(Batch(student.place(tokens), of_rows, starts, weights, answers, weight))
+                found.append(Batch(student.place(tokens), of_rows, starts, weights, answers, counted, weight))
         return found
 
     def _take_gradients_(self) -> None:

@@ -47,12 +47,13 @@ class Batch(NamedTuple):
     starts: torch.Tensor  # where in that row it begins [n]
     token_weights: torch.Tensor | None = None  # factor of each token's loss [n, t]; None: 1
     answers: torch.Tensor | None = None  # bool [n, t], where the next-token loss alone counts; None: nowhere
+    counted: torch.Tensor | None = None  # int64 [k], places in n * t of the tokens that weigh something; None: all
     weight: float = 1.0  # factor of the mean loss over the batch
 
     def some(self, part: slice) -> Batch:
         """Some of the rows."""
         weights, answers = (x if x is None else x[part] for x in (self.token_weights, self.answers))
-        return Batch(self.tokens[part], self.rows[part], self.starts[part], weights, answers, self.weight)
+        return Batch(self.tokens[part], self.rows[part], self.starts[part], weights, answers, weight=self.weight)
 
     def split(self, count: int) -> list[Batch]:
         """So many rows each."""

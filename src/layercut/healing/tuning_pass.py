@@ -68,18 +68,17 @@ def loss_gradient(
     scale = torch.tensor(batch.weight / batch.tokens.numel())
     # weights for a mean over T tokens: of a row's T - 1 predictions each counts more
     terms = [(w * (window / (window - 1) if each.per_target else 1.0), each) for w, each in pair.objective.terms()]
-    of_all, whole, counted = sum(w for w, _ in terms), out, torch.empty(0)
+    of_all, shape, counted = sum(w for w, _ in terms), out.shape, batch.counted
     tokens, targets = batch.tokens, next_tokens(student.place(batch.tokens))
     given = [batch.token_weights, batch.answers]
-    if batch.token_weights is not None and not sharding.is_spread(student.model):
-        counted = batch.token_weights.flatten().nonzero()[:, 0]
-        if 0 < len(counted) < tokens.numel():  # a prompt and padding, which weigh nothing, need no logits
+    if counted is not None:  # a prompt and padding, which weigh nothing, need no logits
+        places = counted
 
-            def counting(each: torch.Tensor) -> torch.Tensor:
-                return each.flatten(0, 1)[counted.to(each.device)][None]
+        def counting(each: torch.Tensor) -> torch.Tensor:
+            return each.flatten(0, 1)[places.to(each.device)][None]
 
-            out, tokens, targets = counting(out), counting(tokens), counting(targets)
-            dense, *given = (x if x is None else counting(x) for x in (dense, *given))
+        out, tokens, targets = counting(out), counting(tokens), counting(targets)
+        dense, *given = (x if x is None else counting(x) for x in (dense, *given))
     parts, gradient = list[torch.Tensor](), torch.empty_like(out)
     pieces = list(budget.logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
     for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
@@ -105,10 +104,9 @@ def loss_gradient(
         if counts:
             parts.append(total)
             gradient[piece] = leaf.grad
-    if out is not whole:
-        of_whole = torch.zeros_like(whole)
-        of_whole.flatten(0, 1)[counted] = gradient[0]
-        gradient = of_whole
+    if counted is not None:
+        of_counted, gradient = gradient, gradient.new_zeros(shape)
+        gradient.flatten(0, 1)[counted.to(gradient.device)] = of_counted[0]
     return torch.stack(parts) * scale, gradient
 
 
