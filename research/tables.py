@@ -193,23 +193,26 @@ def account() -> str:
 def dose() -> str:
     """Tokens and what is trained: tasks, recall, formats, replies and perplexity."""
     first, *rows = read("dose")["rows"]
-    best = max(rows, key=lambda row: row["retained"]["mean"])
+    best, of_way = max(rows, key=lambda row: row["retained"]["mean"]), {row["way"]: row for row in rows}
     table = []
     for row in rows:
         tokens, *options = row["way"].split()
         trained = {"train=all": "all layers", "train=lora": "LoRA on all"}.get(" ".join(options))
         apart = "{:.1f} ± {:.1f}".format(*(100 * each for each in behind(first, best, row)))
+        less = of_way.get(" ".join([str(int(tokens) // 4), *options]))
+        gained = "{:+.1f} ± {:.1f}".format(*(100 * each for each in behind(first, row, less))) if less else ""
         perplexity = [f"{row['perplexity'][text] / first['perplexity'][text]:.2f}" for text in ("wiki", "c4")]
         tuning = row["tuning"]
         table.append([
             f"{int(tokens):,}", trained or " ".join(["endpoints", *options]).replace("=", " "), kept(row["retained"]),
-            "" if row is best else apart,
+            "" if row is best else apart, gained,
             str(row["keys_found"]), str(row["lists_found"]), f"{row['hits']['format'] / first['hits']['format']:.1f}",
             f"{row['replies']['compressed'] / first['replies']['dense']:.2f}", *perplexity,
             f"{min(point['kl'] for point in tuning['heldout']):.3f}", f"{tuning['cpu_seconds'] / 60:.0f}",
             f"{tuning['trained_parameters'] / 1e6:.1f}M",
         ])  # fmt: skip
-    heads = ["tokens", "trained", "tasks kept, %", "behind the best, %", f"keys of {first['keys_asked']}",
+    heads = ["tokens", "trained", "tasks kept, %", "behind the best, %", "ahead of a quarter of the text, %",
+             f"keys of {first['keys_asked']}",
              f"list values (dense {first['lists_found']})", "formats", "length of replies", "WikiText-2", "C4",
              "held-out KL", "CPU minutes of tuning", "weights trained"]  # fmt: skip
     return markdown(heads, table, left=2)
